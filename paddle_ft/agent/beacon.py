@@ -1,0 +1,73 @@
+"""One shared page a worker: where it is, written by the worker without a system call.
+
+The worker owns all fields; the agent only reads. Every field is one aligned 8-byte word, so a
+reader sees each of them whole, though not all of one instant.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+PAGE_BYTES = 4096
+_STEP, _LOSS, _AT, _EPOCH, _SAMPLES, _STEPS_TOTAL = range(6)
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    step: int
+    """Last step that was applied; 0 before the first."""
+    loss: float
+    at_s: float
+    """CLOCK_MONOTONIC of that step; 0.0 before the first one of this process."""
+    epoch: int
+    samples: int
+    """Samples of the whole job used so far."""
+    steps_total: int
+    """Steps the training will have, as far as known; 0 if not."""
+
+
+class Beacon:
+    """Maps ``path``; the agent creates it with ``create``, the worker opens and writes it."""
+
+    def __init__(self, path: str | Path) -> None:
+        with open(path, "r+b") as file:
+            self._map = mmap.mmap(file.fileno(), PAGE_BYTES)
+        self._words = np.frombuffer(self._map, dtype=np.float64)
+
+    @classmethod
+    def create(cls, path: str | Path) -> Beacon:
+        """A zeroed page at ``path``, readable by this user only."""
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+        try:
+            os.ftruncate(descriptor, PAGE_BYTES)
+        finally:
+            os.close(descriptor)
+        return cls(path)
+
+    def write(
+        self, step: int, loss: float, epoch: int, samples: int, steps_total: int = 0
+    ) -> None:
+        words = self._words
+        words[_LOSS] = loss
+        words[_EPOCH] = epoch
+        words[_SAMPLES] = samples
+        words[_STEPS_TOTAL] = steps_total
+        words[_AT] = time.monotonic()
+        words[_STEP] = step
+
+    def read(self) -> Reading:
+        words = self._words
+        return Reading(
+            step=int(words[_STEP]),
+            loss=float(words[_LOSS]),
+            at_s=float(words[_AT]),
+            epoch=int(words[_EPOCH]),
+            samples=int(words[_SAMPLES]),
+            steps_total=int(words[_STEPS_TOTAL]),
+        )

@@ -1,0 +1,72 @@
+"""From a generation to the environment of one worker: the PADDLE_* contract.
+
+Pure. The variables are those ``paddle.distributed.launch`` sets (its collective controller), so
+that ``paddle.distributed``, ``fleet`` and ``paddle.DataParallel`` work in a script that knows
+nothing of paddle_ft; ``PADDLE_FT`` carries what the session needs besides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from paddle_ft.types import Generation
+
+SESSION_VARIABLE = "PADDLE_FT"
+
+
+@dataclass(frozen=True, slots=True)
+class SessionEnv:
+    """Value of ``PADDLE_FT``: what a session must know about the job it runs in."""
+
+    job: str
+    generation: int
+    restarts: int
+    socket: str
+    """Unix socket of the agent."""
+    beacon: str
+    """File of this worker's beacon page."""
+    mode: str
+    """``rank0`` or ``sharded``: who copies the replicated tensors."""
+    block_bytes: int
+    every_n_steps: int
+    """Checkpoint after every so many steps; 0: not by steps."""
+    every_s: float
+    """Checkpoint after so many seconds since the last one; 0: not by time."""
+
+
+def worker_env(
+    generation: Generation,
+    member_id: str,
+    slot: int,
+    *,
+    devices: tuple[str, ...] = (),
+    device_variable: str = "FLAGS_selected_gpus",
+) -> Mapping[str, str]:
+    """Variables of the worker in ``slot`` of ``member_id``; ``devices`` empty means CPU (gloo)."""
+    endpoints = [
+        f"{member.host}:{port}"
+        for member in generation.members
+        for port in member.ports[1 : member.slots + 1]
+    ]
+    first = generation.first_rank(member_id)
+    rank = first + slot
+    slots = next(m.slots for m in generation.members if m.id == member_id)
+    env = {
+        "PADDLE_MASTER": generation.endpoint,
+        "PADDLE_GLOBAL_SIZE": str(generation.world_size),
+        "PADDLE_LOCAL_SIZE": str(slots),
+        "PADDLE_GLOBAL_RANK": str(rank),
+        "PADDLE_LOCAL_RANK": str(slot),
+        "PADDLE_NNODES": str(len(generation.members)),
+        "PADDLE_CURRENT_ENDPOINT": endpoints[rank],
+        "PADDLE_TRAINER_ID": str(rank),
+        "PADDLE_TRAINERS_NUM": str(generation.world_size),
+        "PADDLE_RANK_IN_NODE": str(slot),
+        "PADDLE_TRAINER_ENDPOINTS": ",".join(endpoints),
+    }
+    if devices:
+        env[device_variable] = devices[slot] if slots > 1 else ",".join(devices)
+    else:
+        env["PADDLE_DISTRI_BACKEND"] = "gloo"
+    return env
