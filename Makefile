@@ -1,0 +1,69 @@
+# Everything is installed in .venv below this directory and nowhere else; root is not needed.
+#
+#   make demo    train on two ranks, kill one, compare the result with an undisturbed run
+#   make test    ruff, mypy and all tests but the slow ones
+
+PYTHON ?= python3
+PADDLE ?= paddlepaddle==3.3.1
+JOBS ?= 2
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.made-for
+VENV26 := .venv-2.6
+STAMP26 := $(VENV26)/.made-for
+PIP := install --quiet --disable-pip-version-check --no-input
+
+.DEFAULT_GOAL := help
+.PHONY: help setup setup-2.6 demo test lint test-fast test-slow test-2.6 sim clean
+
+help:
+	@sed -n 's/^\([a-z][a-z0-9.-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 12
+
+setup: $(STAMP) ## build .venv with the package, Paddle for the CPU and all tools
+
+setup-2.6: $(STAMP26) ## build .venv-2.6, the same on Paddle 2.6.2
+
+$(STAMP): pyproject.toml Makefile
+	@echo "setup: building $(VENV) with $(PADDLE); the first time takes a few minutes"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	  || { echo "setup: Python 3.10 or later is needed; name one with make PYTHON=..." >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) \
+	  || { rm -rf $(VENV); echo "setup: on Debian, apt-get install python3-venv" >&2; exit 1; }
+	@echo "setup: 1 of 3, Paddle"
+	@$(BIN)/python -m pip $(PIP) "$(PADDLE)"
+	@echo "setup: 2 of 3, paddle_ft, what it needs, and what its tests need"
+	@$(BIN)/python -m pip $(PIP) --editable ".[cpu,serve,test]" "$(PADDLE)"
+	@echo "setup: 3 of 3, check that everything fits together"
+	@$(BIN)/python -m pip check
+	@touch $(STAMP)
+
+$(STAMP26): pyproject.toml Makefile
+	@echo "setup-2.6: building $(VENV26) with paddlepaddle 2.6.2"
+	@test -x $(VENV26)/bin/python || $(PYTHON) -m venv $(VENV26)
+	@$(VENV26)/bin/python -m pip $(PIP) --editable ".[cpu,test]" "paddlepaddle==2.6.2"
+	@$(VENV26)/bin/python -m pip check
+	@touch $(STAMP26)
+
+demo: setup ## train digits on two ranks, kill one worker, compare the weights
+	@$(BIN)/python examples/demo.py
+
+lint: setup ## ruff and mypy --strict
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+test: lint ## lint, then every test but the slow ones
+	@$(BIN)/python -m pytest -n $(JOBS)
+
+test-slow: setup ## the slow tests
+	@$(BIN)/python -m pytest -n $(JOBS) -m slow
+
+test-2.6: setup-2.6 ## the tests that import Paddle, on Paddle 2.6.2
+	@$(VENV26)/bin/python -m pytest -n $(JOBS) -m "paddle and not slow"
+
+sim: setup ## 20,000 seeds of the simulator
+	@PADDLE_FT_SIM_SEEDS=20000 $(BIN)/python -m pytest -n $(JOBS) tests/sim --timeout 0
+
+clean: ## remove what builds and runs left, but not the environments
+	@rm -rf .demo .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist log checkpoints
