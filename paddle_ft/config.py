@@ -6,9 +6,10 @@ A key that does not exist is an error that names its source, never silently drop
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from typing_extensions import Self
 
 
 class _Group(BaseModel):

@@ -2,7 +2,7 @@
 
     PaddleFTError                       exit code
     ├── ConfigError                     2   what was typed or configured is wrong: correct it
-    ├── CoordinationError               3   etcd cannot do what is needed: look at etcd or the network
+    ├── CoordinationError               3   etcd cannot do what is needed: look at it or the network
     │   ├── EtcdUnavailable             3   no answer in time: check the address, wait, try again
     │   ├── LeaseLost                   3   this node was taken for dead: join again as a newcomer
     │   └── MembersMissing              3   too few nodes came: start more or lower --nnodes

@@ -23,12 +23,14 @@ def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
 
 def encode(value: object) -> bytes:
     """JSON bytes of one of the dataclasses below."""
-    return _adapter(type(value)).dump_json(value)
+    kind: Any = type(value)
+    return _adapter(kind).dump_json(value)
 
 
 def decode(kind: type[T], data: bytes) -> T:
     """The value that ``encode`` made; raises ValueError if ``data`` is not such a value."""
-    result: T = _adapter(kind).validate_json(data)
+    hashable: Any = kind
+    result: T = _adapter(hashable).validate_json(data)
     return result
 
 
@@ -65,6 +67,8 @@ class NodeStatus:
     reason: str = ""
     fatal: int = 0
     """Exit code of a failure that a restart cannot mend (wrong model, bad flag); 0 if none."""
+    collateral: bool = False
+    """With ``failed``: the workers here only lost a peer; the cause is elsewhere."""
     pending_step: int = -1
     """The newest step whose snapshot this node holds but has not finished writing; -1 if none."""
     paused_step: int = -1
@@ -158,6 +162,8 @@ class Part:
     name: str
     """Object in the store that lists the member's tensors and blocks."""
     digest: str
+    parent: str = ""
+    """Manifest whose blocks the part refers to instead of writing them again; "" for none."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,9 +50,7 @@ class Beacon:
             os.close(descriptor)
         return cls(path)
 
-    def write(
-        self, step: int, loss: float, epoch: int, samples: int, steps_total: int = 0
-    ) -> None:
+    def write(self, step: int, loss: float, epoch: int, samples: int, steps_total: int = 0) -> None:
         words = self._words
         words[_LOSS] = loss
         words[_EPOCH] = epoch

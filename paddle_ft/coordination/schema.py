@@ -187,9 +187,7 @@ def _text(kv: KeyValue) -> Versioned[str]:
 def register(keys: Keys, record: NodeRecord, lease: int) -> Transaction:
     """First write of a node's record; refused if the same incarnation is there already."""
     key = keys.node(record.member.id)
-    return Transaction(
-        (Compare(key, "create_revision", 0),), (Put(key, encode(record), lease),)
-    )
+    return Transaction((Compare(key, "create_revision", 0),), (Put(key, encode(record), lease),))
 
 
 def update_record(keys: Keys, record: NodeRecord, lease: int, mod_revision: int) -> Transaction:
