@@ -225,16 +225,10 @@ def propose(keys: Keys, generation: Generation, fences: Fences) -> Transaction:
     )
 
 
-def commit(keys: Keys, head: Head, fences: Fences) -> Transaction:
+def commit(keys: Keys, head: Head, obsolete: Iterable[Part], fences: Fences) -> Transaction:
     """Moves ``head``; the parts it was made of, and older ones, have served."""
-    newest = head.newest
-    return Transaction(
-        fences.compares(keys),
-        (
-            Put(keys.head, encode(head)),
-            Delete(f"{keys.parts}{newest.generation}/{newest.step}/", prefix=True),
-        ),
-    )
+    served = (Delete(keys.part(p.generation, p.step, p.member)) for p in obsolete)
+    return Transaction(fences.compares(keys), (Put(keys.head, encode(head)), *served))
 
 
 def request_pause(keys: Keys, pause: Pause, fences: Fences) -> Transaction:

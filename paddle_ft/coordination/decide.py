@@ -1,0 +1,498 @@
+"""What the cluster does next: membership, election, generations, commits. Pure.
+
+Invariants (checked by the simulator, tests/sim):
+- only the leader writes generation, head, pause and outcome, each with its fences (``schema``);
+- a generation starts where ``head`` stands, or, when that checkpoint is damaged, at the newest
+  older one that is not, and its number is higher than any before, also after etcd was lost;
+- head moves only to a step of the current generation that all of its members have written, and
+  only along one chain: each commit continues what its generation restored or committed last;
+- nothing is decided on a lease that may have ended.
+
+Every node runs ``decide`` on every change; all but the leader get "following". Being wrong about
+who leads costs a refused transaction, nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from paddle_ft.config import Config
+from paddle_ft.coordination.schema import Fences, JobState
+from paddle_ft.errors import EXIT_CHECKPOINT, EXIT_COORDINATION, EXIT_DONE, EXIT_WORKER_FAILED
+from paddle_ft.types import (
+    CommitRef,
+    Generation,
+    Head,
+    Member,
+    NodeRecord,
+    Outcome,
+    Part,
+    Pause,
+    Versioned,
+)
+
+# ---------------------------------------------------------------- actions
+
+
+@dataclass(frozen=True, slots=True)
+class Campaign:
+    """Try to take the leader key."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScanStore:
+    """Look for the newest commit in the store: etcd knows of none."""
+
+
+@dataclass(frozen=True, slots=True)
+class ImportHead:
+    """Tell etcd of the commits found in the store, before anything starts."""
+
+    head: Head
+    fences: Fences
+
+
+@dataclass(frozen=True, slots=True)
+class Propose:
+    generation: Generation
+    fences: Fences
+
+
+@dataclass(frozen=True, slots=True)
+class RequestPause:
+    pause: Pause
+    fences: Fences
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """Merge ``parts`` to a manifest and move head to it."""
+
+    generation: int
+    step: int
+    parts: tuple[Part, ...]
+    sequence: int
+    base: CommitRef | None
+    """What the commit continues; None: the beginning."""
+    lineage: tuple[CommitRef, ...]
+    """Kept ancestors, newest first; begins with ``base`` if there is one."""
+    obsolete: tuple[Part, ...]
+    """Parts that have served once this commit is made: of this step and of older ones."""
+    fences: Fences
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    outcome: Outcome
+    fences: Fences
+
+
+Action = Campaign | ScanStore | ImportHead | Propose | RequestPause | Commit | Finish
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    action: Action | None
+    reason: str
+
+
+# ---------------------------------------------------------------- the view
+
+
+@dataclass(frozen=True, slots=True)
+class Marks:
+    """Since when something has been so, by the clock of the observer."""
+
+    live: frozenset[str] = frozenset()
+    members_since_s: float = 0.0
+    trouble: tuple[int, frozenset[str]] | None = None
+    trouble_since_s: float = 0.0
+    pause: int = 0
+    pause_since_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """One consistent look at the job from one node."""
+
+    me: str
+    state: JobState
+    marks: Marks
+    acting_until_s: float
+    """The lease of ``me`` certainly stands until then; same clock as ``now_s``."""
+    wall_s: float
+    """Seconds since 1970, for the failure window only."""
+    commit_running: bool = False
+    """A Commit decided here has not come back yet."""
+    found: tuple[CommitRef, ...] | None = None
+    """Commits found in the store, newest first; None: not looked yet."""
+    store: str = ""
+    """Identity of the checkpoint store."""
+
+
+def live_nodes(state: JobState) -> dict[str, Versioned[NodeRecord]]:
+    """Records that count, by member id: the newest incarnation of each node out of quarantine."""
+    newest: dict[str, Versioned[NodeRecord]] = {}
+    for record in state.nodes.values():
+        node = record.value.member.node
+        other = newest.get(node)
+        if node not in state.quarantine and (
+            other is None or other.create_revision < record.create_revision
+        ):
+            newest[node] = record
+    return {record.value.member.id: record for record in newest.values()}
+
+
+@dataclass(frozen=True, slots=True)
+class Trouble:
+    """Why a generation cannot go on."""
+
+    lost: tuple[str, ...] = ()
+    failed: tuple[NodeRecord, ...] = ()
+
+    @property
+    def collateral_only(self) -> bool:
+        return not self.lost and all(record.status.collateral for record in self.failed)
+
+    @property
+    def blamed(self) -> tuple[NodeRecord, ...]:
+        """Nodes whose own workers failed; checkpoints found damaged are nobody's failure."""
+        return tuple(
+            r for r in self.failed if not r.status.collateral and not r.status.damaged
+        )
+
+    def __str__(self) -> str:
+        told = [f"node {member} is lost" for member in self.lost]
+        told += [
+            f"node {r.member.node}: {r.status.reason}"
+            for r in sorted(self.failed, key=lambda r: r.status.collateral)
+        ]
+        return "; ".join(told)
+
+
+def find_trouble(state: JobState) -> Trouble | None:
+    """What is wrong with the current generation; None if nothing is, or there is none."""
+    if state.generation is None:
+        return None
+    generation = state.generation.value
+    live = live_nodes(state)
+    lost = tuple(m for m in generation.member_ids() if m not in live)
+    failed = tuple(
+        live[m].value
+        for m in generation.member_ids()
+        if m in live
+        and live[m].value.status.generation == generation.number
+        and live[m].value.status.state == "failed"
+    )
+    return Trouble(lost, failed) if lost or failed else None
+
+
+def observe(marks: Marks, state: JobState, now_s: float) -> Marks:
+    """``marks`` brought up to date with ``state``."""
+    live = frozenset(live_nodes(state))
+    if live != marks.live:
+        marks = replace(marks, live=live, members_since_s=now_s)
+    found = find_trouble(state)
+    trouble = None
+    if found is not None and state.generation is not None:
+        whom = frozenset(found.lost) | {r.member.id for r in found.failed}
+        trouble = (state.generation.value.number, whom)
+    before = marks.trouble[0] if marks.trouble else None
+    if (trouble[0] if trouble else None) != before:
+        marks = replace(marks, trouble_since_s=now_s)
+    pause = state.pause.value.generation if state.pause else 0
+    if pause != marks.pause:
+        marks = replace(marks, pause=pause, pause_since_s=now_s)
+    return replace(marks, trouble=trouble)
+
+
+# ---------------------------------------------------------------- decisions
+
+
+def decide(view: View, now_s: float, config: Config) -> Decision:
+    """The one cluster-wide action that is due at this node, or None, and why."""
+    state = view.state
+    if view.me not in state.nodes:
+        return Decision(None, "not registered")
+    if state.outcome is not None:
+        return Decision(None, f"the job has ended: {state.outcome.value.reason}")
+    if state.leader is None:
+        others = [r.value for r in live_nodes(state).values() if not r.value.leaving]
+        if state.nodes[view.me].value.leaving and others:
+            return Decision(None, "leaving: others lead")
+        return Decision(Campaign(), "there is no leader")
+    if state.leader.value != view.me:
+        return Decision(None, f"following {state.leader.value}")
+    if now_s >= view.acting_until_s:
+        return Decision(None, "the lease may have ended: not acting")
+    return _lead(view, now_s, config)
+
+
+def _lead(view: View, now_s: float, config: Config) -> Decision:
+    state, fences = view.state, view.state.fences()
+    if state.head is None:
+        if view.found is None:
+            return Decision(ScanStore(), "looking for checkpoints in the store")
+        if view.found:
+            keep = config.checkpoint.keep_last
+            head = Head(view.found[0], view.found[1:keep], view.store)
+            return Decision(
+                ImportHead(head, fences), f"the store holds step {view.found[0].step}"
+            )
+    if state.generation is None:
+        return _regroup(view, None, now_s, config)
+    generation = state.generation.value
+    members = _statuses(state, generation)
+    fatal = [r for r in members if r.status.fatal and r.status.generation == generation.number]
+    if fatal:
+        status = fatal[0].status
+        return Decision(Finish(Outcome(status.fatal, status.reason), fences), status.reason)
+    if _all_in(members, generation, "finished"):
+        done = Outcome(EXIT_DONE, "training is complete")
+        return Decision(Finish(done, fences), done.reason)
+    commit = next_commit(state, config.checkpoint.keep_last)
+    if commit is not None and not view.commit_running:
+        return Decision(commit, f"all parts of step {commit.step} are written")
+    trouble = find_trouble(state)
+    if trouble is not None:
+        return _recover(view, trouble, commit, now_s, config)
+    return _rearrange(view, commit, now_s, config)
+
+
+def _statuses(state: JobState, generation: Generation) -> list[NodeRecord]:
+    """Records of the members that are there, in rank order."""
+    live = live_nodes(state)
+    return [live[m].value for m in generation.member_ids() if m in live]
+
+
+def _all_in(records: Sequence[NodeRecord], generation: Generation, *states: str) -> bool:
+    return len(records) == len(generation.members) and all(
+        r.status.generation == generation.number and r.status.state in states for r in records
+    )
+
+
+def base_of(state: JobState) -> CommitRef | None:
+    """What the next commit of the current generation continues."""
+    assert state.generation is not None
+    generation = state.generation.value
+    if state.head is not None and state.head.value.newest.generation == generation.number:
+        return state.head.value.newest
+    return generation.restore
+
+
+def kept_lineage(
+    head: Head | None, base: CommitRef | None, keep_last: int
+) -> tuple[CommitRef, ...]:
+    """Ancestors of the next commit that stay, newest first, beginning with ``base``.
+
+    Commits that ``base`` does not continue (found damaged) fall out.
+    """
+    if head is None or base is None:
+        return ()
+    chain = [c for c in (head.newest, *head.lineage) if c.sequence <= base.sequence]
+    return tuple(chain[: max(keep_last - 1, 1)])
+
+
+def next_commit(state: JobState, keep_last: int) -> Commit | None:
+    """The newest step that every member has written and that continues the chain."""
+    if state.generation is None:
+        return None
+    generation = state.generation.value
+    base = base_of(state)
+    head = state.head.value if state.head else None
+    kept = {c.manifest for c in (head.newest, *head.lineage)} if head else set()
+    by_step: dict[int, dict[str, Part]] = {}
+    for part in state.parts:
+        usable = not part.parent or part.parent in kept
+        if part.generation == generation.number and usable:
+            by_step.setdefault(part.step, {})[part.member] = part
+    wanted = generation.member_ids()
+    for step in sorted(by_step, reverse=True):
+        parts = by_step[step]
+        if (base is None or step > base.step) and all(m in parts for m in wanted):
+            return Commit(
+                generation=generation.number,
+                step=step,
+                parts=tuple(parts[m] for m in wanted),
+                sequence=(head.newest.sequence if head else 0) + 1,
+                base=base,
+                lineage=kept_lineage(head, base, keep_last),
+                obsolete=tuple(p for p in state.parts if p.step <= step),
+                fences=state.fences(),
+            )
+    return None
+
+
+def _recover(
+    view: View, trouble: Trouble, commit: Commit | None, now_s: float, config: Config
+) -> Decision:
+    """A member is lost or its workers failed: soon a new generation, but not a moment early."""
+    waited_s = now_s - view.marks.trouble_since_s
+    if trouble.collateral_only and waited_s < config.etcd.lease_ttl_s + 2:
+        return Decision(None, f"waiting to learn who failed: {trouble}")
+    if waited_s < config.checkpoint.persist_grace_s:
+        if commit is not None:
+            return Decision(None, f"{trouble}; step {commit.step} is being committed first")
+        base = base_of(view.state)
+        pending = max((r.status.pending_step for r in trouble.failed), default=-1)
+        if not trouble.lost and pending > (base.step if base else -1):
+            return Decision(None, f"{trouble}; step {pending} is being written first")
+    return _regroup(view, trouble, now_s, config)
+
+
+def _rearrange(view: View, commit: Commit | None, now_s: float, config: Config) -> Decision:
+    """Nothing is wrong: see whether nodes want to leave or to join."""
+    state = view.state
+    assert state.generation is not None
+    generation = state.generation.value
+    members = _statuses(state, generation)
+    if state.pause is not None and state.pause.value.generation == generation.number:
+        return _paused(view, generation, members, commit, now_s, config)
+    leaving = [r.member.node for r in members if r.leaving]
+    if leaving:
+        reason = f"node {', '.join(leaving)} leaves"
+        return Decision(
+            RequestPause(Pause(generation.number, reason), state.fences()), reason
+        )
+    stays = set(generation.member_ids())
+    joiners = [m for m in _candidates(state) if m.id not in stays]
+    if joiners and len(generation.members) < config.job.nodes_max:
+        if now_s - view.marks.members_since_s < config.job.join_window_s:
+            return Decision(None, f"node {joiners[0].node} has come: waiting for more")
+        reason = f"node {', '.join(m.node for m in joiners)} joins"
+        return Decision(
+            RequestPause(Pause(generation.number, reason), state.fences()), reason
+        )
+    spare = f", {len(joiners)} in reserve" if joiners else ""
+    return Decision(
+        None, f"generation {generation.number} runs on {len(generation.members)} nodes{spare}"
+    )
+
+
+def _paused(
+    view: View,
+    generation: Generation,
+    members: Sequence[NodeRecord],
+    commit: Commit | None,
+    now_s: float,
+    config: Config,
+) -> Decision:
+    """Workers were asked to save and leave: go on once their checkpoint is committed."""
+    overdue = now_s - view.marks.pause_since_s >= config.job.stop_grace_s
+    if not _all_in(members, generation, "paused", "finished") and not overdue:
+        return Decision(None, "waiting for the workers to save their state")
+    base = base_of(view.state)
+    saved = max((r.status.paused_step for r in members), default=-1)
+    if not overdue and (commit is not None or saved > (base.step if base else -1)):
+        return Decision(None, f"waiting for the commit of step {saved}")
+    return _regroup(view, None, now_s, config)
+
+
+def _candidates(state: JobState) -> list[Member]:
+    """Nodes that can have a place, in the order in which they came."""
+    records = sorted(live_nodes(state).values(), key=lambda r: r.create_revision)
+    return [r.value.member for r in records if not r.value.leaving]
+
+
+def arrange(
+    previous: Sequence[Member], candidates: Sequence[Member], nodes_max: int
+) -> tuple[Member, ...]:
+    """Members of the next generation in rank order.
+
+    Who was a member keeps its place; a place that fell vacant goes to the same node in a new
+    incarnation, else to whoever came first, so that slices of the batch and the order of the
+    reduction stand. Places nobody takes are closed.
+    """
+    came = {m.id: m for m in candidates}
+    places: list[Member | None] = [came.pop(m.id, None) for m in previous]
+    for place, member in enumerate(previous):
+        if places[place] is None:
+            again = next((c for c in came.values() if c.node == member.node), None)
+            if again is not None:
+                places[place] = came.pop(again.id)
+    for place, taken in enumerate(places):
+        if taken is None and came:
+            places[place] = came.pop(next(iter(came)))
+    chosen = [m for m in places if m is not None]
+    chosen += list(came.values())
+    return tuple(chosen[:nodes_max])
+
+
+def _regroup(
+    view: View, trouble: Trouble | None, now_s: float, config: Config
+) -> Decision:
+    """A new generation from those who are there, or why it cannot be."""
+    state, job = view.state, config.job
+    old = state.generation.value if state.generation else None
+    candidates = _candidates(state)
+    chosen = arrange(old.members if old else (), candidates, job.nodes_max)
+    survivors = {m.id for m in old.members} & {m.id for m in chosen} if old else set()
+    waited_s = now_s - view.marks.members_since_s
+    if len(chosen) < job.nodes_min:
+        told = f"{len(chosen)} of at least {job.nodes_min} nodes are here"
+        if chosen and waited_s >= job.members_timeout_s:
+            reason = f"{told} and nobody came for {job.members_timeout_s:g} s: start more nodes"
+            return Decision(
+                Finish(Outcome(EXIT_COORDINATION, reason), state.fences()), reason
+            )
+        return Decision(None, f"waiting for members: {told}")
+    if not survivors and len(chosen) < job.nodes_max and waited_s < job.join_window_s:
+        return Decision(None, f"{len(chosen)} nodes are here: waiting for more")
+    failures = _failures(old, trouble, view.wall_s, job.restart_window_s)
+    if trouble is not None and len(failures) > job.max_restart:
+        reason = (
+            f"workers failed {len(failures)} times within {job.restart_window_s:g} s "
+            f"(--max_restart {job.max_restart}); the last time: {trouble}"
+        )
+        return Decision(Finish(Outcome(EXIT_WORKER_FAILED, reason), state.fences()), reason)
+    restore, refused = restore_point(state)
+    if refused and restore is None:
+        reason = f"every checkpoint of the job is damaged ({', '.join(refused)})"
+        return Decision(Finish(Outcome(EXIT_CHECKPOINT, reason), state.fences()), reason)
+    reason = str(trouble) if trouble is not None else _why(state, old, chosen)
+    before = (old.number if old else 0, state.head.value.newest.generation if state.head else 0)
+    generation = Generation(
+        number=max(before) + 1,
+        members=chosen,
+        endpoint=f"{chosen[0].host}:{chosen[0].ports[0]}",
+        restore=restore,
+        reason=reason,
+        failures=failures,
+        restarts=(old.restarts if old else 0) + (1 if trouble is not None else 0),
+    )
+    return Decision(Propose(generation, state.fences()), reason)
+
+
+def _why(state: JobState, old: Generation | None, chosen: Sequence[Member]) -> str:
+    if old is None:
+        return "the job begins"
+    if state.pause is not None:
+        return state.pause.value.reason
+    return f"{len(chosen)} nodes are here"
+
+
+def _failures(
+    old: Generation | None, trouble: Trouble | None, wall_s: float, window_s: float
+) -> tuple[float, ...]:
+    """Failures that count against --max_restart; losing a node is nobody's failure."""
+    recent = tuple(t for t in (old.failures if old else ()) if wall_s - t < window_s)
+    own = trouble is not None and (trouble.blamed or trouble.collateral_only)
+    return (*recent, wall_s) if own else recent
+
+
+def restore_point(state: JobState) -> tuple[CommitRef | None, tuple[str, ...]]:
+    """The newest commit that no live node found damaged, and the manifests passed over."""
+    if state.head is None:
+        return None, ()
+    damaged = damaged_manifests(r.value for r in live_nodes(state).values())
+    refused: list[str] = []
+    for commit in (state.head.value.newest, *state.head.value.lineage):
+        if commit.manifest not in damaged:
+            return commit, tuple(refused)
+        refused.append(commit.manifest)
+    return None, tuple(refused)
+
+
+def damaged_manifests(records: Iterable[NodeRecord]) -> frozenset[str]:
+    return frozenset(name for record in records for name in record.status.damaged)
