@@ -85,7 +85,7 @@ class StartWorkers:
 class StopWorkers:
     reason: str
     gently: bool = False
-    """SIGTERM first: for scripts without a session that are asked to pause."""
+    """SIGTERM first: scripts without a session, which cannot save, are paused like this."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,8 +137,8 @@ def status_of(view: LocalView) -> NodeStatus:
     if group.running:
         return NodeStatus("running", group.generation, damaged=view.damaged)
     paused = [w for w in group.workers if _paused(w)]
-    if paused:
-        step = max(w.step for w in paused)
+    if paused or (group.pause_told and any(w.stopped for w in group.workers)):
+        step = max((w.step for w in paused), default=-1)
         return NodeStatus(
             "paused", group.generation, pending_step=pending, paused_step=step,
             damaged=view.damaged,

@@ -1,0 +1,99 @@
+"""Addresses and ports of this node, and the name it goes by."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import random
+import re
+import socket
+import tempfile
+from collections.abc import Sequence
+from typing import IO
+
+from paddle_ft.errors import ConfigError
+
+PORTS = range(20000, 32000)
+"""Below Linux's ephemeral range, so that no outgoing connection takes one that was handed out."""
+
+
+def free_ports(host: str, count: int) -> tuple[int, ...]:
+    """``count`` different ports that could be bound on ``host`` a moment ago."""
+    found: list[int] = []
+    for port in random.sample(PORTS, len(PORTS)):
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+            try:
+                probe.bind((host, port))
+            except PermissionError as error:
+                raise ConfigError(f"cannot listen on {host}: {error.strerror}") from error
+            except OSError as error:
+                if error.errno == errno.EADDRNOTAVAIL:
+                    raise ConfigError(
+                        f"{host} is not an address of this machine: correct --host"
+                    ) from error
+                continue
+        found.append(port)
+        if len(found) == count:
+            return tuple(found)
+    raise ConfigError(f"fewer than {count} free ports between 20000 and 32000 on {host}")
+
+
+def address_towards(endpoints: Sequence[str]) -> str:
+    """Address of this machine that is used to reach the first of ``endpoints`` (host:port)."""
+    for endpoint in endpoints:
+        host, _, port = endpoint.rpartition(":")
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            try:
+                probe.connect((host, int(port)))  # sends nothing
+                return str(probe.getsockname()[0])
+            except (OSError, ValueError):
+                continue
+    return "127.0.0.1"
+
+
+class NodeName:
+    """A name for this launcher that is its own while it lives and comes back with it.
+
+    The host's name; a second launcher of the same job on the host gets ``<host>-2`` and so on.
+    A lock on a file decides, so a name is free again the moment its launcher is dead.
+    """
+
+    def __init__(self, job: str, wanted: str = "") -> None:
+        base = wanted or socket.gethostname().split(".")[0] or "node"
+        base = re.sub(r"[^A-Za-z0-9-]", "-", base)
+        self._lock: IO[str] | None = None
+        if wanted:
+            self.name = base
+            return
+        for number in range(1, 1000):
+            name = base if number == 1 else f"{base}-{number}"
+            lock = _try_lock(f"paddle_ft-{os.getuid()}-{job}-{name}.lock")
+            if lock is not None:
+                self.name, self._lock = name, lock
+                return
+        raise ConfigError(f"a thousand launchers of job {job} run here already: set --node")
+
+    def release(self) -> None:
+        if self._lock is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(self._lock.name)
+            self._lock.close()
+            self._lock = None
+
+
+def _try_lock(file_name: str) -> IO[str] | None:
+    path = os.path.join(tempfile.gettempdir(), file_name)
+    try:
+        lock = open(path, "w", encoding="ascii")
+    except OSError:
+        return None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.stat(path).st_ino == os.fstat(lock.fileno()).st_ino:
+            return lock
+    except OSError:
+        pass
+    lock.close()
+    return None

@@ -1,0 +1,191 @@
+"""Worker processes of one node: start, warm spares, output, end.
+
+Invariant: every process started here is in ``_processes`` or ``_spares`` until it has been waited
+for, and none outlives this one (the bootstrap asks the kernel for that). ``start`` must be called
+on the main thread: the kernel ties "my parent died" to the thread that started the child.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+OUTPUT_LINE_BYTES_MAX = 64 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSpec:
+    rank: int
+    env: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerEnded:
+    """Event: the process of ``rank`` in ``generation`` has ended."""
+
+    generation: int
+    rank: int
+    exit_code: int
+    stopped: bool
+    at_s: float
+
+
+class WorkerPool:
+    """Starts and ends the workers of one generation at a time.
+
+    Args:
+        command: what the bootstrap runs: script and arguments, or ``-m module …``.
+        spares: processes kept ready with paddle imported.
+        on_end: called from a thread for every worker that ends.
+        on_line: called from a thread for every line a worker prints, with its rank.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        log_dir: Path,
+        spares: int,
+        on_end: Callable[[WorkerEnded], None],
+        on_line: Callable[[int, bytes], None],
+    ) -> None:
+        self._command = list(command)
+        self._log_dir = log_dir
+        self._spares_wanted = spares
+        self._on_end = on_end
+        self._on_line = on_line
+        self._processes: dict[int, subprocess.Popen[bytes]] = {}
+        self._stopped: set[int] = set()
+        self._spares: list[subprocess.Popen[bytes]] = []
+        self._pumps: list[threading.Thread] = []
+
+    def start(self, generation: int, specs: Sequence[WorkerSpec]) -> None:
+        """Starts one worker for each of ``specs``; the ones before must have ended."""
+        assert not self._processes, "workers of the generation before are still there"
+        self._stopped.clear()
+        self._log_dir.mkdir(parents=True, exist_ok=True)
+        for spec in specs:
+            process = self._from_spare(spec) or self._spawn(spec.env, [])
+            self._processes[spec.rank] = process
+            self._follow(generation, spec.rank, process)
+        self._write_pids(generation)
+
+    def refill(self) -> None:
+        """Starts missing spares; called when there is nothing more urgent."""
+        self._spares = [s for s in self._spares if s.poll() is None]
+        while len(self._spares) < self._spares_wanted:
+            self._spares.append(self._spawn({}, ["--spare"], stdin=subprocess.PIPE))
+
+    def stop(self, gently: bool = False, grace_s: float = 5.0) -> None:
+        """Ends all workers; returns when the signal is sent. ``gently``: SIGTERM, then SIGKILL."""
+        for rank, process in list(self._processes.items()):
+            if process.poll() is None:
+                self._stopped.add(rank)
+                _signal_group(process, signal.SIGTERM if gently else signal.SIGKILL)
+                if gently:
+                    timer = threading.Timer(grace_s, _signal_group, (process, signal.SIGKILL))
+                    timer.daemon = True
+                    timer.start()
+
+    def reap(self, rank: int) -> None:
+        """Forgets the worker of ``rank``, whose end has been told."""
+        self._processes.pop(rank, None)
+
+    def close(self) -> None:
+        """Ends everything that was started here and waits for it."""
+        self.stop()
+        for process in self._spares:
+            _signal_group(process, signal.SIGKILL)
+        for process in [*self._processes.values(), *self._spares]:
+            process.wait()
+        for pump in self._pumps:
+            pump.join(timeout=2.0)
+        self._spares.clear()
+
+    def _spawn(
+        self, env: Mapping[str, str], extra: Sequence[str], stdin: int = subprocess.DEVNULL
+    ) -> subprocess.Popen[bytes]:
+        script = [] if extra else self._command
+        return subprocess.Popen(
+            [sys.executable, "-u", "-m", "paddle_ft.agent.bootstrap", *extra, *script],
+            env={**_clean_environment(), **env},
+            stdin=stdin,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+    def _from_spare(self, spec: WorkerSpec) -> subprocess.Popen[bytes] | None:
+        while self._spares:
+            process = self._spares.pop(0)
+            order = {"env": dict(spec.env), "argv": self._command, "cwd": os.getcwd()}
+            try:
+                assert process.stdin is not None
+                process.stdin.write(json.dumps(order).encode() + b"\n")
+                process.stdin.close()
+            except OSError:
+                process.kill()
+                process.wait()
+                continue
+            return process
+        return None
+
+    def _follow(self, generation: int, rank: int, process: subprocess.Popen[bytes]) -> None:
+        log = (self._log_dir / f"workerlog.{rank}").open("ab", buffering=0)
+        log.write(f"--- generation {generation}, pid {process.pid}\n".encode())
+        pump = threading.Thread(
+            target=self._pump, args=(rank, process, log), name=f"pump-{rank}", daemon=True
+        )
+        pump.start()
+        self._pumps = [p for p in self._pumps if p.is_alive()] + [pump]
+        threading.Thread(
+            target=self._wait, args=(generation, rank, process), name=f"wait-{rank}", daemon=True
+        ).start()
+
+    def _pump(self, rank: int, process: subprocess.Popen[bytes], log: IO[bytes]) -> None:
+        assert process.stdout is not None
+        with process.stdout as output, log:
+            while line := output.readline(OUTPUT_LINE_BYTES_MAX):
+                log.write(line)
+                self._on_line(rank, line)
+
+    def _wait(self, generation: int, rank: int, process: subprocess.Popen[bytes]) -> None:
+        code = process.wait()
+        try:  # what the worker started (data loaders) must not outlive it
+            os.killpg(process.pid, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):
+            pass
+        self._on_end(
+            WorkerEnded(generation, rank, code, rank in self._stopped, time.monotonic())
+        )
+
+    def _write_pids(self, generation: int) -> None:
+        """``workers.json`` in the log directory: who runs where, for people and tools."""
+        workers = [{"rank": r, "pid": p.pid} for r, p in sorted(self._processes.items())]
+        path = self._log_dir / "workers.json"
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps({"generation": generation, "workers": workers}))
+        temporary.replace(path)
+
+
+def _clean_environment() -> dict[str, str]:
+    """The launcher's environment without what an outer launcher left for workers of its own."""
+    foreign = ("PADDLE_TRAINER", "PADDLE_MASTER", "FLAGS_selected")
+    return {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
+
+
+def _signal_group(process: subprocess.Popen[bytes], number: int) -> None:
+    """Signals the worker and what it started (data loader processes)."""
+    if process.poll() is None:
+        try:
+            os.killpg(process.pid, number)
+        except (ProcessLookupError, PermissionError):
+            pass

@@ -1,0 +1,85 @@
+"""A live copy of one job's keys: read once, then followed by the watch.
+
+Invariant: the copy is always some past state of etcd, whole (one revision), and never goes back.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+from paddle_ft.coordination.kv import Coordinator, Event, KeyValue, Snapshot
+from paddle_ft.coordination.schema import JobState, Keys, parse
+from paddle_ft.errors import CoordinationError
+
+
+class JobMirror:
+    """Args:
+    notify: called from the watch's thread after each change; must not block.
+    """
+
+    def __init__(self, coordinator: Coordinator, keys: Keys, notify: Callable[[], None]) -> None:
+        self._coordinator = coordinator
+        self._keys = keys
+        self._notify = notify
+        self._lock = threading.Lock()
+        self._kvs: dict[str, KeyValue] = {}
+        self._revision = 0
+        self._parsed: tuple[int, JobState] | None = None
+        self._cancel: Callable[[], None] | None = None
+
+    def start(self) -> None:
+        """Reads the job and begins to follow it; raises EtcdUnavailable."""
+        self._reset(self._coordinator.read(self._keys.prefix))
+        self._cancel = self._coordinator.watch(
+            self._keys.prefix, self._revision, self._apply, self._reset_and_notify
+        )
+
+    def state(self) -> JobState:
+        """The newest state that is known.
+
+        Raises:
+            CoordinationError: a key holds what this version of paddle_ft does not write.
+        """
+        with self._lock:
+            if self._parsed is None or self._parsed[0] != self._revision:
+                try:
+                    state = parse(self._keys, self._kvs.values())
+                except ValueError as error:
+                    raise CoordinationError(
+                        f"etcd holds something else than this version of paddle_ft expects "
+                        f"({error}): use another --job_id or one version for all nodes"
+                    ) from error
+                self._parsed = (self._revision, state)
+            return self._parsed[1]
+
+    def revision_of(self, key: str) -> int:
+        """mod_revision of ``key``; 0 if it is not there."""
+        with self._lock:
+            kv = self._kvs.get(key)
+            return kv.mod_revision if kv else 0
+
+    def close(self) -> None:
+        if self._cancel is not None:
+            self._cancel()
+            self._cancel = None
+
+    def _reset(self, snapshot: Snapshot) -> None:
+        with self._lock:
+            if snapshot.revision >= self._revision:
+                self._kvs = {kv.key: kv for kv in snapshot.kvs}
+                self._revision = snapshot.revision
+
+    def _reset_and_notify(self, snapshot: Snapshot) -> None:
+        self._reset(snapshot)
+        self._notify()
+
+    def _apply(self, revision: int, events: tuple[Event, ...]) -> None:
+        with self._lock:
+            for event in events:
+                if event.deleted:
+                    self._kvs.pop(event.kv.key, None)
+                else:
+                    self._kvs[event.kv.key] = event.kv
+            self._revision = max(self._revision, revision)
+        self._notify()
