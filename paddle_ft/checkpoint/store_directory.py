@@ -1,0 +1,228 @@
+"""A directory as a store: one file an object, complete or absent at any moment.
+
+A file is written under ``.tmp/`` of the same file system, synced, renamed to its place (linked, if
+it must not be there yet) and the directory synced. What a crash leaves in ``.tmp/`` is swept when
+it is a day old.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from paddle_ft.checkpoint.store import Buffers, ObjectInfo, probe, retry, views
+from paddle_ft.config import CheckpointConfig
+from paddle_ft.errors import StoreDenied, StoreError, StoreFull, StoreMissing, StoreUnavailable
+from paddle_ft.failpoints import failpoint
+
+_TMP = ".tmp"
+_TMP_AGE_S = 86_400.0
+_VECTORS_MAX = 512
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
+
+
+class DirectoryStore:
+    """``Store`` below ``root``, which is created by the first write."""
+
+    def __init__(self, root: Path, config: CheckpointConfig) -> None:
+        self._root = Path(os.path.abspath(root))
+        self._attempts = config.attempts
+
+    @property
+    def url(self) -> str:
+        return str(self._root)
+
+    @property
+    def root(self) -> Path:
+        return self._root
+
+    def put(self, name: str, data: Buffers, *, if_absent: bool = False) -> bool:
+        return retry(self._attempts, self._put, name, views(data), if_absent)
+
+    def get(self, name: str) -> bytes:
+        return retry(self._attempts, self._get, name)
+
+    def read_into(self, name: str, offset: int, targets: Sequence[memoryview]) -> None:
+        retry(self._attempts, self._read_into, name, offset, targets)
+
+    def list(self, prefix: str) -> list[ObjectInfo]:
+        return retry(self._attempts, self._list, prefix)
+
+    def delete(self, names: Iterable[str]) -> None:
+        for name in names:
+            retry(self._attempts, self._delete, name)
+
+    def check(self) -> None:
+        probe(self)
+
+    def sweep(self) -> None:
+        """Removes what crashes have left half-written, once it is a day old."""
+        tmp = self._root / _TMP
+        with suppress(OSError):
+            mark = tmp / f"now-{secrets.token_hex(8)}"
+            mark.touch()
+            now_s = mark.stat().st_mtime
+            mark.unlink()
+            for entry in os.scandir(tmp):
+                if now_s - entry.stat().st_mtime > _TMP_AGE_S:
+                    os.unlink(entry.path)
+
+    # ------------------------------------------------------------ one attempt each
+
+    def _put(self, name: str, data: list[memoryview], if_absent: bool) -> bool:
+        target = self._root / name
+        tmp = self._root / _TMP / secrets.token_hex(12)
+        try:
+            _make_directory(tmp.parent)
+            if if_absent and target.exists():
+                return False
+            _write_synced(tmp, data)
+            failpoint("directory.written")
+            return _place(tmp, target, if_absent)
+        except OSError as error:
+            raise self._typed(error, name, "written") from error
+        finally:
+            with suppress(OSError):
+                tmp.unlink()
+
+    def _get(self, name: str) -> bytes:
+        try:
+            return (self._root / name).read_bytes()
+        except OSError as error:
+            raise self._typed(error, name, "read") from error
+
+    def _read_into(self, name: str, offset: int, targets: Sequence[memoryview]) -> None:
+        try:
+            descriptor = os.open(self._root / name, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                for target in targets:
+                    offset = self._fill(descriptor, name, offset, target)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise self._typed(error, name, "read") from error
+
+    def _fill(self, descriptor: int, name: str, offset: int, target: memoryview) -> int:
+        while target.nbytes:
+            count = os.preadv(descriptor, [target], offset)
+            if count == 0:
+                raise StoreMissing(f"{self.url}/{name} ends at byte {offset}, which is too early.")
+            offset += count
+            target = target[count:]
+        return offset
+
+    def _list(self, prefix: str) -> list[ObjectInfo]:
+        top = self._root / prefix.rpartition("/")[0]
+        result: list[ObjectInfo] = []
+
+        def give_up(error: OSError) -> None:
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR):
+                raise self._typed(error, prefix, "listed") from error
+
+        for folder, folders, files in os.walk(top, onerror=give_up):
+            if folder == str(self._root) and _TMP in folders:
+                folders.remove(_TMP)
+            relative = os.path.relpath(folder, self._root)
+            for file in files:
+                name = file if relative == "." else f"{relative}/{file}"
+                if name.startswith(prefix):
+                    with suppress(FileNotFoundError):
+                        status = os.stat(os.path.join(folder, file))
+                        result.append(ObjectInfo(name, status.st_size, status.st_mtime))
+        return sorted(result, key=lambda info: info.name)
+
+    def _delete(self, name: str) -> None:
+        path = self._root / name
+        try:
+            path.unlink()
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        except OSError as error:
+            raise self._typed(error, name, "deleted") from error
+        with suppress(OSError):
+            for parent in path.parents:
+                if parent == self._root:
+                    break
+                parent.rmdir()
+
+    def _typed(self, error: OSError, name: str, done: str) -> StoreError:
+        path = f"{self.url}/{name}"
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        if error.errno in _FULL:
+            return StoreFull(f"{path} cannot be {done}: {reason}; free or add space.")
+        if error.errno in _DENIED:
+            return StoreDenied(f"{path} cannot be {done}: {reason}; correct the permissions.")
+        if error.errno == errno.ENOENT:
+            return StoreMissing(f"{path} is not there.")
+        if error.errno in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
+            return StoreDenied(f"{path} cannot be {done}: {reason}; name another directory.")
+        return StoreUnavailable(f"{path} cannot be {done}: {reason}; check the disk or the mount.")
+
+
+def _write_synced(path: Path, data: list[memoryview]) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        pending = list(data)
+        first = 0
+        while first < len(pending):
+            count = os.writev(descriptor, pending[first : first + _VECTORS_MAX])
+            while first < len(pending) and count >= pending[first].nbytes:
+                count -= pending[first].nbytes
+                first += 1
+            if count:
+                pending[first] = pending[first][count:]
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _place(tmp: Path, target: Path, if_absent: bool) -> bool:
+    """Gives the finished file its name. A directory that a collector removes meanwhile is made
+    again."""
+    for _ in range(10):
+        _make_directory(target.parent)
+        try:
+            if if_absent:
+                try:
+                    os.link(tmp, target)
+                except OSError as error:
+                    # A file system without hard links: atomic still, but not against a race.
+                    if error.errno not in _NO_LINKS or target.exists():
+                        raise
+                    os.rename(tmp, target)
+            else:
+                os.rename(tmp, target)
+            _sync_directory(target.parent)
+            return True
+        except FileExistsError:
+            return False
+        except FileNotFoundError:
+            continue
+    raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+
+def _make_directory(path: Path) -> None:
+    """``mkdir -p`` whose result survives a crash."""
+    if path.is_dir():
+        return
+    _make_directory(path.parent)
+    with suppress(FileExistsError):
+        path.mkdir()
+        _sync_directory(path.parent)
+        return
+    if not path.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
