@@ -1,0 +1,92 @@
+"""What holds for every test: its own temporary directory, and no process left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+LEAVE_S = 5.0
+"""How long what a test started may take to be gone after it."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_temporary_directory() -> Iterator[Path]:
+    """Sends ``tempfile`` of this process and its children to one directory, which goes at the end.
+
+    Its name is short because the path of a Unix socket ends at 107 bytes.
+    """
+    with tempfile.TemporaryDirectory(prefix="pft-", ignore_cleanup_errors=True) as directory:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("TMPDIR", directory)
+            patch.setattr(tempfile, "tempdir", directory)
+            yield Path(directory)
+        # Launchers that a test killed leave their shared memory to the next one to remove.
+        from paddle_ft.agent.snapshots import remove_leftovers
+
+        remove_leftovers(Path("/dev/shm"))
+
+
+def descendants(directory: Path) -> dict[int, str]:
+    """Command lines of the living processes that were started with this TMPDIR.
+
+    Orphans too, which are no longer anybody's children.
+    """
+    mark = f"TMPDIR={directory}".encode()
+    found = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if mark in (process / "environ").read_bytes().split(b"\0"):
+                command = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+                if command:  # that of a zombie is empty
+                    found[int(process.name)] = command[:160]
+    return found
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind(own_temporary_directory: Path) -> Iterator[None]:
+    """Fails a test after which a process that it started still runs, and ends the process.
+
+    Processes of fixtures with a wider scope were there before, and may stay.
+    """
+    before = descendants(own_temporary_directory)
+    yield
+    deadline = time.monotonic() + LEAVE_S
+    while left := descendants(own_temporary_directory).keys() - before.keys():
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.05)
+    if left:
+        names = descendants(own_temporary_directory)
+        for pid in left:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        lines = "\n".join(f"{pid} {names.get(pid, '')}" for pid in sorted(left))
+        pytest.fail(f"the test left processes behind:\n{lines}", pytrace=False)
+
+
+@pytest.fixture
+def wait_for() -> Callable[..., None]:
+    """``wait_for(condition, timeout_s=20.0)`` returns once ``condition()`` is true."""
+
+    def wait(condition: Callable[[], object], timeout_s: float = 20.0) -> None:
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            if time.monotonic() > deadline:
+                pytest.fail(f"waited {timeout_s:g} s in vain")
+            time.sleep(0.02)
+
+    return wait
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if os.geteuid() != 0:
+        for item in items:
+            if item.get_closest_marker("root"):
+                item.add_marker(pytest.mark.skip(reason="needs root"))
