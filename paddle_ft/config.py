@@ -6,10 +6,21 @@ A key that does not exist is an error that names its source, never silently drop
 
 from __future__ import annotations
 
+import difflib
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from typing_extensions import Self
+
+from paddle_ft.errors import ConfigError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 
 class _Group(BaseModel):
@@ -113,3 +124,104 @@ class Config(_Group):
     job: JobConfig = JobConfig()
     etcd: EtcdConfig = EtcdConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A configuration, and where each value that is not a default came from."""
+
+    config: Config
+    sources: Mapping[str, str]
+    """``group.key`` -> ``command line``, ``environment PADDLE_FT_…`` or ``file …``."""
+
+    def describe(self) -> Iterator[str]:
+        """``group.key = value    (source)``, a line for each setting; secrets are left out."""
+        for group, settings in self.config:
+            for key, value in settings:
+                if type(settings).model_fields[key].repr:
+                    source = self.sources.get(f"{group}.{key}", "default")
+                    yield f"{group}.{key} = {value!r}    ({source})"
+
+
+def load(
+    command_line: Mapping[str, object],
+    environ: Mapping[str, str],
+    file: str | None = None,
+) -> Loaded:
+    """The configuration from all its sources.
+
+    Args:
+        command_line: ``group.key`` -> value, for what was given.
+        environ: environment; ``PADDLE_FT_<GROUP>__<KEY>`` counts, lists are separated by commas.
+        file: path of a TOML file with a table for each group.
+
+    Raises:
+        ConfigError: an unknown key or a bad value; the sentence names it and its source.
+    """
+    values: dict[str, object] = {}
+    sources: dict[str, str] = {}
+    layers = ((_from_file(file), f"file {file}"), (_from_environment(environ), "environment"))
+    for layer, source in (*layers, (command_line, "command line")):
+        for path, value in layer.items():
+            name = f" {_variable(path)}" if source == "environment" else ""
+            values[path], sources[path] = value, source + name
+    return Loaded(_validate(values, sources), sources)
+
+
+def _variable(path: str) -> str:
+    group, _, key = path.partition(".")
+    return f"PADDLE_FT_{group}__{key}".upper()
+
+
+def _from_file(file: str | None) -> dict[str, object]:
+    if file is None:
+        return {}
+    try:
+        with open(file, "rb") as stream:
+            tables = tomllib.load(stream)
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration {file}: {error.strerror}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{file} is not valid TOML: {error}") from error
+    flat: dict[str, object] = {}
+    for group, table in tables.items():
+        if not isinstance(table, dict):
+            raise ConfigError(f"{file}: {group} stands outside a table such as [job]: move it")
+        flat |= {f"{group}.{key}": value for key, value in table.items()}
+    return flat
+
+
+def _from_environment(environ: Mapping[str, str]) -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for name, value in environ.items():
+        group, separator, key = name.removeprefix("PADDLE_FT_").lower().partition("__")
+        if name.startswith("PADDLE_FT_") and separator:
+            path = f"{group}.{key}"
+            flat[path] = tuple(filter(None, value.split(","))) if path in _LISTS else value
+    return flat
+
+
+_LISTS = {"job.devices", "etcd.endpoints"}
+
+
+def _validate(values: Mapping[str, object], sources: Mapping[str, str]) -> Config:
+    tree: dict[str, dict[str, object]] = {}
+    for path, value in values.items():
+        group, _, key = path.partition(".")
+        settings = Config.model_fields.get(group)
+        known = getattr(settings.annotation, "model_fields", {}) if settings else {}
+        if key not in known:
+            every = [f"{g}.{k}" for g, s in Config() for k in type(s).model_fields]
+            near = difflib.get_close_matches(path, every, n=1)
+            hint = f": did you mean {near[0]}?" if near else f": settings are {', '.join(every)}"
+            raise ConfigError(f"there is no setting {path} ({sources[path]}){hint}")
+        tree.setdefault(group, {})[key] = value
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        path = ".".join(str(part) for part in first["loc"][:2])
+        message = first["msg"].removeprefix("Value error, ")
+        source = sources.get(path)
+        given = f" = {first['input']!r} ({source})" if source else ""
+        raise ConfigError(f"{path}{given}: {message}") from None

@@ -120,6 +120,9 @@ class Channel:
     """One connection, either end. ``send`` is thread-safe; ``receive`` is for one thread."""
 
     def __init__(self, connection: socket.socket) -> None:
+        self.generation = -1
+        self.rank = -1
+        """Whose connection it is, once its Hello has come; agent's end only."""
         self._connection = connection
         self._reader = connection.makefile("rb")
         self._lock = threading.Lock()

@@ -86,7 +86,7 @@ class NodeName:
 def _try_lock(file_name: str) -> IO[str] | None:
     path = os.path.join(tempfile.gettempdir(), file_name)
     try:
-        lock = open(path, "w", encoding="ascii")
+        lock = open(path, "w", encoding="ascii")  # noqa: SIM115  held as long as the name is
     except OSError:
         return None
     try:

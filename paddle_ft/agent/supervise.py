@@ -70,6 +70,8 @@ class LocalView:
     damaged: tuple[str, ...] = ()
     restore_failed: str = ""
     """Why the restore point could not be loaded for ``launched``; "" if it could."""
+    restore_fatal: int = 0
+    """Exit code if loading it again cannot help; 0 if it can."""
     leaving_since_s: float | None = None
     leaving_code: int = 0
     hurried: bool = False
@@ -116,7 +118,11 @@ def status_of(view: LocalView) -> NodeStatus:
     pending = view.pending_step
     if view.restore_failed:
         return NodeStatus(
-            "failed", group.generation, view.restore_failed, damaged=view.damaged
+            "failed",
+            group.generation,
+            view.restore_failed,
+            fatal=view.restore_fatal,
+            damaged=view.damaged,
         )
     for worker in group.workers:
         if worker.kind == "fatal":

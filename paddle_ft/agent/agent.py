@@ -1,0 +1,382 @@
+"""One launcher: the loop that observes, decides and acts for one node.
+
+    etcd watch, worker ends, worker messages, timers  ->  events  ->  the loop (main thread)
+        view = what is known now
+        decide(view)      cluster-wide, if this node leads     ->  membership, committer
+        supervise(view)   this node's workers                  ->  worker group, membership
+
+Only the loop changes the agent's own state. Whatever takes time runs elsewhere, one of a kind at
+a time, and comes back as an event, so that a slow etcd or store never delays a look at the
+workers.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import signal
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from paddle_ft.checkpoint.room import CheckpointRoom
+
+from paddle_ft.agent.committer import Committer
+from paddle_ft.agent.console import Console, Progress
+from paddle_ft.agent.group import Said, WorkerGroup
+from paddle_ft.agent.membership import Membership, TransactionDone
+from paddle_ft.agent.snapshots import PartWritten, RestoreFailed, SnapshotKeeper
+from paddle_ft.agent.supervise import (
+    Leave,
+    LocalAction,
+    LocalView,
+    Publish,
+    StartWorkers,
+    StopWorkers,
+    TellPause,
+    supervise,
+)
+from paddle_ft.agent.workers import WorkerEnded
+from paddle_ft.config import Config
+from paddle_ft.coordination import decide as cluster
+from paddle_ft.coordination import schema
+from paddle_ft.coordination.kv import Coordinator
+from paddle_ft.coordination.mirror import JobMirror
+from paddle_ft.errors import EXIT_SIGINT, EXIT_SIGTERM, EtcdUnavailable
+from paddle_ft.types import CommitRef, Head, Part
+
+log = logging.getLogger("paddle_ft")
+
+TICK_S = 0.2
+"""How long the loop sleeps when nothing happens; also how soon a signal is noticed."""
+EVENTS_MAX = 10_000
+PAUSE_S = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class _CommitDone:
+    head: Head | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Scanned:
+    found: tuple[CommitRef, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Changed:
+    """etcd changed, or the lease did: look again."""
+
+
+class Agent:
+    """Runs one node of the job until it ends.
+
+    Args:
+        command: script and arguments, as the bootstrap takes them.
+        coordinator: a reachable etcd.
+        room: the job's checkpoint store.
+        node: this launcher's own name; host: the address others reach it under.
+        run_dir: private directory for the socket and the beacons.
+        shared_dir: private directory on shared memory for snapshots.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        command: Sequence[str],
+        coordinator: Coordinator,
+        room: CheckpointRoom,
+        *,
+        node: str,
+        host: str,
+        run_dir: Path,
+        shared_dir: Path,
+        console: Console,
+    ) -> None:
+        self._config = config
+        self._coordinator = coordinator
+        self._room = room
+        self._console = console
+        self._closed = False
+        self._events: queue.Queue[Any] = queue.Queue(maxsize=EVENTS_MAX)
+        keys = self._keys = schema.Keys(config.job.id)
+        self._mirror = JobMirror(coordinator, keys, self._wake)
+        self._membership = Membership(
+            config, coordinator, keys, self._mirror, node, host, self._emit, self._wake
+        )
+        self._snapshots = SnapshotKeeper(
+            room, shared_dir, config.checkpoint.buffers, self._emit
+        )
+        self._group = WorkerGroup(
+            config, command, run_dir, self._snapshots, console, self._emit
+        )
+        self._committer = Committer(
+            coordinator, keys, self._mirror, room, lambda: self._closed
+        )
+        self._damaged: tuple[str, ...] = ()
+        self._marks = cluster.Marks()
+        self._found: tuple[CommitRef, ...] | None = None
+        self._scanning = False
+        self._commit_running = False
+        self._told_manifest = ""
+        self._told_reason = ""
+        self._signals: list[int] = []
+        self._leaving_since_s: float | None = None
+        self._leaving_code = 0
+        self._hurried = False
+
+    # ------------------------------------------------------------ life
+
+    def run(self) -> int:
+        """Runs until the job has ended or this node has left it; gives the exit code."""
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        previous = {number: signal.signal(number, self._on_signal) for number in numbers}
+        try:
+            self._mirror.start()
+            self._await_end_of_run_before()
+            self._group.listen()
+            self._membership.join(self._damaged, False)
+            while (end := self._turn()) is None:
+                pass
+            self._see_off(end)
+            return end.exit_code
+        finally:
+            self._close()
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _on_signal(self, number: int, _frame: object) -> None:
+        self._signals.append(number)  # the loop looks at it: a handler must not take locks
+
+    def _await_end_of_run_before(self) -> None:
+        """A run of the same name that is just ending has a few seconds to go away."""
+        until_s = time.monotonic() + 3 * self._config.etcd.lease_ttl_s
+        while self._mirror.state().outcome is not None and time.monotonic() < until_s:
+            if self._signals:
+                return
+            time.sleep(TICK_S)
+
+    def _see_off(self, end: Leave) -> None:
+        """Tells how it ended; a leader waits for the others to hear it before its keys go."""
+        self._console.end(end.exit_code, end.reason)
+        state = self._mirror.state()
+        leads = state.leader is not None and state.leader.value == self._membership.me
+        until_s = time.monotonic() + 2 * self._config.etcd.lease_ttl_s
+        while state.outcome is not None and leads and time.monotonic() < until_s:
+            if len(self._mirror.state().nodes) <= 1 or len(self._signals) > 0:
+                break
+            time.sleep(0.05)
+
+    def _close(self) -> None:
+        self._closed = True
+        self._group.close()
+        self._snapshots.close()
+        self._mirror.close()
+        self._membership.close()
+        self._console.close()
+
+    # ------------------------------------------------------------ one turn
+
+    def _emit(self, event: object) -> None:
+        self._events.put(event)
+
+    def _wake(self) -> None:
+        if self._events.empty():  # else the loop is about to look anyway
+            self._events.put(_Changed())
+
+    def _turn(self) -> Leave | None:
+        """Takes what has happened, decides, acts; gives the end when there is one."""
+        try:
+            event = self._events.get(timeout=TICK_S)
+            while True:
+                self._take(event)
+                event = self._events.get_nowait()
+        except queue.Empty:
+            pass
+        self._take_signals()
+        now_s = time.monotonic()
+        self._rejoin_if_lost()
+        state = self._mirror.state()
+        self._marks = cluster.observe(self._marks, state, now_s)
+        self._follow_head(state)
+        end = self._supervise(state, now_s)
+        if end is None:
+            self._decide(state, now_s)
+            self._group.refill()
+        self._console.progress(self._progress(state))
+        return end
+
+    def _take(self, event: object) -> None:
+        if isinstance(event, WorkerEnded):
+            self._group.ended(event)
+        elif isinstance(event, Said):
+            self._group.said(event)
+        elif isinstance(event, PartWritten):
+            revision = self._group.generation_revision
+            self._in_background(lambda: self._announce(event.part, revision), "part")
+        elif isinstance(event, RestoreFailed):
+            self._restore_failed(event)
+        elif isinstance(event, TransactionDone):
+            self._membership.done(event)
+        elif isinstance(event, _CommitDone):
+            self._commit_running = False
+            if event.head is not None:
+                self._tell_committed(event.head)
+        elif isinstance(event, _Scanned):
+            self._found, self._scanning = event.found, False
+
+    def _take_signals(self) -> None:
+        while self._signals:
+            number = self._signals.pop(0)
+            if self._leaving_since_s is not None:
+                self._hurried = True
+                continue
+            self._leaving_since_s = time.monotonic()
+            self._leaving_code = EXIT_SIGINT if number == signal.SIGINT else EXIT_SIGTERM
+            self._console.say(
+                f"{signal.Signals(number).name}: saving a last checkpoint, then leaving (at "
+                f"most {self._config.job.stop_grace_s:g} s; once more to leave at once)"
+            )
+
+    def _rejoin_if_lost(self) -> None:
+        """Whose lease has ended is dead to the others and comes back as a newcomer."""
+        if not self._membership.lost:
+            return
+        self._console.say("the lease of this node has ended: joining again as a newcomer")
+        try:
+            self._membership.join(self._damaged, self._leaving_since_s is not None)
+        except EtcdUnavailable as error:
+            log.warning("%s", error)
+
+    def _in_background(self, work: Callable[[], object], name: str) -> None:
+        """Runs ``work`` on a thread; its result, if any, comes back as an event."""
+
+        def run() -> None:
+            result = work()
+            if result is not None:
+                self._emit(result)
+
+        threading.Thread(target=run, name=name, daemon=True).start()
+
+    # ------------------------------------------------------------ this node's workers
+
+    def _supervise(self, state: schema.JobState, now_s: float) -> Leave | None:
+        view = LocalView(
+            me=self._membership.me,
+            state=state,
+            group=self._group.facts(),
+            launched=self._group.generation,
+            pending_step=self._snapshots.pending_step,
+            damaged=self._damaged,
+            restore_failed=self._group.restore_failed,
+            restore_fatal=self._group.restore_fatal,
+            leaving_since_s=self._leaving_since_s,
+            leaving_code=self._leaving_code,
+            hurried=self._hurried,
+        )
+        for action in supervise(view, self._membership.published, now_s, self._config.job):
+            if isinstance(action, Leave):
+                return action
+            self._act(action, state)
+        return None
+
+    def _act(self, action: LocalAction, state: schema.JobState) -> None:
+        if isinstance(action, Publish):
+            self._membership.publish(action)
+        elif isinstance(action, StopWorkers):
+            self._group.stop(gently=action.gently)
+        elif isinstance(action, TellPause):
+            self._group.tell_pause(action.reason)
+        elif isinstance(action, StartWorkers):
+            assert state.generation is not None
+            self._group.start(state.generation, self._membership.me)
+
+    def _restore_failed(self, event: RestoreFailed) -> None:
+        self._group.cannot_restore(event)
+        if event.damaged and event.manifest not in self._damaged:
+            self._damaged = (*self._damaged, event.manifest)
+
+    def _announce(self, part: Part, revision: int) -> None:
+        """Tells etcd of a written part until it has answered or the generation is over."""
+        txn = schema.add_part(self._keys, part, revision)
+        while part.generation == self._group.generation and not self._closed:
+            try:
+                self._coordinator.transact(txn)
+                return
+            except EtcdUnavailable:
+                time.sleep(PAUSE_S)
+
+    # ------------------------------------------------------------ the leader's part
+
+    def _decide(self, state: schema.JobState, now_s: float) -> None:
+        view = cluster.View(
+            me=self._membership.me,
+            state=state,
+            marks=self._marks,
+            acting_until_s=self._membership.acting_until_s(),
+            wall_s=time.time(),
+            commit_running=self._commit_running,
+            found=self._found,
+            store=self._room.identity,
+        )
+        decision = cluster.decide(view, now_s, self._config)
+        if decision.reason != self._told_reason:
+            self._told_reason = decision.reason
+            log.info("%s", decision.reason)
+        if decision.action is not None:
+            self._act_cluster(decision.action)
+
+    def _act_cluster(self, action: cluster.Action) -> None:
+        keys, send, lease = self._keys, self._membership.send, self._membership.lease
+        if isinstance(action, cluster.Campaign):
+            send("campaign", schema.campaign(keys, self._membership.me, lease))
+        elif isinstance(action, cluster.ScanStore):
+            if not self._scanning:
+                self._scanning = True
+                self._in_background(lambda: _Scanned(self._committer.scan()), "scan")
+        elif isinstance(action, cluster.ImportHead):
+            send("import", schema.commit(keys, action.head, (), action.fences))
+        elif isinstance(action, cluster.Propose):
+            send("propose", schema.propose(keys, action.generation, action.fences))
+        elif isinstance(action, cluster.RequestPause):
+            send("pause", schema.request_pause(keys, action.pause, action.fences))
+        elif isinstance(action, cluster.Finish):
+            send("finish", schema.finish(keys, action.outcome, lease, action.fences))
+        elif not self._commit_running:
+            self._commit_running = True
+            self._in_background(lambda: _CommitDone(self._committer.commit(action)), "commit")
+
+    def _follow_head(self, state: schema.JobState) -> None:
+        """Lets the workers know of a commit; the leader's own after the marker is written."""
+        head = state.head.value if state.head else None
+        if head is None or head.newest.manifest == self._told_manifest:
+            return
+        if state.leader is None or state.leader.value != self._membership.me:
+            self._tell_committed(head)
+        elif self._committer.acknowledged != head.newest.manifest and not self._commit_running:
+            self._commit_running = True  # the leader before may have died before its marker
+
+            def repair() -> _CommitDone:
+                self._committer.acknowledge(head)
+                return _CommitDone(head)
+
+            self._in_background(repair, "marker")
+
+    def _tell_committed(self, head: Head) -> None:
+        self._told_manifest = head.newest.manifest
+        self._snapshots.committed(head.newest)
+        self._group.tell_committed(head.newest)
+
+    def _progress(self, state: schema.JobState) -> Progress:
+        generation = state.generation.value if state.generation else None
+        return Progress(
+            reading=self._group.reading(),
+            generation=generation.number if generation else 0,
+            world_size=generation.world_size if generation else 0,
+            committed_step=state.head.value.newest.step if state.head else -1,
+            store_trouble=self._snapshots.trouble,
+            doing=self._told_reason,
+        )

@@ -1,0 +1,132 @@
+"""The leader's slow work: manifest, head, marker, garbage; and the look into the store.
+
+Order, and what a crash between two steps leaves behind:
+
+    parts in the store and in etcd      nothing refers to them: garbage
+    manifest in the store               garbage until head names it
+    head moved by the fenced txn        committed; from here on it is never lost while etcd lives
+    marker in the store                 acknowledged; known without etcd, too
+    garbage collected
+
+A commit is told to the workers of this node after the marker, since the embedded etcd dies with
+its launcher. The next leader writes a marker that its predecessor did not come to.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+from paddle_ft.checkpoint.room import CheckpointRoom
+
+from paddle_ft.coordination import schema
+from paddle_ft.coordination.decide import Commit
+from paddle_ft.coordination.kv import Coordinator, Transaction
+from paddle_ft.coordination.mirror import JobMirror
+from paddle_ft.errors import EtcdUnavailable, PaddleFTError, StoreError
+from paddle_ft.failpoints import failpoint
+from paddle_ft.types import CommitRef, Head
+
+log = logging.getLogger("paddle_ft")
+
+PAUSE_S = 0.5
+STORE_PAUSE_S = 2.0
+
+
+class Committer:
+    """Everything here blocks and belongs on a thread of its own; one call at a time.
+
+    Args:
+        closed: True once the agent is ending: nothing is tried again then.
+    """
+
+    def __init__(
+        self,
+        coordinator: Coordinator,
+        keys: schema.Keys,
+        mirror: JobMirror,
+        room: CheckpointRoom,
+        closed: Callable[[], bool],
+    ) -> None:
+        self._coordinator = coordinator
+        self._keys = keys
+        self._mirror = mirror
+        self._room = room
+        self._closed = closed
+        self.acknowledged = ""
+        """Manifest of the newest commit whose marker is known to be written."""
+
+    def scan(self) -> tuple[CommitRef, ...]:
+        """Commits in the store, newest first; tries until the store answers."""
+        while not self._closed():
+            try:
+                return tuple(self._room.commits())
+            except StoreError as error:
+                log.warning("the store cannot be read yet: %s", error)
+                time.sleep(STORE_PAUSE_S)
+        return ()
+
+    def commit(self, action: Commit) -> Head | None:
+        """Makes ``action``'s parts the newest checkpoint; None if that did not come about."""
+        try:
+            ref = self._room.store_manifest(action)
+            failpoint("after_manifest_before_head")
+            head = Head(ref, action.lineage, self._room.identity)
+            txn = schema.commit(self._keys, head, action.obsolete, action.fences)
+            if not self._move_head(txn, ref):
+                log.info("step %d was not committed: the job has moved on", action.step)
+                return None
+            failpoint("after_head_before_marker")
+        except PaddleFTError as error:
+            log.warning("step %d was not committed: %s", action.step, error)
+            time.sleep(PAUSE_S)
+            return None
+        self.acknowledge(head)
+        return head
+
+    def acknowledge(self, head: Head) -> None:
+        """Writes the marker that makes the commit known without etcd; then removes garbage."""
+        while True:
+            try:
+                self._room.acknowledge(head)
+                break
+            except StoreError as error:
+                if self._closed():
+                    return
+                log.warning("the marker of step %d waits: %s", head.newest.step, error)
+                time.sleep(STORE_PAUSE_S)
+        self.acknowledged = head.newest.manifest
+        failpoint("after_marker_before_collect")
+        try:
+            self._room.collect(head)
+        except StoreError as error:
+            log.warning("old checkpoints stay for now: %s", error)
+
+    def _move_head(self, txn: Transaction, ref: CommitRef) -> bool:
+        """Runs ``txn``; when its outcome is not known, looks at head before it tries again."""
+        while not self._closed():
+            try:
+                if self._coordinator.transact(txn).succeeded:
+                    return True
+            except EtcdUnavailable:
+                time.sleep(PAUSE_S)
+            try:
+                state = schema.parse(self._keys, self._coordinator.read(self._keys.head).kvs)
+            except EtcdUnavailable:
+                continue
+            if state.head is not None and state.head.value.newest == ref:
+                return True
+            if not self._could_succeed(txn, state):
+                return False
+        return False
+
+    def _could_succeed(self, txn: Transaction, head_now: schema.JobState) -> bool:
+        """Whether the revisions that ``txn`` compares are still the current ones."""
+        known = self._mirror.state()
+        now = schema.Fences(
+            leader=known.fences().leader,
+            generation=known.fences().generation,
+            head=head_now.fences().head,
+        )
+        return now.compares(self._keys) == txn.compares

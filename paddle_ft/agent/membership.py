@@ -1,0 +1,165 @@
+"""This node in etcd: its lease, its record, and small transactions one after another."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from paddle_ft.agent.net import free_ports
+from paddle_ft.agent.supervise import Publish
+from paddle_ft.config import Config
+from paddle_ft.coordination import schema
+from paddle_ft.coordination.kv import Coordinator, Transaction
+from paddle_ft.coordination.lease import LeaseKeeper
+from paddle_ft.coordination.mirror import JobMirror
+from paddle_ft.errors import EtcdUnavailable
+from paddle_ft.types import Member, NodeRecord, NodeStatus
+
+log = logging.getLogger("paddle_ft")
+
+PAUSE_S = 0.5
+"""Between two tries of a write that etcd refused or did not answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class TransactionDone:
+    """Event: a transaction has come back."""
+
+    kind: str
+    succeeded: bool
+    revision: int
+    record: NodeRecord | None
+
+
+class Membership:
+    """Used by the loop alone; only the sending of a transaction runs on another thread.
+
+    Args:
+        emit: takes TransactionDone from that thread.
+        wake: called when the lease is lost.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        coordinator: Coordinator,
+        keys: schema.Keys,
+        mirror: JobMirror,
+        node: str,
+        host: str,
+        emit: Callable[[TransactionDone], None],
+        wake: Callable[[], None],
+    ) -> None:
+        self._config = config
+        self._coordinator = coordinator
+        self._keys = keys
+        self._mirror = mirror
+        self._node = node
+        self._host = host
+        self._emit = emit
+        self._wake = wake
+        self._keeper: LeaseKeeper | None = None
+        self._record: NodeRecord | None = None
+        self._revision = 0
+        self._busy = False
+        self._not_before_s = 0.0
+
+    def join(self, damaged: tuple[str, ...], leaving: bool) -> None:
+        """Registers a new incarnation; raises EtcdUnavailable."""
+        if self._keeper is not None:
+            self._keeper.close()
+        etcd = self._config.etcd
+        self._keeper = LeaseKeeper(
+            self._coordinator,
+            ttl_s=etcd.lease_ttl_s,
+            renew_interval_s=etcd.renew_interval_s,
+            safety_margin_s=etcd.rpc_timeout_s,
+            on_lost=self._wake,
+        )
+        self._keeper.start()
+        slots = self._config.job.nproc_per_node
+        member = Member(
+            node=self._node,
+            incarnation=uuid.uuid4().hex[:12],
+            host=self._host,
+            slots=slots,
+            ports=free_ports(self._host, slots + 1),
+        )
+        record = NodeRecord(member, NodeStatus(damaged=damaged), leaving)
+        result = self._coordinator.transact(schema.register(self._keys, record, self.lease))
+        assert result.succeeded, "an incarnation is used once"
+        self._record, self._revision = record, result.revision
+
+    @property
+    def me(self) -> str:
+        return self._record.member.id if self._record else ""
+
+    @property
+    def lease(self) -> int:
+        assert self._keeper is not None
+        return self._keeper.lease
+
+    @property
+    def lost(self) -> bool:
+        """etcd has said that the lease is over: to the others this node is dead."""
+        return self._keeper is not None and self._keeper.lost
+
+    def acting_until_s(self) -> float:
+        """Monotonic time until which the lease certainly stands."""
+        return self._keeper.deadline() if self._keeper else 0.0
+
+    @property
+    def published(self) -> Publish | None:
+        return Publish(self._record.status, self._record.leaving) if self._record else None
+
+    def publish(self, action: Publish) -> None:
+        """Writes what the node says of itself, with fresh ports for the next generation."""
+        if self._record is None:
+            return
+        member = self._record.member
+        if action.status.state != "running":
+            ports = free_ports(self._host, member.slots + 1)
+            member = replace(member, ports=ports)
+        record = NodeRecord(member, action.status, action.leaving)
+        txn = schema.update_record(self._keys, record, self.lease, self._revision)
+        self.send("publish", txn, record)
+
+    def send(self, kind: str, txn: Transaction, record: NodeRecord | None = None) -> None:
+        """Sends ``txn`` unless another one is on its way; whoever wanted it asks again."""
+        if self._busy or time.monotonic() < self._not_before_s:
+            return
+        self._busy = True
+        threading.Thread(
+            target=self._transact, args=(kind, txn, record), name=f"etcd-{kind}", daemon=True
+        ).start()
+
+    def _transact(self, kind: str, txn: Transaction, record: NodeRecord | None) -> None:
+        try:
+            result = self._coordinator.transact(txn)
+            done = TransactionDone(kind, result.succeeded, result.revision, record)
+        except EtcdUnavailable as error:
+            log.debug("%s: %s", kind, error)
+            done = TransactionDone(kind, False, 0, None)
+        self._emit(done)
+
+    def done(self, event: TransactionDone) -> None:
+        self._busy = False
+        if event.succeeded and event.record is not None:
+            self._record, self._revision = event.record, event.revision
+            return
+        if event.kind == "publish":  # refused, or not known: go by what etcd holds
+            self._revision = self._mirror.revision_of(self._keys.node(self.me))
+            record = self._mirror.state().nodes.get(self.me)
+            if record is not None:
+                self._record = record.value
+        if not event.succeeded:
+            self._not_before_s = time.monotonic() + PAUSE_S
+
+    def close(self) -> None:
+        """Gives the lease back: the node's keys are gone at once."""
+        if self._keeper is not None:
+            self._keeper.close()

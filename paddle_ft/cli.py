@@ -1,0 +1,115 @@
+"""``paddle-ft``: launch a job, look at it, look after its checkpoints."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from paddle_ft import launch as launcher
+from paddle_ft.checkpoint.cli import ckpt_app
+from paddle_ft.config import EtcdConfig
+from paddle_ft.coordination import schema
+from paddle_ft.coordination.decide import find_trouble, live_nodes
+from paddle_ft.coordination.etcd import EtcdCoordinator
+from paddle_ft.errors import PaddleFTError
+
+app = typer.Typer(
+    name="paddle-ft",
+    help="Fault-tolerant training with PaddlePaddle.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(ckpt_app, name="ckpt")
+
+_PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+
+@app.command(context_settings=_PASS_ON, add_help_option=False)
+def launch(context: typer.Context) -> None:
+    """Run a training script: the same as python -m paddle_ft.launch."""
+    raise typer.Exit(launcher.main(context.args))
+
+
+@app.command()
+def status(
+    etcd: Annotated[str, typer.Option(help="etcd members, host:port,…", envvar="PADDLE_FT_ETCD")],
+    job_id: Annotated[str, typer.Option(help="name of the job")],
+    watch: Annotated[bool, typer.Option(help="go on, a look each second")] = False,
+) -> None:
+    """Show who takes part in a job, its generation and its newest checkpoint."""
+    endpoints = tuple(filter(None, etcd.split(",")))
+    coordinator = EtcdCoordinator(EtcdConfig(endpoints=endpoints))
+    keys = schema.Keys(job_id)
+    screen = Console()
+    try:
+        while True:
+            state = schema.parse(keys, coordinator.read(keys.prefix).kvs)
+            if watch:
+                screen.clear()
+            for line in describe(job_id, state):
+                screen.print(line)
+            if not watch:
+                break
+            time.sleep(1.0)
+    finally:
+        coordinator.close()
+
+
+def describe(job_id: str, state: schema.JobState) -> Iterator[str | Table]:
+    """What a person wants to know of a job."""
+    if not state.nodes and state.generation is None:
+        yield f"job {job_id}: nothing is known of it"
+        return
+    generation = state.generation.value if state.generation else None
+    yield f"job {job_id}: " + (
+        f"generation {generation.number}, {generation.world_size} ranks, "
+        f"{generation.restarts} restarts; {generation.reason}"
+        if generation
+        else "has not started yet"
+    )
+    head = state.head.value.newest if state.head else None
+    yield f"newest checkpoint: step {head.step} ({head.manifest})" if head else "no checkpoint yet"
+    trouble = find_trouble(state)
+    if trouble is not None:
+        yield f"trouble: {trouble}"
+    if state.outcome is not None:
+        yield f"ended with {state.outcome.value.exit_code}: {state.outcome.value.reason}"
+    yield _nodes(state)
+
+
+def _nodes(state: schema.JobState) -> Table:
+    table = Table("node", "address", "ranks", "state", "", box=None, pad_edge=False)
+    generation = state.generation.value if state.generation else None
+    members = generation.member_ids() if generation else ()
+    for member_id, record in sorted(live_nodes(state).items()):
+        member, told = record.value.member, record.value.status
+        ranks = "in reserve"
+        if generation is not None and member_id in members:
+            first = generation.first_rank(member_id)
+            ranks = ",".join(str(first + slot) for slot in range(member.slots))
+        notes = ["leader"] if state.leader and state.leader.value == member_id else []
+        notes += ["leaving"] if record.value.leaving else []
+        notes += [told.reason] if told.reason else []
+        table.add_row(member.node, member.host, ranks, told.state, ", ".join(notes))
+    for name in sorted(state.quarantine):
+        table.add_row(name, "", "", "in quarantine", "")
+    return table
+
+
+def main() -> None:
+    """Entry point; operating errors end in one sentence and their exit code."""
+    try:
+        app()
+    except PaddleFTError as error:
+        sys.stderr.write(f"paddle-ft: error: {error}\n")
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

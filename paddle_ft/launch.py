@@ -1,0 +1,334 @@
+"""``python -m paddle_ft.launch [flags] script.py [args]``: arguments and settings -> agent.
+
+The flags are those of ``paddle.distributed.launch`` where it has them, with ``-`` or ``_``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import difflib
+import importlib.util
+import logging
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from paddle_ft.config import Config, Loaded, load
+from paddle_ft.errors import EXIT_BUG, ConfigError, PaddleFTError
+
+EPILOG = """exit codes:
+  0    training is complete
+  1    workers failed more often than --max_restart allows
+  2    a flag, key, file or value is wrong
+  3    etcd cannot be reached, or too few nodes came
+  4    the checkpoint store cannot be used
+  5    a checkpoint is damaged everywhere, or belongs to another model
+  70   a defect of paddle_ft (please report its traceback)
+  130  stopped by Ctrl-C, 143 stopped by SIGTERM; the last checkpoint is named
+
+examples:
+  python -m paddle_ft.launch --nproc_per_node 2 train.py --epochs 10
+  python -m paddle_ft.launch --nnodes 2:4 --etcd 10.0.0.1:2379 --checkpoint s3://bucket/run \\
+      train.py
+"""
+
+IGNORED = {
+    "rank": "ranks follow from membership",
+    "log_level": "",
+    "log_overwrite": "logs are appended to",
+    "sort_ip": "ranks follow from membership",
+    "enable_gpu_log": "",
+    "start_port": "ports are found",
+    "elastic_level": "jobs are always elastic",
+    "elastic_timeout": "use job.join_window_s in the configuration",
+}
+"""Flags of paddle.distributed.launch that have no effect here, and why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """What the command line asks for."""
+
+    loaded: Loaded
+    worker: tuple[str, ...]
+    """Script and arguments, as the bootstrap takes them."""
+    notes: tuple[str, ...]
+    quiet: bool
+    print_config: bool
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors are one sentence; an unknown flag gets the nearest known one."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (see --help)")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="python -m paddle_ft.launch",
+        usage="python -m paddle_ft.launch [flags] script.py [args of the script]",
+        description="Runs a PaddlePaddle training script so that it survives the loss of workers "
+        "and nodes. Flags may be written with - or _.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+    def flag(group: argparse._ArgumentGroup, name: str, help: str, **more: object) -> None:  # noqa: A002
+        forms = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
+        group.add_argument(*forms, dest=name, help=help, **more)  # type: ignore[arg-type]
+
+    job = parser.add_argument_group("job")
+    flag(job, "nnodes", "nodes: N, or N:M for at least N and at most M (1)", metavar="N[:M]")
+    flag(job, "nproc_per_node", "worker processes on this node (number of devices, or 1)",
+         metavar="K")
+    flag(job, "job_id", "name of the job; launchers with the same etcd and name are one job "
+         "(name of the script)", metavar="NAME")
+    job.add_argument("--devices", "--gpus", dest="devices", metavar="0,1,…",
+                     help="accelerators of this node, one for each process (none: CPU)")
+    flag(job, "host", "address under which the other nodes reach this one (found out)")
+    flag(job, "node", "name of this node (name of the host)", metavar="NAME")
+    flag(job, "log_dir", "directory for the workers' output (log)", metavar="DIR")
+    flag(job, "module", "the script is the name of a module, as with python -m",
+         action="store_true")
+    fault = parser.add_argument_group("fault tolerance")
+    flag(fault, "etcd", "etcd members, host:port,… (a private etcd for this launcher alone)",
+         metavar="ENDPOINTS")
+    flag(fault, "checkpoint", "where the state is kept: a directory, file:///dir or "
+         "s3://bucket/prefix (checkpoints/<job_id>)", metavar="URL")
+    flag(fault, "checkpoint_every", "save every so often: 100 (steps) or 30s (30s)",
+         metavar="N|Ns")
+    flag(fault, "cache", "directory of a local SSD cache in front of the store", metavar="DIR")
+    flag(fault, "max_restart", "worker failures within job.restart_window_s that are answered "
+         "by a restart (3)", metavar="K")
+    flag(fault, "spares", "worker processes kept ready with paddle imported (0)", metavar="K")
+    flag(fault, "master", "etcd://host:port is the same as --etcd; a plain host:port is not "
+         "needed", metavar="ADDRESS")
+    other = parser.add_argument_group("other")
+    flag(other, "config", "TOML file with the settings below; flags win over it", metavar="FILE")
+    flag(other, "print_config", "print every setting and where it came from, and end",
+         action="store_true")
+    flag(other, "quiet", "no progress line", action="store_true")
+    for name in IGNORED:
+        flag(other, name, argparse.SUPPRESS)
+    flag(other, "run_mode", argparse.SUPPRESS)
+    parser.add_argument("script", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    return parser
+
+
+def parse(arguments: Sequence[str], environ: dict[str, str]) -> Command:
+    """The command that ``arguments`` ask for; raises ConfigError."""
+    parser = build_parser()
+    _refuse_unknown(parser, arguments)
+    given = parser.parse_args(arguments)
+    values: dict[str, object] = {}
+    notes = [
+        f"--{name} has no effect here" + (f": {why}" if why else "")
+        for name, why in IGNORED.items()
+        if getattr(given, name) is not None
+    ]
+    if given.run_mode not in (None, "collective"):
+        raise ConfigError(f"--run_mode {given.run_mode} is not supported: only collective is")
+    for name, path in _DIRECT.items():
+        if getattr(given, name) is not None:
+            values[path] = getattr(given, name)
+    if given.nnodes is not None:
+        values |= _nnodes(given.nnodes)
+    if given.devices is not None:
+        devices = tuple(filter(None, given.devices.split(",")))
+        values["job.devices"] = devices
+        values.setdefault("job.nproc_per_node", max(len(devices), 1))
+    if given.checkpoint_every is not None:
+        values |= _every(given.checkpoint_every)
+    _master(given, values, notes)
+    if not given.print_config:
+        _check_script(given)
+    if "job.id" not in values and "PADDLE_FT_JOB__ID" not in environ and given.script:
+        stem = Path(given.script[0]).stem if not given.module else given.script[0]
+        values["job.id"] = "".join(c if c.isalnum() or c in "._-" else "-" for c in stem)[:100]
+    loaded = load(values, environ, given.config)
+    worker = ("-m", *given.script) if given.module else tuple(given.script)
+    return Command(loaded, worker, tuple(notes), given.quiet, given.print_config)
+
+
+_DIRECT = {
+    "nproc_per_node": "job.nproc_per_node",
+    "job_id": "job.id",
+    "host": "job.host",
+    "node": "job.node",
+    "log_dir": "job.log_dir",
+    "max_restart": "job.max_restart",
+    "spares": "job.spares",
+    "checkpoint": "checkpoint.url",
+    "cache": "checkpoint.cache",
+}
+
+
+def _refuse_unknown(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
+    """Names an unknown flag before the script, which argparse would hand to the script."""
+    known = {option: action for action in parser._actions for option in action.option_strings}
+    pending = list(arguments)
+    while pending and pending[0].startswith("-") and pending[0] != "--":
+        name, equals, _ = pending.pop(0).partition("=")
+        action = known.get(name)
+        if action is None:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f": did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"there is no flag {name}{hint} (see --help)")
+        if not equals and action.nargs != 0:
+            if not pending:
+                raise ConfigError(f"{name} needs a value (see --help)")
+            pending.pop(0)
+
+
+def _nnodes(text: str) -> dict[str, object]:
+    low, _, high = text.partition(":")
+    if not low.isdigit() or (high and not high.isdigit()) or int(low) < 1:
+        raise ConfigError(f"--nnodes {text} is not N or N:M with numbers from 1")
+    if high and int(high) < int(low):
+        raise ConfigError(f"--nnodes {text}: the maximum is below the minimum")
+    return {"job.nodes_min": int(low), "job.nodes_max": int(high or low)}
+
+
+def _every(text: str) -> dict[str, object]:
+    number = text.removesuffix("s")
+    try:
+        value = float(number)
+    except ValueError:
+        value = -1.0
+    if value <= 0 or (not text.endswith("s") and not text.isdigit()):
+        raise ConfigError(f"--checkpoint_every {text} is neither steps (100) nor seconds (30s)")
+    if text.endswith("s"):
+        return {"checkpoint.every_s": value, "checkpoint.every_n_steps": 0}
+    return {"checkpoint.every_n_steps": int(value), "checkpoint.every_s": 0.0}
+
+
+def _master(given: argparse.Namespace, values: dict[str, object], notes: list[str]) -> None:
+    etcd = given.etcd
+    if given.master is not None:
+        if given.master.startswith("etcd://"):
+            etcd = etcd or given.master
+        else:
+            notes.append(
+                f"--master {given.master} is not needed: "
+                "launchers find each other through --etcd"
+            )
+    if etcd is not None:
+        values["etcd.endpoints"] = tuple(filter(None, etcd.split(",")))
+
+
+def _check_script(given: argparse.Namespace) -> None:
+    if not given.script:
+        raise ConfigError("there is no script to run: python -m paddle_ft.launch train.py")
+    script = given.script[0]
+    if given.module:
+        if importlib.util.find_spec(script.partition(".")[0]) is None:
+            raise ConfigError(f"there is no module {script}")
+    elif not os.path.isfile(script):
+        where = "" if os.path.isabs(script) else f" in {os.getcwd()}"
+        raise ConfigError(f"there is no script {script}{where}")
+
+
+def run(command: Command) -> int:
+    """Runs this node of the job; gives the exit code. Raises PaddleFTError."""
+    # Heavy imports (grpc, boto3) come after the command line was found good.
+    from paddle_ft.checkpoint.room import CheckpointRoom
+
+    from paddle_ft.agent.agent import Agent
+    from paddle_ft.agent.console import Console
+    from paddle_ft.agent.net import NodeName, address_towards
+    from paddle_ft.agent.snapshots import shared_directory
+    from paddle_ft.coordination.embedded import EmbeddedEtcd
+    from paddle_ft.coordination.etcd import EtcdCoordinator
+
+    config = command.loaded.config
+    check(config)
+    with contextlib.ExitStack() as stack:
+        run_dir = Path(tempfile.mkdtemp(prefix=f"paddle_ft-{os.getpid()}-run-"))
+        stack.callback(shutil.rmtree, run_dir, ignore_errors=True)
+        name = NodeName(config.job.id, config.job.node)
+        stack.callback(name.release)
+        console = Console(name.name, command.quiet)
+        for note in command.notes:
+            console.say(note)
+        room = CheckpointRoom.open(config)
+        stack.callback(room.close)
+        etcd = config.etcd
+        if not etcd.endpoints:
+            embedded = stack.enter_context(EmbeddedEtcd(run_dir))
+            etcd = etcd.model_copy(update={"endpoints": (embedded.endpoint,)})
+        coordinator = EtcdCoordinator(etcd)
+        stack.callback(coordinator.close)
+        coordinator.ping()
+        console.say(
+            f"job {config.job.id}, node {name.name}, checkpoints in {room.url}, "
+            f"etcd {'private' if not config.etcd.endpoints else ','.join(etcd.endpoints)}, "
+            f"output in {config.job.log_dir}/"
+        )
+        agent = Agent(
+            config,
+            command.worker,
+            coordinator,
+            room,
+            node=name.name,
+            host=config.job.host or address_towards(etcd.endpoints),
+            run_dir=run_dir,
+            shared_dir=shared_directory(config.job.id),
+            console=console,
+        )
+        return agent.run()
+
+
+def check(config: Config) -> None:
+    """Raises ConfigError for settings that do not go together."""
+    job = config.job
+    if job.nodes_max > 1 and not config.etcd.endpoints:
+        raise ConfigError(
+            f"--nnodes {job.nodes_min}:{job.nodes_max} needs an etcd that all nodes reach: give "
+            "--etcd host:port (a private one serves a single launcher)"
+        )
+    if job.devices and len(job.devices) < job.nproc_per_node:
+        raise ConfigError(
+            f"--nproc_per_node {job.nproc_per_node} needs as many devices, but --devices names "
+            f"{len(job.devices)}: give one for each process"
+        )
+    if config.checkpoint.cache:
+        cache = Path(config.checkpoint.cache)
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"--cache {cache} cannot be used: {error.strerror}") from error
+    try:
+        os.makedirs(job.log_dir, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--log_dir {job.log_dir} cannot be used: {error.strerror}") from error
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; operating errors end in one sentence and their exit code."""
+    logging.basicConfig(format="[paddle_ft] %(message)s", level=logging.WARNING)
+    try:
+        command = parse(sys.argv[1:] if arguments is None else arguments, dict(os.environ))
+        if command.print_config:
+            sys.stdout.writelines(f"{line}\n" for line in command.loaded.describe())
+            return 0
+        return run(command)
+    except PaddleFTError as error:
+        sys.stderr.write(f"paddle_ft: error: {error}\n")
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except Exception:
+        logging.getLogger("paddle_ft").exception("a defect of paddle_ft; please report this")
+        return EXIT_BUG
+
+
+if __name__ == "__main__":
+    sys.exit(main())
