@@ -14,7 +14,6 @@ import json
 import logging
 import os
 import shutil
-import socket
 import subprocess
 import tempfile
 import time
@@ -25,6 +24,7 @@ from types import TracebackType
 
 from typing_extensions import Self
 
+from paddle_ft.agent.net import free_ports
 from paddle_ft.agent.tether import tethered
 from paddle_ft.errors import ConfigError, CoordinationError
 
@@ -113,7 +113,7 @@ class EmbeddedEtcd:
         self._process: subprocess.Popen[bytes] | None = None
         self._dir: Path | None = None
         self._dir_lock = -1
-        self._ports = (0, 0)
+        self._ports: tuple[int, ...] = ()
 
     @property
     def endpoint(self) -> str:
@@ -196,7 +196,7 @@ class EmbeddedEtcd:
 
     def _start_on_free_ports(self) -> None:
         for attempt in range(1, _PORT_ATTEMPTS + 1):
-            self._ports = _free_ports()
+            self._ports = free_ports(HOST, 2)
             self._spawn()
             try:
                 self._wait_until_serving()
@@ -265,13 +265,6 @@ class EmbeddedEtcd:
             return ": ".join(str(entry[k]) for k in ("msg", "error") if entry.get(k))
         except (ValueError, AttributeError):
             return lines[-1].strip()[-400:]
-
-
-def _free_ports() -> tuple[int, int]:
-    with socket.socket() as first, socket.socket() as second:
-        first.bind((HOST, 0))
-        second.bind((HOST, 0))
-        return first.getsockname()[1], second.getsockname()[1]
 
 
 def _healthy(port: int) -> bool:
