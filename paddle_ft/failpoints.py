@@ -69,7 +69,8 @@ def switched(spec: str | None = None, **actions: Callable[[], None]) -> Iterator
 def recorded() -> Iterator[list[str]]:
     """The names that are passed within the block, so that a test can walk all of them."""
     global _seen
-    _seen = names = []
+    names: list[str] = []
+    _seen = names
     try:
         yield names
     finally:

@@ -9,6 +9,7 @@ is ever overwritten and a write that arrives late can harm nobody:
     manifests/<sequence>-<step>-<owner>-<nonce>.json       everything needed to load
     commits/<the same>.json                                the marker, written after head has moved
     pins/<the manifest's>~<who>.json                       keeps a checkpoint beyond retention
+    owners/<owner>.json, owners/<owner>.over.json          where a history began, that it is over
 
 ``owner`` names one history of heads: one job in one etcd, or one process that saves on its own.
 ``sequence`` is the commit number the writer was working towards: the head's plus one. Both stand
@@ -27,13 +28,15 @@ PARTS = "parts/"
 MANIFESTS = "manifests/"
 COMMITS = "commits/"
 PINS = "pins/"
+OWNERS = "owners/"
 
-Kind = Literal["data", "part", "manifest", "commit", "pin"]
+Kind = Literal["data", "part", "manifest", "commit", "pin", "owner", "over"]
 
 _OWNER = r"[A-Za-z0-9_]{1,64}"
 _WRITE = re.compile(rf"(data|parts)/({_OWNER})/(\d{{10}})-(\d+)-([0-9a-f]+)/[^/]+\Z")
 _COMMIT = re.compile(rf"(manifests|commits)/(\d{{10}})-(\d{{12}})-({_OWNER})-([0-9a-f]+)\.json\Z")
 _PIN = re.compile(rf"pins/(\d{{10}}-\d{{12}}-{_OWNER}-[0-9a-f]+)~({_OWNER})\.json\Z")
+_OWNED = re.compile(rf"owners/({_OWNER})(\.over)?\.json\Z")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +72,14 @@ def pin_name(manifest: str, who: str) -> str:
     return f"{PINS}{manifest[len(MANIFESTS) : -len('.json')]}~{who}.json"
 
 
+def owner_name(owner: str) -> str:
+    return f"{OWNERS}{owner}.json"
+
+
+def over_name(owner: str) -> str:
+    return f"{OWNERS}{owner}.over.json"
+
+
 def parse(name: str) -> Name | None:
     """What ``name`` says; None if it is not one of ours, which nobody then touches."""
     if match := _WRITE.match(name):
@@ -83,6 +94,8 @@ def parse(name: str) -> Name | None:
         parsed = parse(manifest)
         assert parsed is not None
         return Name("pin", match[2], parsed.sequence, parsed.step, manifest=manifest)
+    if match := _OWNED.match(name):
+        return Name("over" if match[2] else "owner", match[1], 0)
     return None
 
 

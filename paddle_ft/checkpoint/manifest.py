@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, TypeAdapter
 from typing_extensions import TypedDict
@@ -134,7 +134,7 @@ class Manifest:
 # ---------------------------------------------------------------- the JSON form
 
 _Count = Annotated[int, Field(ge=0, lt=2**63)]
-_Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}\Z")]
+_Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 _Name = Annotated[str, Field(min_length=1, max_length=4096)]
 _strict = ConfigDict(strict=True, extra="forbid")
 
@@ -187,11 +187,8 @@ class _WireManifest(TypedDict):
     meta: dict[str, Any]
 
 
-T = TypeVar("T")
-
-
 @cache
-def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
+def _adapter(kind: Any) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
 
 
@@ -345,7 +342,7 @@ def _damaged(where: str, reason: str) -> CheckpointDamaged:
     return CheckpointDamaged(f"{where} is damaged ({reason}); use an older checkpoint.")
 
 
-def _decode(kind: type[Any], data: bytes, name: str, where: str) -> Any:
+def _decode(kind: Hashable, data: bytes, name: str, where: str) -> Any:
     try:
         head = json.loads(data)
     except (ValueError, RecursionError):

@@ -24,6 +24,7 @@ T = TypeVar("T")
 P = ParamSpec("P")
 Buffers = bytes | bytearray | memoryview | Sequence[memoryview]
 
+SWEEP_AGE_S = 86_400.0
 _BACK_OFF_FIRST_MS = 100
 _BACK_OFF_MAX_MS = 5000
 
@@ -59,7 +60,7 @@ class Store(Protocol):
         """
         ...
 
-    def list(self, prefix: str) -> list[ObjectInfo]:
+    def find(self, prefix: str) -> list[ObjectInfo]:
         """All objects whose names begin with ``prefix``, sorted by name."""
         ...
 
@@ -71,12 +72,22 @@ class Store(Protocol):
         """Writes, reads back and deletes a probe; raises what is wrong, in seconds."""
         ...
 
+    def sweep(self) -> None:
+        """Removes what crashes have left half-written, once it is a day old."""
+        ...
+
 
 def get_range(store: Store, name: str, offset: int, nbytes: int) -> bytes:
     """``nbytes`` bytes of an object; raises StoreMissing if it is not there or ends too early."""
     buffer = bytearray(nbytes)
     store.read_into(name, offset, [memoryview(buffer)])
     return bytes(buffer)
+
+
+def tiers_of(store: Store) -> Sequence[Store]:
+    """The stores to ask for an object, nearest first; a plain store is its only tier."""
+    tiers: Sequence[Store] = getattr(store, "tiers", ()) or (store,)
+    return tiers
 
 
 def open_store(url: str, config: CheckpointConfig | None = None) -> Store:

@@ -14,13 +14,12 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from paddle_ft.checkpoint.store import Buffers, ObjectInfo, probe, retry, views
+from paddle_ft.checkpoint.store import SWEEP_AGE_S, Buffers, ObjectInfo, probe, retry, views
 from paddle_ft.config import CheckpointConfig
 from paddle_ft.errors import StoreDenied, StoreError, StoreFull, StoreMissing, StoreUnavailable
 from paddle_ft.failpoints import failpoint
 
 _TMP = ".tmp"
-_TMP_AGE_S = 86_400.0
 _VECTORS_MAX = 512
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -51,8 +50,8 @@ class DirectoryStore:
     def read_into(self, name: str, offset: int, targets: Sequence[memoryview]) -> None:
         retry(self._attempts, self._read_into, name, offset, targets)
 
-    def list(self, prefix: str) -> list[ObjectInfo]:
-        return retry(self._attempts, self._list, prefix)
+    def find(self, prefix: str) -> list[ObjectInfo]:
+        return retry(self._attempts, self._find, prefix)
 
     def delete(self, names: Iterable[str]) -> None:
         for name in names:
@@ -62,7 +61,6 @@ class DirectoryStore:
         probe(self)
 
     def sweep(self) -> None:
-        """Removes what crashes have left half-written, once it is a day old."""
         tmp = self._root / _TMP
         with suppress(OSError):
             mark = tmp / f"now-{secrets.token_hex(8)}"
@@ -70,7 +68,7 @@ class DirectoryStore:
             now_s = mark.stat().st_mtime
             mark.unlink()
             for entry in os.scandir(tmp):
-                if now_s - entry.stat().st_mtime > _TMP_AGE_S:
+                if now_s - entry.stat().st_mtime > SWEEP_AGE_S:
                     os.unlink(entry.path)
 
     # ------------------------------------------------------------ one attempt each
@@ -117,7 +115,7 @@ class DirectoryStore:
             target = target[count:]
         return offset
 
-    def _list(self, prefix: str) -> list[ObjectInfo]:
+    def _find(self, prefix: str) -> list[ObjectInfo]:
         top = self._root / prefix.rpartition("/")[0]
         result: list[ObjectInfo] = []
 

@@ -77,7 +77,7 @@ class FsspecStore:
             target[:] = content[at : at + target.nbytes]
             at += target.nbytes
 
-    def list(self, prefix: str) -> list[ObjectInfo]:
+    def find(self, prefix: str) -> list[ObjectInfo]:
         top = self._path(prefix.rpartition("/")[0]).rstrip("/")
 
         def attempt() -> dict[str, dict[str, Any]]:
@@ -101,6 +101,9 @@ class FsspecStore:
 
     def check(self) -> None:
         probe(self)
+
+    def sweep(self) -> None:
+        pass
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}"

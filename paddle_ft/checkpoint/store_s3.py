@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from typing import Any, NoReturn, TypeVar
 
-from paddle_ft.checkpoint.store import Buffers, ObjectInfo, probe, retry, views
+from paddle_ft.checkpoint import layout
+from paddle_ft.checkpoint.store import SWEEP_AGE_S, Buffers, ObjectInfo, probe, retry, views
 from paddle_ft.config import CheckpointConfig
 from paddle_ft.errors import (
     ConfigError,
@@ -65,7 +68,7 @@ class S3Store:
         if len(parts) > 1 and not if_absent:
             self._put_parts(name, parts)
             return True
-        return self._put_whole(name, b"".join(map(bytes, parts)), if_absent)
+        return self._put_whole(name, b"".join(views(data)), if_absent)
 
     def get(self, name: str) -> bytes:
         def attempt() -> bytes:
@@ -90,7 +93,7 @@ class S3Store:
 
         self._retry(attempt)
 
-    def list(self, prefix: str) -> list[ObjectInfo]:
+    def find(self, prefix: str) -> list[ObjectInfo]:
         result: list[ObjectInfo] = []
         token: dict[str, str] = {}
         while True:
@@ -117,6 +120,15 @@ class S3Store:
             update={"attempts": min(self._config.attempts, _CHECK_ATTEMPTS)}
         )
         probe(S3Store(self._bucket, self._prefix.rstrip("/"), quick))
+
+    def sweep(self) -> None:
+        page = self._try("list_multipart_uploads", None, "")
+        for upload in page.get("Uploads", ()):
+            age_s = time.time() - upload["Initiated"].timestamp()
+            name = upload["Key"][len(self._prefix) :]
+            if age_s > SWEEP_AGE_S and layout.parse(name):
+                with suppress(StoreMissing):
+                    self._try("abort_multipart_upload", name, UploadId=upload["UploadId"])
 
     # ------------------------------------------------------------ writing
 
