@@ -1,0 +1,151 @@
+"""The command line of the launcher: Paddle's flags, and one clear sentence for what is wrong (A1)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from paddle_ft import launch
+from paddle_ft.errors import ConfigError
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> str:
+    path = tmp_path / "train me.py"
+    path.write_text("")
+    return str(path)
+
+
+def parse(*arguments: str, **environ: str) -> launch.Command:
+    return launch.parse(arguments, environ)
+
+
+def test_flags_come_in_both_forms(script: str) -> None:
+    for form in ("--nproc_per_node", "--nproc-per-node"):
+        command = parse(form, "2", "--nnodes=2:4", script)
+        job = command.loaded.config.job
+        assert (job.nproc_per_node, job.nodes_min, job.nodes_max) == (2, 2, 4)
+
+
+def test_what_follows_the_script_is_the_scripts(script: str) -> None:
+    command = parse("--max_restart", "7", script, "--nproc_per_node", "9", "-x", "--", "y")
+    assert command.worker == (script, "--nproc_per_node", "9", "-x", "--", "y")
+    assert command.loaded.config.job.nproc_per_node == 1
+    assert command.loaded.config.job.max_restart == 7
+
+
+def test_the_job_is_named_after_the_script(script: str) -> None:
+    assert parse(script).loaded.config.job.id == "train-me"
+    assert parse("--job_id", "mine", script).loaded.config.job.id == "mine"
+    assert parse(script, PADDLE_FT_JOB__ID="theirs").loaded.config.job.id == "theirs"
+
+
+def test_a_module_may_stand_for_the_script() -> None:
+    assert parse("--module", "json.tool", "x").worker == ("-m", "json.tool", "x")
+
+
+def test_devices_give_the_number_of_processes(script: str) -> None:
+    for flag in ("--devices", "--gpus"):
+        job = parse(flag, "0,3", script).loaded.config.job
+        assert (job.devices, job.nproc_per_node) == (("0", "3"), 2)
+
+
+def test_checkpoints_by_steps_or_by_time(script: str) -> None:
+    steps = parse("--checkpoint_every", "100", script).loaded.config.checkpoint
+    assert (steps.every_n_steps, steps.every_s) == (100, 0.0)
+    time = parse("--checkpoint_every", "1.5s", script).loaded.config.checkpoint
+    assert (time.every_n_steps, time.every_s) == (0, 1.5)
+
+
+def test_paddles_etcd_master_is_understood(script: str) -> None:
+    command = parse("--master", "etcd://h1:2379,h2:2379", script)
+    assert command.loaded.config.etcd.endpoints == ("etcd://h1:2379", "h2:2379")
+
+
+def test_paddles_other_flags_are_noted_not_refused(script: str) -> None:
+    command = parse("--rank", "0", "--elastic_level", "1", "--run_mode", "collective", script)
+    assert len(command.notes) == 2
+
+
+def test_precedence_is_flag_environment_file_default(script: str, tmp_path: Path) -> None:
+    file = tmp_path / "job.toml"
+    file.write_text("[job]\nspares = 1\nmax_restart = 1\njoin_window_s = 9.0\n")
+    command = parse(
+        "--config", str(file), "--spares", "3", script,
+        PADDLE_FT_JOB__SPARES="2", PADDLE_FT_JOB__MAX_RESTART="2",
+    )
+    job = command.loaded.config.job
+    assert (job.spares, job.max_restart, job.join_window_s) == (3, 2, 9.0)
+    told = dict(line.split(" = ") for line in command.loaded.describe())
+    assert told["job.spares"] == "3    (command line)"
+    assert told["job.max_restart"] == "2    (environment PADDLE_FT_JOB__MAX_RESTART)"
+    assert told["job.join_window_s"] == f"9.0    (file {file})"
+    assert told["etcd.lease_ttl_s"] == "5    (default)"
+    assert "etcd.password" not in told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ([], "there is no script to run"),
+        (["--nprocs_per_node", "2", "{script}"], "there is no flag --nprocs_per_node: did you"),
+        (["--nproc_per_node"], "--nproc_per_node needs a value"),
+        (["--nproc_per_node", "two", "{script}"], "job.nproc_per_node = 'two' (command line)"),
+        (["--nproc_per_node", "0", "{script}"], "job.nproc_per_node = '0' (command line)"),
+        (["nosuch.py"], "there is no script nosuch.py in "),
+        (["--module", "nosuch.thing"], "there is no module nosuch.thing"),
+        (["--nnodes", "4:2", "{script}"], "--nnodes 4:2: the maximum is below the minimum"),
+        (["--nnodes", "x", "{script}"], "--nnodes x is not N or N:M"),
+        (["--checkpoint_every", "soon", "{script}"], "--checkpoint_every soon is neither"),
+        (["--run_mode", "ps", "{script}"], "--run_mode ps is not supported"),
+        (["--config", "/nosuch.toml", "{script}"], "cannot read the configuration /nosuch.toml"),
+        (["--job_id", "a/b", "{script}"], "job.id = 'a/b' (command line)"),
+    ],
+)
+def test_bad_command_lines_are_one_sentence(
+    arguments: list[str], told: str, script: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    given = [a.replace("{script}", script) for a in arguments]
+    assert launch.main(given) == 2
+    out, err = capfd.readouterr()
+    assert err.startswith("paddle_ft: error: " + told)
+    assert err.count("\n") == 1
+    assert not out
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("[job]\nspare = 1\n", "there is no setting job.spare (file"),
+        ("spares = 1\n", "spares stands outside a table"),
+        ("[job\n", "is not valid TOML"),
+        ("[etcd]\nlease_ttl_s = 2\nrenew_interval_s = 1.5\n", "lease_ttl_s must be more than"),
+        ("[serving]\nx = 1\n", "there is no setting serving.x"),
+    ],
+)
+def test_bad_files_are_one_sentence(
+    content: str, told: str, script: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "bad.toml"
+    file.write_text(content)
+    with pytest.raises(ConfigError) as caught:
+        parse("--config", str(file), script)
+    assert told in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_key_in_the_environment_is_an_error(script: str) -> None:
+    with pytest.raises(ConfigError, match=r"job\.spare \(environment PADDLE_FT_JOB__SPARE\)"):
+        parse(script, PADDLE_FT_JOB__SPARE="1")
+
+
+def test_several_nodes_need_an_etcd_they_share(script: str) -> None:
+    with pytest.raises(ConfigError, match="--nnodes 2:2 needs an etcd"):
+        launch.check(parse("--nnodes", "2", script).loaded.config)
+
+
+def test_each_process_needs_a_device(script: str) -> None:
+    config = parse("--devices", "0", "--nproc_per_node", "2", script).loaded.config
+    with pytest.raises(ConfigError, match="--devices names 1"):
+        launch.check(config)
