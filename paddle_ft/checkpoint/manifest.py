@@ -224,62 +224,29 @@ def _wire_pieces(pieces: Iterable[Piece], index: Mapping[str, int]) -> list[dict
 
 def encode_manifest(manifest: Manifest) -> bytes:
     """Canonical JSON of ``manifest``."""
-    objects = sorted(manifest.objects.items())
-    index = {name: i for i, (name, _) in enumerate(objects)}
-    return canonical(
-        {
-            "format": FORMAT,
-            "kind": "manifest",
-            "owner": manifest.owner,
-            "sequence": manifest.sequence,
-            "generation": manifest.generation,
-            "step": manifest.step,
-            "world_size": manifest.world_size,
-            "block_bytes": manifest.block_bytes,
-            "parent": manifest.parent,
-            "created_s": float(manifest.created_s),
-            "bytes_new": manifest.bytes_new,
-            "objects": objects,
-            "tensors": _wire_pieces(manifest.tensors, index),
-            "meta": manifest.meta,
-        }
-    )
+    return _encode("manifest", manifest, "tensors", manifest.tensors)
 
 
 def encode_part(part: PartListing) -> bytes:
     """Canonical JSON of ``part``."""
-    objects = sorted(part.objects.items())
+    return _encode("part", part, "pieces", part.pieces)
+
+
+def _encode(kind: str, value: Manifest | PartListing, key: str, pieces: tuple[Piece, ...]) -> bytes:
+    objects = sorted(value.objects.items())
     index = {name: i for i, (name, _) in enumerate(objects)}
-    return canonical(
-        {
-            "format": FORMAT,
-            "kind": "part",
-            "owner": part.owner,
-            "sequence": part.sequence,
-            "generation": part.generation,
-            "step": part.step,
-            "member": part.member,
-            "world_size": part.world_size,
-            "block_bytes": part.block_bytes,
-            "ranks": part.ranks,
-            "parent": part.parent,
-            "objects": objects,
-            "pieces": _wire_pieces(part.pieces, index),
-            "meta": part.meta,
-        }
-    )
+    wire = {name: getattr(value, name) for name in value.__slots__}
+    wire |= {"format": FORMAT, "kind": kind, "objects": objects, key: _wire_pieces(pieces, index)}
+    return canonical(wire)
 
 
 def decode_manifest(data: bytes, where: str) -> Manifest:
     """The manifest that ``encode_manifest`` made; ``where`` names it in the CheckpointDamaged."""
-    wire: _WireManifest = _decode(_WireManifest, data, "manifest", where)
+    wire, objects, tensors = _decode(_WireManifest, data, "manifest", "tensors", where)
     try:
-        objects = _objects(wire["objects"])
-        tensors = tuple(_piece(p, wire["objects"], wire["block_bytes"]) for p in wire["tensors"])
         for tensor in tensors:
             _require(tensor.start == 0, f"tensor {tensor.name} does not begin at 0")
             _require(tensor.nbytes == tensor.nbytes_whole, f"tensor {tensor.name} is not complete")
-            _require(tensor.rank < wire["world_size"], f"tensor {tensor.name} has a wrong rank")
         keys = {(t.name, t.rank) for t in tensors}
         _require(len(keys) == len(tensors), "a tensor occurs twice")
         replicated = {t.name for t in tensors if t.rank < 0}
@@ -287,46 +254,16 @@ def decode_manifest(data: bytes, where: str) -> Manifest:
         _require(not mixed, f"tensors {sorted(mixed)} are both replicated and local")
     except _Malformed as error:
         raise _damaged(where, str(error)) from None
-    return Manifest(
-        owner=wire["owner"],
-        sequence=wire["sequence"],
-        generation=wire["generation"],
-        step=wire["step"],
-        world_size=wire["world_size"],
-        block_bytes=wire["block_bytes"],
-        parent=wire["parent"],
-        created_s=wire["created_s"],
-        bytes_new=wire["bytes_new"],
-        objects=objects,
-        tensors=tensors,
-        meta=wire["meta"],
-    )
+    return Manifest(**wire, objects=objects, tensors=tensors)
 
 
 def decode_part(data: bytes, where: str) -> PartListing:
     """The listing that ``encode_part`` made; ``where`` names it in the CheckpointDamaged."""
-    wire: _WirePart = _decode(_WirePart, data, "part", where)
-    try:
-        objects = _objects(wire["objects"])
-        pieces = tuple(_piece(p, wire["objects"], wire["block_bytes"]) for p in wire["pieces"])
-        _require(all(r < wire["world_size"] for r in wire["ranks"]), "a rank is out of range")
-        _require(all(p.rank < wire["world_size"] for p in pieces), "a rank is out of range")
-    except _Malformed as error:
-        raise _damaged(where, str(error)) from None
-    return PartListing(
-        owner=wire["owner"],
-        sequence=wire["sequence"],
-        generation=wire["generation"],
-        step=wire["step"],
-        member=wire["member"],
-        world_size=wire["world_size"],
-        block_bytes=wire["block_bytes"],
-        ranks=tuple(wire["ranks"]),
-        parent=wire["parent"],
-        objects=objects,
-        pieces=pieces,
-        meta=wire["meta"],
-    )
+    wire, objects, pieces = _decode(_WirePart, data, "part", "pieces", where)
+    ranks = tuple(wire.pop("ranks"))
+    if any(rank >= wire["world_size"] for rank in ranks):
+        raise _damaged(where, "a rank is out of range")
+    return PartListing(**wire, ranks=ranks, objects=objects, pieces=pieces)
 
 
 class _Malformed(Exception):
@@ -342,22 +279,33 @@ def _damaged(where: str, reason: str) -> CheckpointDamaged:
     return CheckpointDamaged(f"{where} is damaged ({reason}); use an older checkpoint.")
 
 
-def _decode(kind: Hashable, data: bytes, name: str, where: str) -> Any:
+def _decode(
+    shape: Hashable, data: bytes, kind: str, key: str, where: str
+) -> tuple[dict[str, Any], dict[str, int], tuple[Piece, ...]]:
+    """The checked fields, without objects and pieces; the objects; the pieces."""
     try:
         head = json.loads(data)
     except (ValueError, RecursionError):
         raise _damaged(where, "not JSON") from None
-    if not isinstance(head, dict) or head.get("kind") != name:
-        raise _damaged(where, f"not a {name}")
+    if not isinstance(head, dict) or head.get("kind") != kind:
+        raise _damaged(where, f"not a {kind}")
     if head.get("format") != FORMAT:
         raise CheckpointDamaged(
             f"{where} has format {head.get('format')!r}, which this version cannot read; "
             f"use the version of paddle_ft that wrote it."
         )
     try:
-        return _adapter(kind).validate_json(data)
+        wire = _adapter(shape).validate_json(data)
+        pairs = wire.pop("objects")
+        objects = _objects(pairs)
+        pieces = tuple(_piece(p, pairs, wire["block_bytes"]) for p in wire.pop(key))
+        _require(all(p.rank < wire["world_size"] for p in pieces), "a rank is out of range")
     except ValueError as error:
         raise _damaged(where, _first_line(error)) from None
+    except _Malformed as error:
+        raise _damaged(where, str(error)) from None
+    del wire["format"], wire["kind"]
+    return wire, objects, pieces
 
 
 def _first_line(error: ValueError) -> str:
