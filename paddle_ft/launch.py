@@ -239,18 +239,18 @@ def _check_script(given: argparse.Namespace) -> None:
 def run(command: Command) -> int:
     """Runs this node of the job; gives the exit code. Raises PaddleFTError."""
     # Heavy imports (grpc, boto3) come after the command line was found good.
-    from paddle_ft.checkpoint.room import CheckpointRoom
-
     from paddle_ft.agent.agent import Agent
     from paddle_ft.agent.console import Console
     from paddle_ft.agent.net import NodeName, address_towards
-    from paddle_ft.agent.snapshots import shared_directory
+    from paddle_ft.agent.snapshots import remove_leftovers, shared_directory
+    from paddle_ft.checkpoint.room import CheckpointRoom
     from paddle_ft.coordination.embedded import EmbeddedEtcd
     from paddle_ft.coordination.etcd import EtcdCoordinator
 
     config = command.loaded.config
     check(config)
     with contextlib.ExitStack() as stack:
+        remove_leftovers(Path(tempfile.gettempdir()))
         run_dir = Path(tempfile.mkdtemp(prefix=f"paddle_ft-{os.getpid()}-run-"))
         stack.callback(shutil.rmtree, run_dir, ignore_errors=True)
         name = NodeName(config.job.id, config.job.node)
@@ -259,8 +259,7 @@ def run(command: Command) -> int:
         for note in command.notes:
             console.say(note)
         room = CheckpointRoom.open(config)
-        stack.callback(room.close)
-        etcd = config.etcd
+        etcd, embedded = config.etcd, None
         if not etcd.endpoints:
             embedded = stack.enter_context(EmbeddedEtcd(run_dir))
             etcd = etcd.model_copy(update={"endpoints": (embedded.endpoint,)})
@@ -282,8 +281,13 @@ def run(command: Command) -> int:
             run_dir=run_dir,
             shared_dir=shared_directory(config.job.id),
             console=console,
+            tend=embedded.revive if embedded else lambda: None,
         )
-        return agent.run()
+        exit_code = agent.run()
+        if embedded is not None:
+            with contextlib.suppress(PaddleFTError):
+                room.release()
+        return exit_code
 
 
 def check(config: Config) -> None:

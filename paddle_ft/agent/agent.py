@@ -22,8 +22,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from paddle_ft.checkpoint.room import CheckpointRoom
-
 from paddle_ft.agent.committer import Committer
 from paddle_ft.agent.console import Console, Progress
 from paddle_ft.agent.group import Said, WorkerGroup
@@ -40,12 +38,13 @@ from paddle_ft.agent.supervise import (
     supervise,
 )
 from paddle_ft.agent.workers import WorkerEnded
+from paddle_ft.checkpoint.room import CheckpointRoom
 from paddle_ft.config import Config
 from paddle_ft.coordination import decide as cluster
 from paddle_ft.coordination import schema
 from paddle_ft.coordination.kv import Coordinator
 from paddle_ft.coordination.mirror import JobMirror
-from paddle_ft.errors import EXIT_SIGINT, EXIT_SIGTERM, EtcdUnavailable
+from paddle_ft.errors import EXIT_SIGINT, EXIT_SIGTERM, CoordinationError
 from paddle_ft.types import CommitRef, Head, Part
 
 log = logging.getLogger("paddle_ft")
@@ -67,6 +66,13 @@ class _Scanned:
 
 
 @dataclass(frozen=True, slots=True)
+class _Defect:
+    """Something on another thread failed in a way it must not."""
+
+    error: Exception
+
+
+@dataclass(frozen=True, slots=True)
 class _Changed:
     """etcd changed, or the lease did: look again."""
 
@@ -81,6 +87,7 @@ class Agent:
         node: this launcher's own name; host: the address others reach it under.
         run_dir: private directory for the socket and the beacons.
         shared_dir: private directory on shared memory for snapshots.
+        tend: called now and then on the main thread, to keep a private etcd alive.
     """
 
     def __init__(
@@ -95,11 +102,13 @@ class Agent:
         run_dir: Path,
         shared_dir: Path,
         console: Console,
+        tend: Callable[[], object] = lambda: None,
     ) -> None:
         self._config = config
         self._coordinator = coordinator
         self._room = room
         self._console = console
+        self._tend = tend
         self._closed = False
         self._events: queue.Queue[Any] = queue.Queue(maxsize=EVENTS_MAX)
         keys = self._keys = schema.Keys(config.job.id)
@@ -137,6 +146,7 @@ class Agent:
         try:
             self._mirror.start()
             self._await_end_of_run_before()
+            self._room.bind(self._claim_store)
             self._group.listen()
             self._membership.join(self._damaged, False)
             while (end := self._turn()) is None:
@@ -158,6 +168,15 @@ class Agent:
             if self._signals:
                 return
             time.sleep(TICK_S)
+
+    def _claim_store(self, value: str) -> str:
+        """Puts ``value`` under the job's store key unless one is there; gives the one that is."""
+        txn = schema.claim_store(self._keys, value)
+        if self._coordinator.transact(txn).succeeded:
+            return value
+        state = schema.parse(self._keys, self._coordinator.read(self._keys.store).kvs)
+        assert state.store is not None, "the store key is never removed"
+        return state.store.value
 
     def _see_off(self, end: Leave) -> None:
         """Tells how it ended; a leader waits for the others to hear it before its keys go."""
@@ -197,6 +216,7 @@ class Agent:
         except queue.Empty:
             pass
         self._take_signals()
+        self._tend()
         now_s = time.monotonic()
         self._rejoin_if_lost()
         state = self._mirror.state()
@@ -227,6 +247,8 @@ class Agent:
                 self._tell_committed(event.head)
         elif isinstance(event, _Scanned):
             self._found, self._scanning = event.found, False
+        elif isinstance(event, _Defect):
+            raise event.error
 
     def _take_signals(self) -> None:
         while self._signals:
@@ -248,14 +270,17 @@ class Agent:
         self._console.say("the lease of this node has ended: joining again as a newcomer")
         try:
             self._membership.join(self._damaged, self._leaving_since_s is not None)
-        except EtcdUnavailable as error:
+        except CoordinationError as error:
             log.warning("%s", error)
 
     def _in_background(self, work: Callable[[], object], name: str) -> None:
         """Runs ``work`` on a thread; its result, if any, comes back as an event."""
 
         def run() -> None:
-            result = work()
+            try:
+                result = work()
+            except Exception as error:  # noqa: BLE001  the loop raises it
+                result = _Defect(error)
             if result is not None:
                 self._emit(result)
 
@@ -306,7 +331,7 @@ class Agent:
             try:
                 self._coordinator.transact(txn)
                 return
-            except EtcdUnavailable:
+            except CoordinationError:
                 time.sleep(PAUSE_S)
 
     # ------------------------------------------------------------ the leader's part

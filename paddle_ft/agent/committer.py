@@ -19,12 +19,11 @@ import time
 from collections.abc import Callable
 
 from paddle_ft.checkpoint.room import CheckpointRoom
-
 from paddle_ft.coordination import schema
 from paddle_ft.coordination.decide import Commit
 from paddle_ft.coordination.kv import Coordinator, Transaction
 from paddle_ft.coordination.mirror import JobMirror
-from paddle_ft.errors import EtcdUnavailable, PaddleFTError, StoreError
+from paddle_ft.errors import CheckpointError, CoordinationError, PaddleFTError, StoreError
 from paddle_ft.failpoints import failpoint
 from paddle_ft.types import CommitRef, Head
 
@@ -78,8 +77,12 @@ class Committer:
                 log.info("step %d was not committed: the job has moved on", action.step)
                 return None
             failpoint("after_head_before_marker")
-        except PaddleFTError as error:
+        except CheckpointError as error:
             log.warning("step %d was not committed: %s", action.step, error)
+            self._drop_parts(action)
+            return None
+        except PaddleFTError as error:
+            log.warning("step %d is not committed yet: %s", action.step, error)
             time.sleep(PAUSE_S)
             return None
         self.acknowledge(head)
@@ -100,8 +103,17 @@ class Committer:
         failpoint("after_marker_before_collect")
         try:
             self._room.collect(head)
-        except StoreError as error:
+        except PaddleFTError as error:
             log.warning("old checkpoints stay for now: %s", error)
+
+    def _drop_parts(self, action: Commit) -> None:
+        """Forgets parts that do not make a checkpoint, so that they are not tried for ever."""
+        try:
+            self._coordinator.transact(
+                schema.drop_parts(self._keys, action.obsolete, action.fences)
+            )
+        except CoordinationError:
+            time.sleep(PAUSE_S)
 
     def _move_head(self, txn: Transaction, ref: CommitRef) -> bool:
         """Runs ``txn``; when its outcome is not known, looks at head before it tries again."""
@@ -109,11 +121,11 @@ class Committer:
             try:
                 if self._coordinator.transact(txn).succeeded:
                     return True
-            except EtcdUnavailable:
+            except CoordinationError:
                 time.sleep(PAUSE_S)
             try:
                 state = schema.parse(self._keys, self._coordinator.read(self._keys.head).kvs)
-            except EtcdUnavailable:
+            except CoordinationError:
                 continue
             if state.head is not None and state.head.value.newest == ref:
                 return True

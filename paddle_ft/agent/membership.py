@@ -16,7 +16,7 @@ from paddle_ft.coordination import schema
 from paddle_ft.coordination.kv import Coordinator, Transaction
 from paddle_ft.coordination.lease import LeaseKeeper
 from paddle_ft.coordination.mirror import JobMirror
-from paddle_ft.errors import EtcdUnavailable
+from paddle_ft.errors import EtcdUnavailable, PaddleFTError
 from paddle_ft.types import Member, NodeRecord, NodeStatus
 
 log = logging.getLogger("paddle_ft")
@@ -143,6 +143,9 @@ class Membership:
             done = TransactionDone(kind, result.succeeded, result.revision, record)
         except EtcdUnavailable as error:
             log.debug("%s: %s", kind, error)
+            done = TransactionDone(kind, False, 0, None)
+        except PaddleFTError as error:  # the lease is gone, etcd is full, no permission
+            log.warning("%s: %s", kind, error)
             done = TransactionDone(kind, False, 0, None)
         self._emit(done)
 

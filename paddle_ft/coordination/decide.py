@@ -72,6 +72,8 @@ class Commit:
     generation: int
     step: int
     parts: tuple[Part, ...]
+    head: Head | None
+    """Where head stands; None: nothing is committed yet."""
     sequence: int
     base: CommitRef | None
     """What the commit continues; None: the beginning."""
@@ -315,6 +317,7 @@ def next_commit(state: JobState, keep_last: int) -> Commit | None:
                 generation=generation.number,
                 step=step,
                 parts=tuple(parts[m] for m in wanted),
+                head=head,
                 sequence=(head.newest.sequence if head else 0) + 1,
                 base=base,
                 lineage=kept_lineage(head, base, keep_last),

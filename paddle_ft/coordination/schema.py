@@ -227,8 +227,17 @@ def propose(keys: Keys, generation: Generation, fences: Fences) -> Transaction:
 
 def commit(keys: Keys, head: Head, obsolete: Iterable[Part], fences: Fences) -> Transaction:
     """Moves ``head``; the parts it was made of, and older ones, have served."""
-    served = (Delete(keys.part(p.generation, p.step, p.member)) for p in obsolete)
-    return Transaction(fences.compares(keys), (Put(keys.head, encode(head)), *served))
+    put = Put(keys.head, encode(head))
+    return Transaction(fences.compares(keys), (put, *_deletes(keys, obsolete)))
+
+
+def drop_parts(keys: Keys, parts: Iterable[Part], fences: Fences) -> Transaction:
+    """Forgets parts that turned out not to make a checkpoint."""
+    return Transaction(fences.compares(keys), _deletes(keys, parts))
+
+
+def _deletes(keys: Keys, parts: Iterable[Part]) -> tuple[Delete, ...]:
+    return tuple(Delete(keys.part(p.generation, p.step, p.member)) for p in parts)
 
 
 def request_pause(keys: Keys, pause: Pause, fences: Fences) -> Transaction:

@@ -1,0 +1,127 @@
+"""The checkpoints of one job, as its agents use them.
+
+A thin front over writing, committing, restoring and collecting, bound to one store and, once the
+job's etcd is known, to one history of heads (``bind``).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from paddle_ft.checkpoint import commit as commits
+from paddle_ft.checkpoint.collect import collect, release
+from paddle_ft.checkpoint.manifest import Manifest
+from paddle_ft.checkpoint.plan import merge
+from paddle_ft.checkpoint.restore import restore
+from paddle_ft.checkpoint.store import Store, open_store
+from paddle_ft.checkpoint.write import read_part, store_manifest, write_part
+from paddle_ft.config import Config
+from paddle_ft.coordination.decide import Commit
+from paddle_ft.types import CommitRef, Head, ImageInfo, Part
+
+
+class CheckpointRoom:
+    """Every method blocks for as long as the store takes and raises StoreError, CheckpointError."""
+
+    def __init__(self, store: Store, config: Config) -> None:
+        self._store = store
+        self._config = config.checkpoint
+        self._owner = ""
+        self._manifests: dict[str, Manifest] = {}
+        self.identity = ""
+        """Of the store; known after ``bind``."""
+
+    @classmethod
+    def open(cls, config: Config) -> CheckpointRoom:
+        """The room for ``config``, found usable: one object was written, read and removed."""
+        url = config.checkpoint.url or f"checkpoints/{config.job.id}"
+        store = open_store(url, config.checkpoint)
+        store.check()
+        return cls(store, config)
+
+    @property
+    def url(self) -> str:
+        return self._store.url
+
+    def bind(self, claim: Callable[[str], str]) -> None:
+        """Binds the job to this store.
+
+        ``claim`` puts the given value into etcd unless one is there and gives the one that is.
+        Raises CheckpointMismatch if the job is bound to another store.
+        """
+        value = claim(commits.binding(self._store))
+        self._owner = commits.bound(self._store, value)
+        self.identity = commits.identify(self._store)
+
+    def commits(self) -> tuple[CommitRef, ...]:
+        """What the store holds for a job whose etcd knows of nothing, newest first."""
+        head = commits.adopt(self._store, self._owner)
+        return (head.newest, *head.lineage) if head else ()
+
+    def write_part(
+        self,
+        images: Sequence[tuple[ImageInfo, memoryview]],
+        *,
+        generation: int,
+        member: str,
+        parent: CommitRef | None,
+    ) -> Part:
+        """Stores one node's share of a step."""
+        known = (parent, self._manifest(parent)) if parent else None
+        return write_part(
+            self._store,
+            images,
+            owner=self._owner,
+            sequence=(parent.sequence if parent else 0) + 1,
+            generation=generation,
+            member=member,
+            parent=known,
+            config=self._config,
+        )
+
+    def store_manifest(self, action: Commit) -> CommitRef:
+        """Merges the parts of ``action`` and stores the manifest that ``head`` will name."""
+        listings = [read_part(self._store, part) for part in action.parts]
+        refs = (
+            {c.manifest: c for c in (action.head.newest, *action.head.lineage)}
+            if (action.head)
+            else {}
+        )
+        parents = {
+            part.parent: self._manifest(refs[part.parent]) for part in action.parts if part.parent
+        }
+        manifest = merge(listings, head=action.head, parents=parents, created_s=time.time())
+        ref = store_manifest(self._store, manifest)
+        self._manifests[ref.manifest] = manifest
+        return ref
+
+    def acknowledge(self, head: Head) -> None:
+        """Writes the marker of a commit that etcd has."""
+        commits.mark_committed(self._store, head)
+
+    def restore(
+        self, ref: CommitRef, *, ranks: Sequence[int], world_size: int, path: Path
+    ) -> Mapping[int, ImageInfo]:
+        """Loads what ``ranks`` need into the new file ``path``; what is in it, by rank."""
+        manifest = self._manifest(ref)
+        return restore(self._store, ref, manifest, ranks=ranks, world_size=world_size, path=path)
+
+    def collect(self, head: Head) -> None:
+        """Removes what no checkpoint that is kept refers to."""
+        collect(self._store, head, self._owner)
+
+    def _manifest(self, ref: CommitRef) -> Manifest:
+        """The manifest of ``ref``; the few newest are remembered."""
+        manifest = self._manifests.get(ref.manifest)
+        if manifest is None:
+            manifest = self._manifests[ref.manifest] = commits.read_manifest(self._store, ref)
+        for name in list(self._manifests)[:-4]:
+            del self._manifests[name]
+        return manifest
+
+    def release(self) -> None:
+        """The job's etcd is gone for good: nobody will write under this history again."""
+        if self._owner:
+            release(self._store, self._owner)
