@@ -19,6 +19,8 @@ from paddle_ft.types import Generation
 
 REDRAW_S = 0.5
 PRINT_S = 10.0
+FIRST_S = 2.0
+"""What takes less at the start needs no progress line."""
 RATE_WINDOW_S = 10.0
 
 
@@ -42,7 +44,7 @@ class Console:
         self._lock = threading.Lock()
         self._drawn = 0
         self._terminal = sys.stderr.isatty()
-        self._next_s = 0.0
+        self._next_s = time.monotonic() + FIRST_S
         self._steps: deque[tuple[float, int]] = deque()
         self._last = ""
         self._handler = _LogHandler(self)
@@ -67,8 +69,8 @@ class Console:
         slots = next(m.slots for m in generation.members if m.id == me)
         ranks = f"rank {first}" if slots == 1 else f"ranks {first}-{first + slots - 1}"
         self.say(
-            f"generation {generation.number}: {generation.world_size} ranks on "
-            f"{len(generation.members)} nodes, {ranks} here ({self._node}), {start}; "
+            f"generation {generation.number}: {_count(generation.world_size, 'rank')} on "
+            f"{_count(len(generation.members), 'node')}, {ranks} here ({self._node}), {start}; "
             f"{generation.reason}"
         )
         self._steps.clear()
@@ -127,6 +129,10 @@ class Console:
 
     def close(self) -> None:
         logging.getLogger("paddle_ft").removeHandler(self._handler)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 class _LogHandler(logging.Handler):

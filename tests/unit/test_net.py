@@ -1,0 +1,55 @@
+"""Names and ports of a node."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import socket
+from multiprocessing.connection import Connection
+
+import pytest
+
+from paddle_ft.agent.net import PORTS, NodeName, address_towards, free_ports
+from paddle_ft.errors import ConfigError
+
+
+def test_ports_are_free_different_and_out_of_the_kernels_way() -> None:
+    ports = free_ports("127.0.0.1", 20)
+    assert len(set(ports)) == 20
+    assert all(port in PORTS for port in ports)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", ports[0]))
+
+
+def test_an_address_of_another_machine_is_refused() -> None:
+    with pytest.raises(ConfigError, match="not an address of this machine"):
+        free_ports("192.0.2.1", 1)
+
+
+def test_the_address_is_the_one_that_reaches_etcd() -> None:
+    assert address_towards(["127.0.0.1:2379"]) == "127.0.0.1"
+    assert address_towards(["nonsense"]) == "127.0.0.1"
+
+
+def _hold(job: str, pipe: Connection) -> None:
+    pipe.send(NodeName(job).name)
+    pipe.recv()
+
+
+def test_a_name_comes_back_when_its_launcher_is_dead() -> None:
+    job = f"name-test-{os.getpid()}"
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_hold, args=(job, theirs))
+    process.start()
+    first = ours.recv()
+    second = NodeName(job)
+    assert second.name == f"{first}-2"
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    third = NodeName(job)
+    assert third.name == first
+    second.release()
+    third.release()
