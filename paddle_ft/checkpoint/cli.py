@@ -1,0 +1,182 @@
+"""``paddle-ft ckpt``: look at the checkpoints in a store and look after them."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import Counter
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from paddle_ft import config
+from paddle_ft.checkpoint import commit
+from paddle_ft.checkpoint.manifest import Manifest
+from paddle_ft.checkpoint.restore import verify as verify_blocks
+from paddle_ft.checkpoint.store import Store, open_store
+from paddle_ft.errors import CheckpointDamaged, CheckpointMismatch
+from paddle_ft.types import CommitRef
+
+ckpt_app = typer.Typer(
+    help="Look at checkpoints and look after them.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+Url = Annotated[str, typer.Argument(help="a directory, file:///dir or s3://bucket/prefix")]
+Step = Annotated[int | None, typer.Option(help="the checkpoint of this step; default: the newest")]
+ConfigFile = Annotated[str | None, typer.Option("--config", help="TOML file with the settings")]
+Json = Annotated[bool, typer.Option("--json", help="for programs")]
+
+
+def open_url(url: str, config_file: str | None) -> Store:
+    """The store at ``url`` with the settings of file and environment."""
+    return open_store(url, config.load({}, os.environ, config_file).config.checkpoint)
+
+
+def choose(store: Store, step: int | None) -> CommitRef:
+    """The newest commit (of ``step``); raises CheckpointMismatch if there is none."""
+    refs = commit.list_commits(store)
+    for ref in refs:
+        if step is None or ref.step == step:
+            return ref
+    if not refs:
+        raise CheckpointMismatch(f"{store.url} holds no checkpoint; correct the URL.")
+    steps = ", ".join(str(ref.step) for ref in refs[:20])
+    raise CheckpointMismatch(f"{store.url} holds no checkpoint of step {step}; there are {steps}.")
+
+
+def _emit(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2))
+
+
+@ckpt_app.command()
+def ls(url: Url, config_file: ConfigFile = None, as_json: Json = False) -> None:
+    """List the checkpoints, newest first."""
+    store = open_url(url, config_file)
+    pinned = commit.pins(store)
+    rows = []
+    for ref in commit.list_commits(store):
+        row: dict[str, Any] = {"step": ref.step, "sequence": ref.sequence}
+        try:
+            row |= _facts(commit.read_manifest(store, ref))
+        except CheckpointDamaged as error:
+            row["damaged"] = str(error)
+        row["pinned"] = sorted(pinned.get(ref.manifest, []))
+        rows.append(row | {"manifest": ref.manifest})
+    if as_json:
+        _emit(rows)
+        return
+    table = Table("step", "time", "age", "size", "new", "world", "pinned", "", box=None)
+    for row in rows:
+        table.add_row(*_line(row))
+    Console(soft_wrap=True).print(table if rows else f"{store.url} holds no checkpoint")
+
+
+def _facts(manifest: Manifest) -> dict[str, Any]:
+    return {
+        "created_s": manifest.created_s,
+        "bytes": manifest.nbytes,
+        "bytes_new": manifest.bytes_new,
+        "world_size": manifest.world_size,
+        "generation": manifest.generation,
+    }
+
+
+def _line(row: dict[str, Any]) -> list[str]:
+    pinned = ", ".join(row["pinned"])
+    if "damaged" in row:
+        return [str(row["step"]), "", "", "", "", "", pinned, "damaged"]
+    at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row["created_s"]))
+    return [
+        str(row["step"]),
+        at,
+        age(time.time() - row["created_s"]),
+        size(row["bytes"]),
+        size(row["bytes_new"]),
+        str(row["world_size"]),
+        pinned,
+        "",
+    ]
+
+
+def size(nbytes: float) -> str:
+    """``nbytes`` for people: 1.5 MiB."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if nbytes < 1024:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1024
+    return f"{nbytes:.1f} TiB"
+
+
+def age(seconds: float) -> str:
+    """``seconds`` for people, in the two largest units: 3 h 12 min."""
+    left = max(0, int(seconds))
+    words = []
+    for name, length in (("d", 86_400), ("h", 3600), ("min", 60), ("s", 1)):
+        count, left = divmod(left, length)
+        if count:
+            words.append(f"{count} {name}")
+    return " ".join(words[:2]) or "0 s"
+
+
+@ckpt_app.command()
+def show(
+    url: Url, step: Step = None, config_file: ConfigFile = None, as_json: Json = False
+) -> None:
+    """Show one checkpoint: what it holds, tensor by tensor."""
+    store = open_url(url, config_file)
+    ref = choose(store, step)
+    manifest = commit.read_manifest(store, ref)
+    tensors = [
+        {"name": t.name, "dtype": t.dtype, "shape": t.shape, "bytes": t.nbytes}
+        | ({"rank": t.rank} if t.rank >= 0 else {})
+        for t in manifest.tensors
+    ]
+    facts = {"step": ref.step, "sequence": ref.sequence} | _facts(manifest)
+    facts |= {"manifest": ref.manifest, "sha256": ref.digest, "parent": manifest.parent}
+    if as_json:
+        _emit(facts | {"objects": manifest.objects, "tensors": tensors, "meta": manifest.meta})
+        return
+    screen = Console(soft_wrap=True)
+    for name, value in facts.items():
+        shown = size(value) if name.startswith("bytes") else value
+        screen.print(f"{name:12} {shown}", highlight=False)
+    table = Table("tensor", "dtype", "shape", "size", "rank", box=None)
+    for t in manifest.tensors:
+        rank = str(t.rank) if t.rank >= 0 else "all"
+        table.add_row(t.name, t.dtype, str(list(t.shape)), size(t.nbytes), rank)
+    screen.print(table)
+    kinds = Counter(name.rpartition("/")[0] for name in manifest.objects)
+    screen.print(f"in {len(manifest.objects)} objects of {len(kinds)} writes", highlight=False)
+
+
+@ckpt_app.command()
+def verify(
+    url: Url,
+    step: Step = None,
+    every: Annotated[bool, typer.Option("--all", help="all checkpoints, not one")] = False,
+    config_file: ConfigFile = None,
+) -> None:
+    """Read every byte of a checkpoint and compare it with its checksum."""
+    store = open_url(url, config_file)
+    refs = commit.list_commits(store) if every else [choose(store, step)]
+    bad: list[CheckpointDamaged] = []
+    with Progress(transient=True) as progress:
+        for ref in progress.track(refs, description="verifying"):
+            try:
+                found = verify_blocks(store, ref, commit.read_manifest(store, ref))
+            except CheckpointDamaged as error:
+                found = [error]
+            for error in found:
+                typer.echo(str(error), err=True)
+            typer.echo(f"step {ref.step}: {'damaged' if found else 'intact'}")
+            bad += found
+    if bad:
+        raise CheckpointDamaged(
+            f"{len(bad)} faults were found in {store.url}; use a checkpoint that is intact."
+        )
