@@ -172,8 +172,8 @@ def verify(
                 found = verify_blocks(store, ref, commit.read_manifest(store, ref))
             except CheckpointDamaged as error:
                 found = [error]
-            for error in found:
-                typer.echo(str(error), err=True)
+            for fault in found:
+                typer.echo(str(fault), err=True)
             typer.echo(f"step {ref.step}: {'damaged' if found else 'intact'}")
             bad += found
     if bad:
