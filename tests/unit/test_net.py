@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import signal
 import socket
-from multiprocessing.connection import Connection
+import subprocess
+import sys
 
 import pytest
 
@@ -32,23 +31,29 @@ def test_the_address_is_the_one_that_reaches_etcd() -> None:
     assert address_towards(["nonsense"]) == "127.0.0.1"
 
 
-def _hold(job: str, pipe: Connection) -> None:
-    pipe.send(NodeName(job).name)
-    pipe.recv()
+HOLDER = """
+import sys
+from paddle_ft.agent.net import NodeName
+name = NodeName(sys.argv[1])
+print(name.name, flush=True)
+sys.stdin.read()
+"""
 
 
 def test_a_name_comes_back_when_its_launcher_is_dead() -> None:
     job = f"name-test-{os.getpid()}"
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_hold, args=(job, theirs))
-    process.start()
-    first = ours.recv()
-    second = NodeName(job)
-    assert second.name == f"{first}-2"
-    assert process.pid is not None
-    os.kill(process.pid, signal.SIGKILL)
-    process.join()
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, job],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with holder:
+        assert holder.stdout is not None
+        first = holder.stdout.readline().strip()
+        second = NodeName(job)
+        assert second.name == f"{first}-2"
+        holder.kill()
     third = NodeName(job)
     assert third.name == first
     second.release()
