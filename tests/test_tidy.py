@@ -28,6 +28,7 @@ LAYERS = (
     (
         "pure",
         [
+            "plain",
             "sampling",
             "coordination.kv",
             "coordination.schema",
@@ -38,6 +39,7 @@ LAYERS = (
             "checkpoint.layout",
             "checkpoint.manifest",
             "checkpoint.plan",
+            "checkpoint.retention",
             "health.judge",
             "serve.elect",
             "serve.breaker",
@@ -55,9 +57,10 @@ LAYERS = (
             "agent.net",
             "agent.tether",
             "collective",
+            "gradients",
         ],
     ),
-    ("shells", ["agent.*", "session", "state"]),
+    ("shells", ["agent.*", "session", "state", "exits"]),
     ("fronts", ["launch", "cli", "checkpoint.cli", ""]),
 )
 """Each module belongs to the most exact name that fits; it imports from its own layer or below."""
@@ -77,7 +80,14 @@ ONLY_IN = {
     "boto3": ["checkpoint.store*"],
     "botocore": ["checkpoint.store*"],
     "fsspec": ["checkpoint.store*"],
-    "paddle": ["session", "state", "collective", "checkpoint.snapshot", "agent.bootstrap"],
+    "paddle": [
+        "session",
+        "state",
+        "collective",
+        "gradients",
+        "checkpoint.snapshot",
+        "agent.bootstrap",
+    ],
     "pickle": [],
     "cloudpickle": [],
     "marshal": [],

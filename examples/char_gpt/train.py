@@ -21,23 +21,22 @@ from paddle.nn import functional as F
 
 import paddle_ft as ft
 
-TEXT_CHARS_MAX = 600_000
 TEST_SHARE = 0.05
 ALPHABET = "\n" + "".join(map(chr, range(32, 127)))
 """Everything else becomes a question mark."""
 
 
-def read_text() -> np.ndarray:
-    """The first characters of the standard library's files in order of name, as letter numbers."""
+def read_text(chars_max: int) -> np.ndarray:
+    """Letter numbers of the first characters of the standard library, files in order of name."""
     text = ""
     for file in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
         text += file.read_text(encoding="utf-8", errors="replace")
-        if len(text) >= TEXT_CHARS_MAX:
+        if len(text) >= chars_max:
             break
     number = np.full(128, ALPHABET.index("?"), dtype="int64")
     for i, letter in enumerate(ALPHABET):
         number[ord(letter)] = i
-    return number[np.frombuffer(text[:TEXT_CHARS_MAX].encode("ascii", "replace"), dtype=np.uint8)]
+    return number[np.frombuffer(text[:chars_max].encode("ascii", "replace"), dtype=np.uint8)]
 
 
 class Windows(paddle.io.Dataset):
@@ -137,10 +136,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=16, help="of all ranks together")
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--chars", type=int, default=600_000, help="how much text to read")
     parser.add_argument("--context", type=int, default=64, help="letters the model looks back")
     parser.add_argument("--width", type=int, default=96)
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--log-every", type=int, default=100, metavar="STEPS")
     parser.add_argument(
         "--step-delay-ms", type=float, default=0.0, help="slows training down, to watch it"
     )
@@ -150,7 +151,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     paddle.seed(args.seed)
-    letters = read_text()
+    letters = read_text(args.chars)
     cut = int(len(letters) * (1 - TEST_SHARE))
     train, test = Windows(letters[:cut], args.context), Windows(letters[cut:], args.context)
     model = CharGPT(args.context, args.width, args.heads, args.layers)
@@ -172,6 +173,8 @@ def main() -> None:
             loss = F.cross_entropy(model(x), y)
             loss.backward()
             s.step(loss)
+            if s.rank == 0 and s.global_step % args.log_every == 0:
+                print(f"step {s.global_step} of {steps}", flush=True)
             time.sleep(args.step_delay_ms / 1000)
 
         if s.rank == 0:

@@ -87,6 +87,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=64, help="of all ranks together")
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--log-every", type=int, default=100, metavar="STEPS")
     parser.add_argument(
         "--step-delay-ms", type=float, default=0.0, help="slows training down, to watch it"
     )
@@ -109,6 +110,8 @@ def main() -> None:
             loss = F.cross_entropy(model(x), y)
             loss.backward()
             s.step(loss)
+            if s.rank == 0 and s.global_step % args.log_every == 0:
+                print(f"step {s.global_step} of {steps}", flush=True)
             time.sleep(args.step_delay_ms / 1000)
 
         if s.rank == 0:
