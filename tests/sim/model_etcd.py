@@ -92,14 +92,14 @@ class ModelEtcd:
         """Raises LeaseLost if it would put under a lease that has ended; ValueError if it
         touches a key twice."""
         self.tick()
+        operations = txn.operations
+        if len(operations) > 1:
+            _check_disjoint(operations)
         kvs = self._kvs
         for compare in txn.compares:
             kv = kvs.get(compare.key)
             if (0 if kv is None else getattr(kv, compare.field)) != compare.revision:
                 return TxnResult(False, self.revision)
-        operations = txn.operations
-        if len(operations) > 1:
-            _check_disjoint(operations)
         for operation in operations:
             lease = operation.lease if isinstance(operation, Put) else 0
             if lease and lease not in self._leases:
