@@ -78,8 +78,11 @@ class WorkerGroup:
         workers = tuple(self._workers[rank] for rank in sorted(self._workers))
         return Group(self.generation, workers, self._pause_told)
 
-    def start(self, versioned: Versioned[Generation], me: str) -> None:
-        """Starts this node's workers of a generation, and loads its restore point."""
+    def start(self, versioned: Versioned[Generation], me: str, sequence: int) -> None:
+        """Starts this node's workers of a generation, and loads its restore point.
+
+        ``sequence`` is that of the head.
+        """
         generation = versioned.value
         first = generation.first_rank(me)
         ranks = range(first, first + self._config.job.nproc_per_node)
@@ -90,7 +93,7 @@ class WorkerGroup:
         self._ended.clear()
         self._beacons.clear()
         self._snapshots.begin(
-            generation.number, me, ranks, generation.world_size, generation.restore
+            generation.number, me, ranks, generation.world_size, generation.restore, sequence
         )
         self._console.generation(generation, me)
         self._pool.start(

@@ -170,6 +170,7 @@ class SnapshotKeeper:
         self._jobs: queue.Queue[_Job | None] = queue.Queue(maxsize=2 * buffers + 2)
         self._pending: list[int] = []
         self._base: CommitRef | None = None
+        self._sequence = 0
         self._restored: dict[int, RestoreReply] = {}
         self._restore_done = True
         self._closed = False
@@ -187,8 +188,12 @@ class SnapshotKeeper:
         ranks: Sequence[int],
         world_size: int,
         restore: CommitRef | None,
+        sequence: int,
     ) -> None:
-        """Turns to ``generation``; loads its restore point in the background."""
+        """Turns to ``generation``; loads its restore point in the background.
+
+        ``sequence`` is that of the head, which is past ``restore`` if that one is a fallback.
+        """
         with self._lock:
             self._generation = generation
             self._member = member
@@ -196,7 +201,7 @@ class SnapshotKeeper:
             self._arrived.clear()
             self._restored.clear()
             self._restore_done = restore is None
-            self._base = restore
+            self._base, self._sequence = restore, sequence
             self._lock.notify_all()
         self._buffers.drop_before(generation)
         for path in self._directory.glob("restore-*"):
@@ -212,7 +217,7 @@ class SnapshotKeeper:
     def committed(self, commit: CommitRef) -> None:
         """``commit`` is the newest: later parts refer to its blocks."""
         with self._lock:
-            self._base = commit
+            self._base, self._sequence = commit, commit.sequence
 
     @property
     def pending_step(self) -> int:
@@ -280,9 +285,13 @@ class SnapshotKeeper:
             while not self._over(job.generation):
                 try:
                     with self._lock:
-                        member, base = self._member, self._base
+                        member, base, sequence = self._member, self._base, self._sequence
                     part = self._room.write_part(
-                        images, generation=job.generation, member=member, parent=base
+                        images,
+                        sequence=sequence + 1,
+                        generation=job.generation,
+                        member=member,
+                        parent=base,
                     )
                 except StoreError as error:
                     self._complain(job.step, error)

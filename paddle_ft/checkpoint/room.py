@@ -19,6 +19,7 @@ from paddle_ft.checkpoint.store import Store, open_store
 from paddle_ft.checkpoint.write import read_part, store_manifest, write_part
 from paddle_ft.config import Config
 from paddle_ft.coordination.decide import Commit
+from paddle_ft.errors import CheckpointDamaged
 from paddle_ft.types import CommitRef, Head, ImageInfo, Part
 
 
@@ -64,17 +65,21 @@ class CheckpointRoom:
         self,
         images: Sequence[tuple[ImageInfo, memoryview]],
         *,
+        sequence: int,
         generation: int,
         member: str,
         parent: CommitRef | None,
     ) -> Part:
-        """Stores one node's share of a step."""
-        known = (parent, self._manifest(parent)) if parent else None
+        """Stores one node's share of a step; ``sequence`` is the head's plus one."""
+        try:
+            known = (parent, self._manifest(parent)) if parent else None
+        except CheckpointDamaged:
+            known = None  # nothing of it can be referred to: everything is written
         return write_part(
             self._store,
             images,
             owner=self._owner,
-            sequence=(parent.sequence if parent else 0) + 1,
+            sequence=sequence,
             generation=generation,
             member=member,
             parent=known,
@@ -90,9 +95,11 @@ class CheckpointRoom:
             else {}
         )
         parents = {
-            part.parent: self._manifest(refs[part.parent]) for part in action.parts if part.parent
+            part.parent: self._manifest(refs[part.parent])
+            for part in action.parts
+            if part.parent in refs  # else merge refuses the part and says why
         }
-        manifest = merge(listings, head=action.head, parents=parents, created_s=time.time())
+        manifest = merge(listings, head=head, parents=parents, created_s=time.time())
         ref = store_manifest(self._store, manifest)
         self._manifests[ref.manifest] = manifest
         return ref
