@@ -8,6 +8,7 @@ configured number of attempts with exponential back-off and jitter.
 
 from __future__ import annotations
 
+import logging
 import secrets
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from retrying import Retrying
 from paddle_ft.config import CheckpointConfig
 from paddle_ft.errors import ConfigError, StoreDenied, StoreMissing, StoreUnavailable
 
+_log = logging.getLogger(__name__)
 T = TypeVar("T")
 P = ParamSpec("P")
 Buffers = bytes | bytearray | memoryview | Sequence[memoryview]
@@ -141,10 +143,17 @@ def retry(attempts: int, action: Callable[P, T], *args: P.args, **kwargs: P.kwar
         wait_exponential_multiplier=_BACK_OFF_FIRST_MS,
         wait_exponential_max=_BACK_OFF_MAX_MS,
         wait_jitter_max=_BACK_OFF_FIRST_MS,
-        retry_on_exception=lambda error: isinstance(error, StoreUnavailable),
+        retry_on_exception=_transient,
     )
     result: T = retrying.call(action, *args, **kwargs)
     return result
+
+
+def _transient(error: BaseException) -> bool:
+    if not isinstance(error, StoreUnavailable):
+        return False
+    _log.info("trying again: %s", error)
+    return True
 
 
 def probe(store: Store) -> None:
