@@ -99,7 +99,7 @@ class CheckpointRoom:
             for part in action.parts
             if part.parent in refs  # else merge refuses the part and says why
         }
-        manifest = merge(listings, head=head, parents=parents, created_s=time.time())
+        manifest = merge(listings, head=action.head, parents=parents, created_s=time.time())
         ref = store_manifest(self._store, manifest)
         self._manifests[ref.manifest] = manifest
         return ref
