@@ -1,0 +1,303 @@
+"""The promises of the coordination protocol, each as a check of a whole history with its own error.
+
+A checker looks at what etcd, the store and the workers did (``history``), never at what an agent
+believed. ``test_checkers`` shows each of them a history that it must reject.
+"""
+
+from __future__ import annotations
+
+from paddle_ft.types import CommitRef, Generation, Head
+from tests.sim.history import (
+    Acknowledged,
+    Damaged,
+    EtcdLost,
+    Exited,
+    History,
+    Removed,
+    Saved,
+    Stored,
+    Write,
+)
+
+LEADERS_KEYS = ("generation", "head", "pause", "outcome")
+
+
+class Broken(AssertionError):
+    """A promise was broken."""
+
+
+class BrokeSingleWriter(Broken):
+    """Somebody wrote what only the leader writes, without being it."""
+
+
+class HeadWentBack(Broken):
+    """A commit is not the next one, or has an earlier state than the one before."""
+
+
+class GenerationWentBack(Broken):
+    """The number of a generation was used before."""
+
+
+class BrokeChain(Broken):
+    """A commit does not continue what its generation started from, or committed last."""
+
+
+class BrokeSampleAccounting(Broken):
+    """A committed state was not trained on exactly the samples up to its position."""
+
+
+class LostCheckpoint(Broken):
+    """A checkpoint that the head keeps, or that was acknowledged, cannot be loaded."""
+
+
+class NoProgress(Broken):
+    """Nothing goes wrong any more, and yet the job does not come to its end."""
+
+
+class WrongExitCode(Broken):
+    """A launcher ended with another code than is documented."""
+
+
+def check_all(history: History) -> None:
+    """Raises the first broken promise."""
+    for check in CHECKS:
+        check(history)
+
+
+# ---------------------------------------------------------------- single writer
+
+
+def check_single_writer(history: History) -> None:
+    """What leaders write is written by who holds the leader key, as decided in that term."""
+    for fact in history.facts:
+        if not isinstance(fact, Write) or fact.key not in LEADERS_KEYS:
+            continue
+        if not fact.sender or (fact.sender, fact.term) != (fact.leader, fact.leader_term):
+            raise BrokeSingleWriter(
+                f"{fact.at_s:.3f}: {fact.key} was written by {fact.sender or 'nobody'} for term "
+                f"{fact.term}, while {fact.leader or 'nobody'} led in term {fact.leader_term}"
+            )
+
+
+# ---------------------------------------------------------------- heads and generations
+
+
+def _damaged(history: History) -> frozenset[str]:
+    """Manifests that a fault made unusable, at any time."""
+    gone = {f.name for f in history.facts if isinstance(f, Damaged)}
+    needing = {
+        f.name for f in history.facts if isinstance(f, Stored) and not gone.isdisjoint(f.needs)
+    }
+    return frozenset(gone | needing)
+
+
+def check_head(history: History) -> None:
+    """Sequences grow by one; steps grow, unless what lies between was damaged."""
+    damaged = _damaged(history)
+    before: Head | None = None
+    fresh_etcd = True
+    acknowledged = 0
+    for fact in history.facts:
+        if isinstance(fact, EtcdLost):
+            before, fresh_etcd = None, True
+        elif isinstance(fact, Acknowledged):
+            acknowledged = max(acknowledged, fact.commit.sequence)
+        elif isinstance(fact, Write) and fact.key == "head":
+            _check_next_head(fact, before, fresh_etcd, acknowledged, damaged)
+            before, fresh_etcd = fact.value, False
+
+
+def _check_next_head(
+    fact: Write, before: Head | None, fresh_etcd: bool, acknowledged: int, damaged: frozenset[str]
+) -> None:
+    now: CommitRef = fact.value.newest
+    if before is None:
+        if now.sequence < acknowledged:
+            raise HeadWentBack(
+                f"{fact.at_s:.3f}: a new etcd begins with #{now.sequence}, but #{acknowledged} "
+                f"was acknowledged"
+            )
+        if not fresh_etcd and now.sequence != 1:
+            raise HeadWentBack(f"{fact.at_s:.3f}: the first commit is #{now.sequence}")
+        return
+    then = before.newest
+    if now.sequence != then.sequence + 1:
+        raise HeadWentBack(f"{fact.at_s:.3f}: #{now.sequence} follows #{then.sequence}")
+    kept = {c.manifest for c in fact.value.lineage}
+    passed_over = then.manifest not in kept
+    if passed_over and then.manifest not in damaged:
+        raise HeadWentBack(f"{fact.at_s:.3f}: #{now.sequence} drops #{then.sequence}, intact")
+    if now.step <= then.step and not passed_over:
+        raise HeadWentBack(
+            f"{fact.at_s:.3f}: #{now.sequence} has step {now.step} after step {then.step}"
+        )
+
+
+def check_generations(history: History) -> None:
+    """Numbers grow, and are higher than that of any commit."""
+    number, committed = 0, 0
+    for fact in history.facts:
+        if isinstance(fact, EtcdLost):
+            number = 0
+        elif isinstance(fact, Write) and fact.key == "head":
+            committed = max(committed, fact.value.newest.generation)
+        elif isinstance(fact, Write) and fact.key == "generation":
+            if fact.value.number <= max(number, committed):
+                raise GenerationWentBack(
+                    f"{fact.at_s:.3f}: generation {fact.value.number} after {number}, with "
+                    f"commits of generation {committed}"
+                )
+            number = fact.value.number
+
+
+def check_chain(history: History) -> None:
+    """Generations start where head stands, and their commits continue from there, each other."""
+    damaged = _damaged(history)
+    saved = {f.manifest: f for f in history.facts if isinstance(f, Saved)}
+    head: Head | None = None
+    generation: Generation | None = None
+    last: Saved | None = None
+    for fact in history.facts:
+        if isinstance(fact, EtcdLost):
+            head, generation, last = None, None, None
+        elif isinstance(fact, Write) and fact.key == "generation":
+            generation, last = fact.value, None
+            _check_start(fact.at_s, fact.value, head, damaged)
+        elif isinstance(fact, Write) and fact.key == "head":
+            head = fact.value
+            if fact.value.newest.manifest in saved and generation is not None:
+                last = _check_commit(fact, generation, saved[fact.value.newest.manifest], last)
+
+
+def _check_start(
+    at_s: float, generation: Generation, head: Head | None, damaged: frozenset[str]
+) -> None:
+    candidates = (head.newest, *head.lineage) if head else ()
+    intact = [c for c in candidates if c.manifest not in damaged]
+    if generation.restore == (candidates[0] if candidates else None):
+        return
+    passed_over = list(candidates[: candidates.index(generation.restore)]) if (
+        generation.restore in candidates
+    ) else list(candidates)
+    if generation.restore is None or any(c in intact for c in passed_over):
+        raise BrokeChain(
+            f"{at_s:.3f}: generation {generation.number} starts from "
+            f"{_name(generation.restore)}, but head is at {_name(candidates[0])}"
+        )
+
+
+def _check_commit(fact: Write, generation: Generation, saved: Saved, last: Saved | None) -> Saved:
+    now: CommitRef = fact.value.newest
+    where = f"{fact.at_s:.3f}: #{now.sequence} (step {now.step})"
+    if now.generation != generation.number:
+        raise BrokeChain(f"{where} of generation {now.generation} came in {generation.number}")
+    origin = generation.restore.manifest if generation.restore else ""
+    for state in saved.states:
+        if state.origin != origin:
+            raise BrokeChain(
+                f"{where} continues {state.origin or 'the beginning'}, not "
+                f"{_name(generation.restore)}, which its generation restored"
+            )
+    if len({s.run for s in saved.states}) != 1:
+        raise BrokeChain(f"{where} is put together from different groups of ranks")
+    if last is not None and last.states[0].run != saved.states[0].run:
+        raise BrokeChain(f"{where} does not continue step {last.step} of the same generation")
+    return saved
+
+
+def _name(ref: CommitRef | None) -> str:
+    return f"#{ref.sequence}" if ref else "the beginning"
+
+
+def check_samples(history: History) -> None:
+    """Every committed state was trained on each sample before its position exactly once."""
+    committed = {h.newest.manifest for h in history.heads()}
+    for fact in history.facts:
+        if not isinstance(fact, Saved) or fact.manifest not in committed:
+            continue
+        position = fact.step * history.batch
+        wanted = ((0, position),) if position else ()
+        if fact.position != position:
+            raise BrokeSampleAccounting(
+                f"step {fact.step} says that it is at sample {fact.position}, not {position}"
+            )
+        for state in fact.states:
+            if state.used != wanted or state.step != fact.step:
+                raise BrokeSampleAccounting(
+                    f"step {fact.step} was trained on {state.used}, not on {wanted}"
+                )
+
+
+# ---------------------------------------------------------------- the store
+
+
+def check_store(history: History) -> None:
+    """What head keeps stays complete; what was acknowledged is found again without etcd."""
+    damaged = _damaged(history)
+    needs = {f.name: f.needs for f in history.facts if isinstance(f, Stored) and f.needs}
+    there: set[str] = set()
+    head: Head | None = None
+    for fact in history.facts:
+        if isinstance(fact, Stored):
+            there.add(fact.name)
+            continue
+        if isinstance(fact, Removed):
+            there.discard(fact.name)
+        elif isinstance(fact, Write) and fact.key == "head":
+            head = fact.value
+        else:
+            continue
+        for ref in (head.newest, *head.lineage) if head else ():
+            missing = {ref.manifest, *needs.get(ref.manifest, ())} - there
+            if missing and ref.manifest not in damaged:
+                raise LostCheckpoint(
+                    f"{fact.at_s:.3f}: #{ref.sequence} (step {ref.step}) is kept by head, but "
+                    f"{min(missing)} is not in the store"
+                )
+
+
+# ---------------------------------------------------------------- the end
+
+
+def check_end(history: History) -> None:
+    """The job ends because training is complete, or for a reason that is there."""
+    outcomes = [f for f in history.facts if isinstance(f, Write) and f.key == "outcome"]
+    if not outcomes:
+        return
+    heads, code = history.heads(), outcomes[0].value.exit_code
+    if code == 0 and (not heads or heads[-1].newest.step != history.steps):
+        at = heads[-1].newest.step if heads else 0
+        raise NoProgress(f"the job says that it is complete at step {at} of {history.steps}")
+    if code == 5:
+        refs = (heads[-1].newest, *heads[-1].lineage) if heads else ()
+        if any(c.manifest not in _damaged(history) for c in refs):
+            raise NoProgress(f"the job gives up, but not everything is damaged: {outcomes[0]}")
+    elif code not in (0, 1):
+        raise NoProgress(f"the job ends with {outcomes[0].value}")
+
+
+def check_exit_codes(history: History) -> None:
+    """Launchers end with the outcome's code, or with that of the signal they got."""
+    outcome: int | None = None
+    for fact in history.facts:
+        if isinstance(fact, Write) and fact.key == "outcome":
+            outcome = fact.value.exit_code
+        elif isinstance(fact, Exited):
+            allowed = {outcome} | ({fact.asked} if fact.asked else set())
+            if fact.exit_code not in allowed - {None}:
+                raise WrongExitCode(
+                    f"{fact.at_s:.3f}: {fact.node} ended with {fact.exit_code}, not one of "
+                    f"{allowed}"
+                )
+
+
+CHECKS = (
+    check_single_writer,
+    check_generations,
+    check_head,
+    check_chain,
+    check_samples,
+    check_store,
+    check_end,
+    check_exit_codes,
+)

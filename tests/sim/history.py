@@ -1,0 +1,112 @@
+"""What happened in a run, as the checkers see it: facts in the order of the virtual clock.
+
+Facts are taken where they cannot be wrong: writes from etcd itself as it applies them, objects
+from the store, states from the workers that computed them; never from what an agent believes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from paddle_ft.types import CommitRef, Generation, Head
+from tests.sim.training import State
+
+
+@dataclass(frozen=True, slots=True)
+class Write:
+    """A put of ``leader``, ``generation``, ``head``, ``pause`` or ``outcome``, as etcd made it."""
+
+    at_s: float
+    revision: int
+    key: str
+    value: Any
+    sender: str
+    """Member that sent the transaction; "" if nobody did."""
+    term: int
+    """create_revision of the leader key in the view it was decided on."""
+    leader: str
+    """Who held the leader key at that moment; "" if nobody."""
+    leader_term: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """An object is in the store; ``needs`` are those it is worthless without."""
+
+    at_s: float
+    name: str
+    needs: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Removed:
+    at_s: float
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Damaged:
+    """A fault destroyed ``name``: whatever needs it is excused."""
+
+    at_s: float
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """What a manifest holds: the states of all ranks' weights, and the common position."""
+
+    at_s: float
+    manifest: str
+    step: int
+    position: int
+    states: tuple[State, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Acknowledged:
+    """A worker was told that ``commit`` is safe."""
+
+    at_s: float
+    commit: CommitRef
+
+
+@dataclass(frozen=True, slots=True)
+class EtcdLost:
+    """etcd came back without its data."""
+
+    at_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Exited:
+    """An agent ended by itself."""
+
+    at_s: float
+    node: str
+    exit_code: int
+    asked: int
+    """Exit code of the signal it had got; 0 if none."""
+    registered_s: float
+
+
+Fact = Write | Stored | Removed | Damaged | Saved | Acknowledged | EtcdLost | Exited
+
+
+@dataclass(slots=True)
+class History:
+    batch: int
+    """Samples of one step."""
+    steps: int
+    """Steps of the whole training."""
+    facts: list[Fact] = field(default_factory=list)
+
+    def add(self, fact: Fact) -> None:
+        self.facts.append(fact)
+
+    def generations(self) -> list[Generation]:
+        return [f.value for f in self.facts if isinstance(f, Write) and f.key == "generation"]
+
+    def heads(self) -> list[Head]:
+        return [f.value for f in self.facts if isinstance(f, Write) and f.key == "head"]

@@ -1,0 +1,96 @@
+"""What a seed means: the shape of the job, and the faults that happen to it, and when."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+QUIET_S = 16.0
+"""No fault begins or goes on after this."""
+PROGRESS_S = 60.0
+"""Once it is quiet, the job ends within so much time."""
+
+FAULTS = (
+    "crash", "crash", "crash",
+    "kill worker", "kill worker",
+    "freeze agent", "freeze agent", "freeze node", "freeze worker",
+    "cut etcd", "cut etcd", "cut peers",
+    "slow store", "failing store",
+    "trap", "trap", "trap", "trap",
+    "terminate", "terminate all",
+    "damage",
+)  # fmt: skip
+TRAPS = (
+    "propose", "pause", "merge", "commit", "commit", "marker", "collect",
+    "publish", "finish", "campaign",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    at_s: float
+    kind: str
+    node: str
+    other: str
+    duration_s: float
+    detail: str = ""
+    how: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    nodes: int
+    nodes_min: int
+    nodes_max: int
+    slots: int
+    embedded: bool
+    """etcd belongs to the only launcher and dies with it, data and all."""
+    steps: int
+    save_every: int
+    max_restart: int
+    keep_last: int
+    flaky: float
+    """Share of the requests to etcd that are lost, late or doubled."""
+    watch_delay_s: tuple[float, float]
+    starts_s: tuple[float, ...]
+    """When each node comes for the first time."""
+    faults: tuple[Fault, ...]
+
+
+def make_plan(choose: random.Random) -> Plan:
+    nodes = choose.choice((1, 1, 2, 2, 2, 3, 3, 3, 4, 5))
+    nodes_max = max(1, nodes - choose.choice((0, 0, 0, 1, 2)))
+    nodes_min = choose.choice((1, nodes_max, choose.randint(1, nodes_max)))
+    names = [f"n{i}" for i in range(nodes)]
+    faults = [_fault(choose, names) for _ in range(choose.choice((0, 1, 2, 3, 4, 5, 6, 8)))]
+    return Plan(
+        nodes=nodes,
+        nodes_min=nodes_min,
+        nodes_max=nodes_max,
+        slots=choose.choice((1, 1, 2)),
+        embedded=nodes == 1 and choose.random() < 0.7,
+        steps=choose.randint(15, 45),
+        save_every=choose.randint(2, 6),
+        max_restart=choose.choice((1000, 1000, 1000, 1000, 3)),
+        keep_last=choose.choice((1, 2, 3)),
+        flaky=choose.choice((0.0, 0.02, 0.1)),
+        watch_delay_s=choose.choice(((0.001, 0.02), (0.001, 0.2), (0.01, 1.0))),
+        starts_s=tuple(
+            choose.uniform(0, 0.5) if choose.random() < 0.7 else choose.uniform(0, 10)
+            for _ in names
+        ),
+        faults=tuple(sorted(faults, key=lambda f: f.at_s)),
+    )
+
+
+def _fault(choose: random.Random, names: list[str]) -> Fault:
+    kind = choose.choice(FAULTS)
+    return Fault(
+        at_s=choose.uniform(0.5, QUIET_S - 2.0),
+        kind=kind,
+        node=choose.choice(names),
+        other=choose.choice(names),
+        duration_s=choose.choice((choose.uniform(0.2, 1.5), choose.uniform(1.5, 6.0))),
+        detail=choose.choice(TRAPS) if kind == "trap" else "",
+        how=choose.choice(("freeze", "freeze", "kill")) if kind == "trap" else "",
+    )

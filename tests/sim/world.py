@@ -1,0 +1,310 @@
+"""The simulated job as a whole: nodes, etcd, store, network, faults, and the record of it all."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import lru_cache
+from typing import Any
+
+from paddle_ft.checkpoint import layout
+from paddle_ft.checkpoint.commit import read_manifest
+from paddle_ft.checkpoint.manifest import Manifest
+from paddle_ft.config import CheckpointConfig, Config, EtcdConfig, JobConfig
+from paddle_ft.coordination import schema
+from paddle_ft.errors import CheckpointDamaged
+from paddle_ft.types import CommitRef, Generation, Head, Outcome, Pause, decode
+from tests.sim.agent import SimAgent
+from tests.sim.clock import Clock
+from tests.sim.history import (
+    Acknowledged,
+    Damaged,
+    EtcdLost,
+    Exited,
+    History,
+    Removed,
+    Saved,
+    Stored,
+    Write,
+)
+from tests.sim.model_etcd import Batch
+from tests.sim.model_store import ModelStore, StoreFront
+from tests.sim.network import Network, Sent
+from tests.sim.plan import Plan
+from tests.sim.training import RENDEZVOUS_TIMEOUT_S, RankGroup, SimWorker, State, Training
+
+KINDS: dict[str, Any] = {
+    "generation": Generation, "head": Head, "pause": Pause, "outcome": Outcome, "leader": str,
+}  # fmt: skip
+
+
+@lru_cache(maxsize=None)
+def make_config(
+    nodes_min: int, nodes_max: int, slots: int, max_restart: int, keep_last: int
+) -> Config:
+    return Config(
+        job=JobConfig(
+            id="sim", nodes_min=nodes_min, nodes_max=nodes_max, nproc_per_node=slots,
+            max_restart=max_restart, join_window_s=0.6, stop_grace_s=6.0,
+            members_timeout_s=300.0,
+        ),
+        etcd=EtcdConfig(lease_ttl_s=2, renew_interval_s=0.5, rpc_timeout_s=0.4),
+        checkpoint=CheckpointConfig(keep_last=keep_last, persist_grace_s=1.5),
+    )  # fmt: skip
+
+
+class World:
+    """One run. ``plan`` says what the job is and what happens to it; see ``plan.make_plan``."""
+
+    def __init__(self, plan: Plan, clock: Clock, *, tracing: bool = False) -> None:
+        self.plan = plan
+        self.clock = clock
+        self.config = make_config(
+            plan.nodes_min, plan.nodes_max, plan.slots, plan.max_restart, plan.keep_last
+        )
+        self.keys = schema.Keys("sim")
+        self.training = Training(plan.steps, batch=8, save_every=plan.save_every)
+        self.history = History(self.training.batch, plan.steps)
+        self.trace: list[tuple[Any, ...]] = []
+        self.tracing = tracing
+        self.network = Network(clock, self, self.keys.prefix)
+        self.store = StoreFront(clock, ModelStore(lambda: clock.now))
+        self.names = [f"n{i}" for i in range(plan.nodes)]
+        self.agents: dict[str, SimAgent] = {}
+        self.cut_peers: set[frozenset[str]] = set()
+        self.traps: dict[tuple[str, str], tuple[str, float]] = {}
+        self.states: dict[str, State] = {}
+        self.one_identity = False
+        """Every life of a node has the same incarnation; for tests."""
+        self.outcome_s: float | None = None
+        self._leader: tuple[str, int] = ("", 0)
+        self._counters: dict[str, int] = {}
+        self._groups: dict[tuple[int, str], RankGroup] = {}
+        self._manifests: dict[str, tuple[bytes, Manifest]] = {}
+        self._told: set[str] = set()
+        self._tick_etcd()
+
+    def _tick_etcd(self) -> None:
+        self.network.etcd.tick()
+        self.clock.after(0.25, self._tick_etcd)
+
+    # ------------------------------------------------------------ record
+
+    def note(self, who: str, *what: object) -> None:
+        self.trace.append((self.clock.now, who, what))
+        if self.tracing:
+            print(f"{self.clock.now:8.3f}  {who:8}", *what)
+
+    def digest(self) -> str:
+        """Of everything that was noted: equal for equal seeds."""
+        return hashlib.sha256(repr(self.trace).encode()).hexdigest()
+
+    def etcd_changed(self, batch: Batch, sent: Sent | None) -> None:
+        """Called by etcd with every change it makes, before anyone else hears of it."""
+        holder, term = self._leader
+        for event in batch.events:
+            key = event.kv.key[len(self.keys.prefix) :]
+            if key not in KINDS:
+                if not event.deleted and key.startswith("parts/") and self.tracing:
+                    self.note("etcd", batch.revision, key)
+                continue
+            if event.deleted:
+                self.note("etcd", batch.revision, key, "is deleted")
+                if key == "leader":
+                    self._leader = ("", 0)
+                continue
+            value = event.kv.value
+            parsed = value.decode() if key == "leader" else decode(KINDS[key], value)
+            if key == "leader":
+                self._leader = (parsed, event.kv.create_revision)
+            if key == "outcome" and self.outcome_s is None:
+                self.outcome_s = self.clock.now
+            self.note("etcd", batch.revision, key, describe(parsed), "by", sent and sent.sender)
+            self.history.add(
+                Write(
+                    self.clock.now, batch.revision, key, parsed, sent.sender if sent else "",
+                    sent.term if sent else 0, holder, term,
+                )
+            )
+
+    def acknowledged(self, commit: CommitRef) -> None:
+        if commit.manifest not in self._told:
+            self._told.add(commit.manifest)
+            self.history.add(Acknowledged(self.clock.now, commit))
+
+    def exited(self, agent: SimAgent, code: int, asked: int) -> None:
+        self.history.add(
+            Exited(self.clock.now, agent.node, code, asked, agent.registered_s)
+        )
+        if self.agents.get(agent.node) is agent:
+            del self.agents[agent.node]
+
+    # ------------------------------------------------------------ names and numbers
+
+    def _count(self, what: str) -> int:
+        self._counters[what] = self._counters.get(what, 0) + 1
+        return self._counters[what]
+
+    def next_incarnation(self, node: str) -> int:
+        return 0 if self.one_identity else self._count(f"life of {node}")
+
+    def next_port(self) -> int:
+        return self._count("port")
+
+    def nonce(self) -> str:
+        return f"{self._count('nonce'):08x}"
+
+    @property
+    def owner(self) -> str:
+        """One history of heads: one job in one etcd."""
+        return f"job{self.network.lives}"
+
+    # ------------------------------------------------------------ the store
+
+    def put(self, name: str, content: bytes) -> None:
+        self.store.store.put(name, content)
+        self.history.add(Stored(self.clock.now, name))
+
+    def put_manifest(self, name: str, content: bytes, manifest: Manifest) -> None:
+        self.store.store.put(name, content)
+        self.history.add(Stored(self.clock.now, name, tuple(manifest.objects)))
+        states = [
+            self.states[block.digest]
+            for piece in manifest.tensors
+            if piece.name != "frozen"
+            for block in piece.blocks
+        ]
+        self.history.add(
+            Saved(
+                self.clock.now, name, manifest.step, manifest.meta["position"],
+                tuple(dict.fromkeys(states)),
+            )
+        )
+
+    def remove(self, names: list[str]) -> None:
+        self.store.store.delete(names)
+        for name in names:
+            self.history.add(Removed(self.clock.now, name))
+
+    def damage(self, ref: CommitRef) -> None:
+        """A fault: one object of the checkpoint is gone, or its manifest is altered."""
+        store = self.store.store
+        try:
+            manifest = self.manifest(ref)
+        except CheckpointDamaged:
+            return
+        victim = ref.manifest
+        if self.clock.chance(0.7):
+            victim = self.clock.random.choice(sorted(manifest.objects))
+            store.delete([victim])
+        else:
+            store.put(victim, store.get(victim)[:-1])
+        self.note("fault", "destroys", victim)
+        self.history.add(Damaged(self.clock.now, victim))
+
+    def manifest(self, ref: CommitRef) -> Manifest:
+        """Reads and checks a manifest; the same bytes are decoded once."""
+        store, name = self.store.store, ref.manifest
+        known = self._manifests.get(name)
+        if known is not None and name in store and store.get(name) is known[0]:
+            return known[1]
+        manifest = read_manifest(store, ref)
+        self._manifests[name] = (store.get(name), manifest)
+        return manifest
+
+    def check_objects(self, ref: CommitRef, manifest: Manifest) -> None:
+        """What reading every block finds out."""
+        for name in manifest.objects:
+            if name not in self.store.store:
+                raise CheckpointDamaged(f"{name} of {ref.manifest} is missing")
+
+    def state_in(self, ref: CommitRef, manifest: Manifest) -> State:
+        weights = next(p for p in manifest.tensors if p.name == "weights")
+        state = self.states[weights.blocks[0].digest]
+        return State(manifest.step, manifest.meta["position"], state.used, ref.manifest)
+
+    # ------------------------------------------------------------ nodes and workers
+
+    def start_node(self, node: str) -> None:
+        if node in self.agents or self.outcome_s is not None:
+            return
+        self.note(node, "starts")
+        self.agents[node] = SimAgent(self, node, self.plan.slots)
+        self.agents[node].start()
+
+    def crash_node(self, node: str) -> None:
+        """The launcher and its workers are gone; a private etcd with them."""
+        agent = self.agents.pop(node, None)
+        if agent is None:
+            return
+        self.note("fault", "kills", node)
+        agent.kill()
+        if self.plan.embedded:
+            self.network.restart_empty()
+            self._leader = ("", 0)
+            self.history.add(EtcdLost(self.clock.now))
+
+    def connected(self, a: str, b: str) -> bool:
+        return not self.cut_peers or frozenset((a, b)) not in self.cut_peers
+
+    def rendezvous(self, worker: SimWorker) -> None:
+        """The worker looks for its peers at the endpoint of its generation."""
+        key = (worker.generation, worker.endpoint)
+        group = self._groups.get(key)
+        if group is None or not any(w.process.alive for w in group.ranks.values()):
+            group = self._groups[key] = RankGroup(
+                self.clock, self.training, self._count("run"), worker.world_size, self.connected
+            )
+        host = worker.endpoint.partition(":")[0]
+        refused = (
+            group.running
+            or group.over
+            or worker.rank in group.ranks
+            or group.world_size != worker.world_size
+            or not self.connected(worker.owner.node, host)
+        )
+        if refused:
+            worker.end("collective", 75, worker.state.step, RENDEZVOUS_TIMEOUT_S)
+        else:
+            group.join(worker)
+
+    def trapped(self, agent: SimAgent, kind: str) -> bool:
+        """Springs a trap that was set for whoever does ``kind`` next: freezes or kills it."""
+        trap = self.traps.pop(("", kind), None)
+        if trap is None:
+            return False
+        how, duration_s = trap
+        self.note("fault", how, agent.node, "before its", kind, round(duration_s, 2))
+        if how == "freeze":
+            self.freeze(agent, duration_s)
+        else:
+            self.crash_node(agent.node)
+            self.clock.after(duration_s, self.start_node, agent.node)
+        return True
+
+    def freeze(self, agent: SimAgent, duration_s: float) -> None:
+        agent.process.freeze()
+        self.clock.after(duration_s, agent.process.wake)
+
+    # ------------------------------------------------------------ the end
+
+    def finished(self) -> bool:
+        """The job has ended and everyone who was there has gone."""
+        if self.outcome_s is None:
+            return False
+        return all(
+            a.registered_s < 0 or a.registered_s > self.outcome_s for a in self.agents.values()
+        )
+
+
+def describe(value: object) -> str:
+    if isinstance(value, Generation):
+        at = f"from #{value.restore.sequence} step {value.restore.step}" if value.restore else ""
+        return f"{value.number} {' '.join(value.member_ids())} {at} ({value.reason})"
+    if isinstance(value, Head):
+        kept = [c.sequence for c in value.lineage]
+        newest = value.newest
+        return f"#{newest.sequence} step {newest.step} generation {newest.generation} on {kept}"
+    return str(value)
+
+
+__all__ = ["World", "layout", "make_config"]
