@@ -71,8 +71,9 @@ class NodeStatus:
     """With ``failed``: the workers here only lost a peer; the cause is elsewhere."""
     pending_step: int = -1
     """The newest step whose snapshot this node holds but has not finished writing; -1 if none."""
-    paused_step: int = -1
-    """With ``paused``: the step of the checkpoint the workers made before leaving; -1 if none."""
+    saved_step: int = -1
+    """With ``paused`` and ``finished``: step of the checkpoint the workers handed over before they
+    left; -1 if none."""
     damaged: tuple[str, ...] = ()
     """Manifests that this node could not restore because bytes are lost in every tier."""
 

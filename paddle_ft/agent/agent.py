@@ -317,7 +317,8 @@ class Agent:
             self._group.tell_pause(action.reason)
         elif isinstance(action, StartWorkers):
             assert state.generation is not None
-            self._group.start(state.generation, self._membership.me)
+            sequence = state.head.value.newest.sequence if state.head else 0
+            self._group.start(state.generation, self._membership.me, sequence)
 
     def _restore_failed(self, event: RestoreFailed) -> None:
         self._group.cannot_restore(event)
@@ -344,6 +345,7 @@ class Agent:
             acting_until_s=self._membership.acting_until_s(),
             wall_s=time.time(),
             commit_running=self._commit_running,
+            commit_failed=self._committer.failed,
             found=self._found,
             store=self._room.identity,
         )

@@ -55,6 +55,8 @@ class Committer:
         self._closed = closed
         self.acknowledged = ""
         """Manifest of the newest commit whose marker is known to be written."""
+        self.failed: tuple[int, str] | None = None
+        """Generation whose parts do not make a checkpoint, and why."""
 
     def scan(self) -> tuple[CommitRef, ...]:
         """Commits in the store, newest first; tries until the store answers."""
@@ -78,8 +80,8 @@ class Committer:
                 return None
             failpoint("after_head_before_marker")
         except CheckpointError as error:
-            log.warning("step %d was not committed: %s", action.step, error)
-            self._drop_parts(action)
+            log.warning("step %d cannot be committed: %s", action.step, error)
+            self.failed = (action.generation, f"step {action.step} cannot be committed: {error}")
             return None
         except PaddleFTError as error:
             log.warning("step %d is not committed yet: %s", action.step, error)
@@ -105,15 +107,6 @@ class Committer:
             self._room.collect(head)
         except PaddleFTError as error:
             log.warning("old checkpoints stay for now: %s", error)
-
-    def _drop_parts(self, action: Commit) -> None:
-        """Forgets parts that do not make a checkpoint, so that they are not tried for ever."""
-        try:
-            self._coordinator.transact(
-                schema.drop_parts(self._keys, action.obsolete, action.fences)
-            )
-        except CoordinationError:
-            time.sleep(PAUSE_S)
 
     def _move_head(self, txn: Transaction, ref: CommitRef) -> bool:
         """Runs ``txn``; when its outcome is not known, looks at head before it tries again."""

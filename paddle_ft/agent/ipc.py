@@ -107,6 +107,7 @@ class Farewell:
     reason: str = ""
     exit_code: int = 0
     step: int = -1
+    """Of the checkpoint that was handed over before leaving; -1 if none."""
     type: Literal["farewell"] = "farewell"
 
 

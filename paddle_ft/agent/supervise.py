@@ -38,6 +38,7 @@ class Worker:
     reason: str = ""
     fatal_code: int = 0
     step: int = -1
+    """Of the checkpoint it handed over before it left; -1 if none."""
     session: bool = False
     """The script uses a session: it can be asked to save and leave."""
     stopped: bool = False
@@ -146,12 +147,18 @@ def status_of(view: LocalView) -> NodeStatus:
     if paused or (group.pause_told and any(w.stopped for w in group.workers)):
         step = max((w.step for w in paused), default=-1)
         return NodeStatus(
-            "paused", group.generation, pending_step=pending, paused_step=step,
+            "paused", group.generation, pending_step=pending, saved_step=step,
             damaged=view.damaged,
         )
     if any(w.stopped for w in group.workers):
         return NodeStatus("idle", group.generation, damaged=view.damaged)
-    return NodeStatus("finished", group.generation, damaged=view.damaged)
+    return NodeStatus(
+        "finished",
+        group.generation,
+        pending_step=pending,
+        saved_step=max((w.step for w in group.workers), default=-1),
+        damaged=view.damaged,
+    )
 
 
 def _paused(worker: Worker) -> bool:
@@ -255,7 +262,7 @@ def _ending(
     if _others_can_go_on(state, config):
         return None  # they, or this node as their leader, form a generation without it
     committed = state.head.value.newest.step if state.head else -1
-    if status.paused_step > committed:
+    if status.saved_step > committed:
         return None
     saved = f" after saving step {committed}" if committed >= 0 else ""
     return Leave(view.leaving_code, f"stopped{saved}")

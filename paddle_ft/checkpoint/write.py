@@ -93,7 +93,7 @@ def write_part(
     path = f"{layout.PARTS}{prefix}{name}.json"
     store.put(path, content)
     failpoint("part.listed")
-    return Part(generation, step, member, path, digest_of(content))
+    return Part(generation, step, member, path, digest_of(content), listing.parent)
 
 
 def read_part(store: Store, part: Part) -> PartListing:

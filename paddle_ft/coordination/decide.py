@@ -19,7 +19,13 @@ from dataclasses import dataclass, replace
 
 from paddle_ft.config import Config
 from paddle_ft.coordination.schema import Fences, JobState
-from paddle_ft.errors import EXIT_CHECKPOINT, EXIT_COORDINATION, EXIT_DONE, EXIT_WORKER_FAILED
+from paddle_ft.errors import (
+    EXIT_CHECKPOINT,
+    EXIT_COORDINATION,
+    EXIT_DONE,
+    EXIT_STORE,
+    EXIT_WORKER_FAILED,
+)
 from paddle_ft.types import (
     CommitRef,
     Generation,
@@ -112,6 +118,8 @@ class Marks:
     trouble_since_s: float = 0.0
     pause: int = 0
     pause_since_s: float = 0.0
+    finished: bool = False
+    finished_since_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +135,8 @@ class View:
     """Seconds since 1970, for the failure window only."""
     commit_running: bool = False
     """A Commit decided here has not come back yet."""
+    commit_failed: tuple[int, str] | None = None
+    """Generation whose parts, tried here, do not make a checkpoint, and why."""
     found: tuple[CommitRef, ...] | None = None
     """Commits found in the store, newest first; None: not looked yet."""
     store: str = ""
@@ -152,20 +162,25 @@ class Trouble:
 
     lost: tuple[str, ...] = ()
     failed: tuple[NodeRecord, ...] = ()
+    uncommittable: str = ""
+    """Why parts that all members wrote do not make a checkpoint."""
 
     @property
     def collateral_only(self) -> bool:
-        return not self.lost and all(record.status.collateral for record in self.failed)
+        return (
+            not self.lost
+            and not self.uncommittable
+            and all(record.status.collateral for record in self.failed)
+        )
 
     @property
     def blamed(self) -> tuple[NodeRecord, ...]:
         """Nodes whose own workers failed; checkpoints found damaged are nobody's failure."""
-        return tuple(
-            r for r in self.failed if not r.status.collateral and not r.status.damaged
-        )
+        return tuple(r for r in self.failed if not r.status.collateral and not r.status.damaged)
 
     def __str__(self) -> str:
-        told = [f"node {member} is lost" for member in self.lost]
+        told = [self.uncommittable] if self.uncommittable else []
+        told += [f"node {member} is lost" for member in self.lost]
         told += [
             f"node {r.member.node}: {r.status.reason}"
             for r in sorted(self.failed, key=lambda r: r.status.collateral)
@@ -206,6 +221,11 @@ def observe(marks: Marks, state: JobState, now_s: float) -> Marks:
     pause = state.pause.value.generation if state.pause else 0
     if pause != marks.pause:
         marks = replace(marks, pause=pause, pause_since_s=now_s)
+    finished = state.generation is not None and _all_in(
+        _statuses(state, state.generation.value), state.generation.value, "finished"
+    )
+    if finished != marks.finished:
+        marks = replace(marks, finished=finished, finished_since_s=now_s)
     return replace(marks, trouble=trouble)
 
 
@@ -239,23 +259,22 @@ def _lead(view: View, now_s: float, config: Config) -> Decision:
         if view.found:
             keep = config.checkpoint.keep_last
             head = Head(view.found[0], view.found[1:keep], view.store)
-            return Decision(
-                ImportHead(head, fences), f"the store holds step {view.found[0].step}"
-            )
+            return Decision(ImportHead(head, fences), f"the store holds step {view.found[0].step}")
     if state.generation is None:
         return _regroup(view, None, now_s, config)
     generation = state.generation.value
+    if view.commit_failed is not None and view.commit_failed[0] == generation.number:
+        return _regroup(view, Trouble(uncommittable=view.commit_failed[1]), now_s, config)
     members = _statuses(state, generation)
     fatal = [r for r in members if r.status.fatal and r.status.generation == generation.number]
     if fatal:
         status = fatal[0].status
         return Decision(Finish(Outcome(status.fatal, status.reason), fences), status.reason)
-    if _all_in(members, generation, "finished"):
-        done = Outcome(EXIT_DONE, "training is complete")
-        return Decision(Finish(done, fences), done.reason)
     commit = next_commit(state, config.checkpoint.keep_last)
     if commit is not None and not view.commit_running:
         return Decision(commit, f"all parts of step {commit.step} are written")
+    if _all_in(members, generation, "finished"):
+        return _finished(view, members, commit, now_s, config)
     trouble = find_trouble(state)
     if trouble is not None:
         return _recover(view, trouble, commit, now_s, config)
@@ -303,11 +322,9 @@ def next_commit(state: JobState, keep_last: int) -> Commit | None:
     generation = state.generation.value
     base = base_of(state)
     head = state.head.value if state.head else None
-    kept = {c.manifest for c in (head.newest, *head.lineage)} if head else set()
     by_step: dict[int, dict[str, Part]] = {}
     for part in state.parts:
-        usable = not part.parent or part.parent in kept
-        if part.generation == generation.number and usable:
+        if part.generation == generation.number:
             by_step.setdefault(part.step, {})[part.member] = part
     wanted = generation.member_ids()
     for step in sorted(by_step, reverse=True):
@@ -344,6 +361,29 @@ def _recover(
     return _regroup(view, trouble, now_s, config)
 
 
+def _finished(
+    view: View, members: Sequence[NodeRecord], commit: Commit | None, now_s: float, config: Config
+) -> Decision:
+    """All workers are done: the job ends once the checkpoint they left behind is committed."""
+    base = base_of(view.state)
+    saved = max(r.status.saved_step for r in members)
+    if commit is None and saved <= (base.step if base else -1):
+        outcome = Outcome(EXIT_DONE, "training is complete")
+    elif (
+        commit is not None
+        or any(r.status.pending_step >= 0 for r in members)
+        or now_s - view.marks.finished_since_s < config.job.stop_grace_s
+    ):
+        return Decision(None, f"training is complete: step {saved} is being committed")
+    else:
+        outcome = Outcome(
+            EXIT_STORE,
+            f"training is complete, but its last checkpoint (step {saved}) was not saved: see "
+            f"the logs of the nodes for the reason, and start again to compute what is missing",
+        )
+    return Decision(Finish(outcome, view.state.fences()), outcome.reason)
+
+
 def _rearrange(view: View, commit: Commit | None, now_s: float, config: Config) -> Decision:
     """Nothing is wrong: see whether nodes want to leave or to join."""
     state = view.state
@@ -355,18 +395,14 @@ def _rearrange(view: View, commit: Commit | None, now_s: float, config: Config) 
     leaving = [r.member.node for r in members if r.leaving]
     if leaving:
         reason = f"node {', '.join(leaving)} leaves"
-        return Decision(
-            RequestPause(Pause(generation.number, reason), state.fences()), reason
-        )
+        return Decision(RequestPause(Pause(generation.number, reason), state.fences()), reason)
     stays = set(generation.member_ids())
     joiners = [m for m in _candidates(state) if m.id not in stays]
     if joiners and len(generation.members) < config.job.nodes_max:
         if now_s - view.marks.members_since_s < config.job.join_window_s:
             return Decision(None, f"node {joiners[0].node} has come: waiting for more")
         reason = f"node {', '.join(m.node for m in joiners)} joins"
-        return Decision(
-            RequestPause(Pause(generation.number, reason), state.fences()), reason
-        )
+        return Decision(RequestPause(Pause(generation.number, reason), state.fences()), reason)
     spare = f", {len(joiners)} in reserve" if joiners else ""
     return Decision(
         None, f"generation {generation.number} runs on {len(generation.members)} nodes{spare}"
@@ -386,7 +422,7 @@ def _paused(
     if not _all_in(members, generation, "paused", "finished") and not overdue:
         return Decision(None, "waiting for the workers to save their state")
     base = base_of(view.state)
-    saved = max((r.status.paused_step for r in members), default=-1)
+    saved = max((r.status.saved_step for r in members), default=-1)
     if not overdue and (commit is not None or saved > (base.step if base else -1)):
         return Decision(None, f"waiting for the commit of step {saved}")
     return _regroup(view, None, now_s, config)
@@ -422,9 +458,7 @@ def arrange(
     return tuple(chosen[:nodes_max])
 
 
-def _regroup(
-    view: View, trouble: Trouble | None, now_s: float, config: Config
-) -> Decision:
+def _regroup(view: View, trouble: Trouble | None, now_s: float, config: Config) -> Decision:
     """A new generation from those who are there, or why it cannot be."""
     state, job = view.state, config.job
     old = state.generation.value if state.generation else None
@@ -436,9 +470,7 @@ def _regroup(
         told = f"{len(chosen)} of at least {job.nodes_min} nodes are here"
         if chosen and waited_s >= job.members_timeout_s:
             reason = f"{told} and nobody came for {job.members_timeout_s:g} s: start more nodes"
-            return Decision(
-                Finish(Outcome(EXIT_COORDINATION, reason), state.fences()), reason
-            )
+            return Decision(Finish(Outcome(EXIT_COORDINATION, reason), state.fences()), reason)
         return Decision(None, f"waiting for members: {told}")
     if not survivors and len(chosen) < job.nodes_max and waited_s < job.join_window_s:
         return Decision(None, f"{len(chosen)} nodes are here: waiting for more")
@@ -480,7 +512,9 @@ def _failures(
 ) -> tuple[float, ...]:
     """Failures that count against --max_restart; losing a node is nobody's failure."""
     recent = tuple(t for t in (old.failures if old else ()) if wall_s - t < window_s)
-    own = trouble is not None and (trouble.blamed or trouble.collateral_only)
+    own = trouble is not None and (
+        trouble.blamed or trouble.collateral_only or trouble.uncommittable
+    )
     return (*recent, wall_s) if own else recent
 
 

@@ -231,11 +231,6 @@ def commit(keys: Keys, head: Head, obsolete: Iterable[Part], fences: Fences) -> 
     return Transaction(fences.compares(keys), (put, *_deletes(keys, obsolete)))
 
 
-def drop_parts(keys: Keys, parts: Iterable[Part], fences: Fences) -> Transaction:
-    """Forgets parts that turned out not to make a checkpoint."""
-    return Transaction(fences.compares(keys), _deletes(keys, parts))
-
-
 def _deletes(keys: Keys, parts: Iterable[Part]) -> tuple[Delete, ...]:
     return tuple(Delete(keys.part(p.generation, p.step, p.member)) for p in parts)
 
@@ -243,7 +238,7 @@ def _deletes(keys: Keys, parts: Iterable[Part]) -> tuple[Delete, ...]:
 def request_pause(keys: Keys, pause: Pause, fences: Fences) -> Transaction:
     """Asks all workers of the generation to save and leave; head may move meanwhile."""
     return Transaction(
-        fences.compares(keys)[:2],
+        (*fences.compares(keys)[:2], Compare(keys.pause, "create_revision", 0)),
         (Put(keys.pause, encode(pause)),),
     )
 
@@ -251,7 +246,7 @@ def request_pause(keys: Keys, pause: Pause, fences: Fences) -> Transaction:
 def finish(keys: Keys, outcome: Outcome, lease: int, fences: Fences) -> Transaction:
     """Ends the job. Leased, so that the next run under this name is not told that it is over."""
     return Transaction(
-        fences.compares(keys),
+        (*fences.compares(keys), Compare(keys.outcome, "create_revision", 0)),
         (Put(keys.outcome, encode(outcome), lease),),
     )
 

@@ -134,7 +134,7 @@ def test_pause_is_told_once_and_reported_with_its_step() -> None:
     assert acts(view(*RUNNING, state=now)) == (TellPause("node b joins"),)
     assert acts(view(*RUNNING, told=True, state=now)) == ()
     status = status_of(view(*PAUSED, told=True, state=now))
-    assert (status.state, status.paused_step) == ("paused", 7)
+    assert (status.state, status.saved_step) == ("paused", 7)
 
 
 def test_a_pause_of_another_generation_is_not_ours() -> None:
@@ -148,7 +148,7 @@ def test_scripts_without_a_session_pause_by_ending() -> None:
     assert stop == StopWorkers("node b joins", gently=True)
     gone = (Worker(0, -15, stopped=True), Worker(1, -9, stopped=True))
     status = status_of(view(*gone, told=True, state=now))
-    assert (status.state, status.paused_step) == ("paused", -1)
+    assert (status.state, status.saved_step) == ("paused", -1)
 
 
 def test_the_end_of_the_job_is_followed_with_its_code() -> None:
