@@ -1,0 +1,50 @@
+"""Fault-tolerant, elastic training for PaddlePaddle.
+
+``session`` is what a training script uses; ``python -m paddle_ft.launch`` runs it on one machine or
+many. Importing this package loads neither Paddle nor grpc nor boto3.
+"""
+
+from __future__ import annotations
+
+from paddle_ft.errors import (
+    CheckpointDamaged,
+    CheckpointError,
+    CheckpointMismatch,
+    CollectiveFailed,
+    ConfigError,
+    CoordinationError,
+    EtcdUnavailable,
+    LeaseLost,
+    MembersMissing,
+    PaddleFTError,
+    StoreDenied,
+    StoreError,
+    StoreFull,
+    StoreMissing,
+    StoreUnavailable,
+    WorkerFailed,
+)
+
+# Here, not on first use: `paddle_ft.session` is to be the function, not the module of that name.
+from paddle_ft.session import Session, session
+
+__all__ = [
+    "CheckpointDamaged",
+    "CheckpointError",
+    "CheckpointMismatch",
+    "CollectiveFailed",
+    "ConfigError",
+    "CoordinationError",
+    "EtcdUnavailable",
+    "LeaseLost",
+    "MembersMissing",
+    "PaddleFTError",
+    "Session",
+    "StoreDenied",
+    "StoreError",
+    "StoreFull",
+    "StoreMissing",
+    "StoreUnavailable",
+    "WorkerFailed",
+    "session",
+]

@@ -1,0 +1,208 @@
+"""Tensors to host memory and back, without holding up training.
+
+Between two optimizer steps the parameters and the optimizer's state do not change, so they are
+copied by a thread of their own beside the next forward and backward pass (``Snapshot``); what a
+forward pass changes is copied before it. The memory belongs to the agent, or to whoever keeps it.
+
+On the CPU a tensor is copied from where it lies (``data_ptr``), in pieces, with the GIL free
+(ctypes releases it). A tensor on an accelerator goes through a copy in host memory; that path is
+written for, but has not been run on, a GPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from paddle_ft.types import ImageInfo, TensorSpec
+
+CHUNK_BYTES = 8 * 2**20
+"""Copied in one go; a copy that is no longer wanted stops after it."""
+
+
+# ---------------------------------------------------------------- one tensor
+
+
+def dtype_name(tensor: Any) -> str:
+    """``float32``, ``bfloat16`` …: the name a TensorSpec uses, for a Paddle tensor or an array."""
+    return str(tensor.dtype).removeprefix("paddle.")
+
+
+def nbytes_of(tensor: Any) -> int:
+    if isinstance(tensor, np.ndarray):
+        return int(tensor.nbytes)
+    return int(tensor.element_size()) * int(np.prod(tensor.shape, dtype=np.int64))
+
+
+@dataclass(slots=True)
+class Source:
+    """Bytes [start, start + nbytes) of a tensor, and where they go in the buffer.
+
+    ``keep`` holds the memory at ``address`` alive even if the tensor is given other memory.
+    """
+
+    keep: Any
+    address: int
+    nbytes: int
+    offset: int
+    inplace_version: int
+    tensor: Any
+
+    @classmethod
+    def of(cls, tensor: Any, start: int, nbytes: int, offset: int) -> Source:
+        if isinstance(tensor, np.ndarray):
+            keep = np.ascontiguousarray(tensor)
+            return cls(keep, keep.ctypes.data + start, nbytes, offset, 0, None)
+        if not tensor.place.is_cpu_place():
+            keep = _host_copy(tensor)
+            return cls(keep, keep.data_ptr() + start, nbytes, offset, 0, None)
+        keep = tensor.detach()
+        if not keep.is_contiguous():
+            keep = keep.contiguous()
+        version = tensor.inplace_version
+        return cls(keep, keep.data_ptr() + start, nbytes, offset, version, tensor)
+
+    def word(self, address: int) -> int:
+        """Eight bytes in the middle of the source's bytes, read at ``address``."""
+        if self.nbytes < 8:
+            return ctypes.c_uint8.from_address(address).value if self.nbytes else 0
+        return ctypes.c_uint64.from_address(address + (self.nbytes - 8) // 16 * 8).value
+
+    def copy(self, target: int, stopped: Callable[[], bool]) -> None:
+        for at in range(0, self.nbytes, CHUNK_BYTES):
+            if stopped():
+                return
+            size = min(CHUNK_BYTES, self.nbytes - at)
+            ctypes.memmove(target + self.offset + at, self.address + at, size)
+
+
+def _host_copy(tensor: Any) -> Any:
+    """The tensor in pinned host memory if there is such, else in ordinary memory; not run here."""
+    if tensor.place.is_gpu_place():
+        return tensor.detach().pin_memory()
+    return tensor.detach().cpu()
+
+
+def write_tensor(tensor: Any, data: memoryview) -> None:
+    """Overwrites ``tensor`` with ``data``, the bytes of its shape and dtype in C order."""
+    assert len(data) == nbytes_of(tensor), "the caller compares shapes and dtypes"
+    if not data:
+        return
+    if tensor.place.is_cpu_place() and tensor.is_contiguous():
+        source = np.frombuffer(data, dtype=np.uint8)
+        ctypes.memmove(tensor.data_ptr(), source.ctypes.data, len(data))
+        return
+    tensor.set_value(array_of(dtype_name(tensor), tuple(tensor.shape), data))
+
+
+def array_of(dtype: str, shape: Sequence[int], data: memoryview) -> np.ndarray[Any, Any]:
+    """A view of ``data`` as an array; bfloat16 as uint16, as Paddle has it."""
+    return np.frombuffer(data, dtype="uint16" if dtype == "bfloat16" else dtype).reshape(shape)
+
+
+# ---------------------------------------------------------------- a whole state
+
+
+class Image:
+    """A state in host memory, to be read by name."""
+
+    def __init__(self, info: ImageInfo, data: memoryview) -> None:
+        self.info = info
+        self._data = data
+        self._pieces: dict[str, list[TensorSpec]] = {}
+        for spec in info.tensors:
+            self._pieces.setdefault(spec.name, []).append(spec)
+
+    @classmethod
+    def open(cls, path: str | Path, info: ImageInfo) -> Image:
+        """Maps the file at ``path``, which must stay as it is as long as the image is used."""
+        if not any(spec.nbytes for spec in info.tensors):
+            return cls(info, memoryview(b""))
+        with open(path, "rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return cls(info, memoryview(mapped))
+
+    def names(self) -> list[str]:
+        return list(self._pieces)
+
+    def spec(self, name: str) -> TensorSpec | None:
+        """A piece of ``name``, with dtype and shape of the whole; None if it is not here."""
+        pieces = self._pieces.get(name)
+        return pieces[0] if pieces else None
+
+    def read(self, name: str) -> memoryview:
+        """The bytes of the whole tensor."""
+        pieces = sorted(self._pieces[name], key=lambda p: p.start)
+        views = [self._data[p.offset : p.offset + p.nbytes] for p in pieces]
+        return views[0] if len(views) == 1 else memoryview(b"".join(views))
+
+
+class Snapshot:
+    """One copy of the state on its way into a buffer.
+
+    ``sources`` that a forward pass may change (``late`` is false) are copied by the constructor,
+    the others by a thread. ``on_done(intact)`` is called once all is there, by that thread (or by
+    the constructor, if nothing is late); ``intact`` is false if the state was seen to change
+    meanwhile, which leaves the copy useless.
+    """
+
+    def __init__(
+        self,
+        target: memoryview,
+        sources: Sequence[tuple[Source, bool]],
+        on_done: Callable[[bool], None],
+    ) -> None:
+        self._target = target
+        self._on_done = on_done
+        self._stop = threading.Event()
+        self._address = ctypes.addressof(ctypes.c_char.from_buffer(target)) if target else 0
+        for source, late in sources:
+            if not late:
+                source.copy(self._address, _never)
+        self._late = [source for source, late in sources if late]
+        self._words = [source.word(source.address) for source in self._late]
+        self._thread: threading.Thread | None = None
+        if self._late:
+            self._thread = threading.Thread(target=self._copy, name="snapshot", daemon=True)
+            self._thread.start()
+        else:
+            on_done(True)
+
+    def wait(self) -> None:
+        """Returns once everything is copied and ``on_done`` has been called."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def abandon(self) -> None:
+        """Stops copying; ``on_done`` is called with False unless all was there already."""
+        self._stop.set()
+        self.wait()
+
+    def _copy(self) -> None:
+        for source in self._late:
+            source.copy(self._address, self._stop.is_set)
+        self._on_done(not self._stop.is_set() and self._unchanged())
+
+    def _unchanged(self) -> bool:
+        """Whether nothing wrote to the tensors while they were copied.
+
+        Paddle counts in-place operations, but not ``set_value``; that would have changed the word
+        that was looked at before, in at least one of the tensors.
+        """
+        return all(
+            source.word(self._address + source.offset) == word
+            and (source.tensor is None or source.tensor.inplace_version == source.inplace_version)
+            for source, word in zip(self._late, self._words, strict=True)
+        )
+
+
+def _never() -> bool:
+    return False

@@ -1,0 +1,163 @@
+"""The process group of one generation: join, sum, broadcast, and errors that name what happened.
+
+The engine is Paddle's own group (gloo on the CPU), set up by ``init_parallel_env``, so that
+``paddle.distributed`` works in the same script. Whatever is told apart here is told apart by the
+type of the error alone: a peer that is lost ends the operation with CollectiveFailed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import socket
+import time
+from collections.abc import Iterable
+from typing import Any
+
+from paddle_ft.checkpoint.snapshot import nbytes_of
+from paddle_ft.errors import CollectiveFailed, ConfigError
+
+JOIN_TIMEOUT_S = 300.0
+_POLL_INTERVAL_S = 0.01
+_PACK_BYTES = 16 * 2**20
+
+
+class Collective:
+    """The group of all ranks of this generation; with a world size of 1, nothing at all."""
+
+    def __init__(self, rank: int, world_size: int) -> None:
+        self.rank = rank
+        self.world_size = world_size
+
+    @classmethod
+    def from_environment(cls) -> Collective:
+        """Rank and world size as the launcher has set them; alone without a launcher."""
+        try:
+            rank = int(os.environ.get("PADDLE_TRAINER_ID", "0"))
+            world_size = int(os.environ.get("PADDLE_TRAINERS_NUM", "1"))
+        except ValueError:
+            rank, world_size = -1, 0
+        if not 0 <= rank < world_size:
+            raise ConfigError(
+                "PADDLE_TRAINER_ID and PADDLE_TRAINERS_NUM do not name a rank of a world; start "
+                "the script with paddle_ft.launch, or unset both to run it alone."
+            )
+        return cls(rank, world_size)
+
+    def join(self, timeout_s: float = JOIN_TIMEOUT_S) -> None:
+        """Sets the group up unless the script has done so; returns once all ranks are there.
+
+        Raises CollectiveFailed if rank 0 does not listen within ``timeout_s``, or the set-up fails.
+        """
+        import paddle.distributed as dist
+
+        if self.world_size == 1 or dist.is_initialized():
+            return
+        if self.rank != 0:
+            # A rank that connects before the server listens would sleep for 3 s in Paddle.
+            _await_listening(_rendezvous(), timeout_s)
+        try:
+            dist.init_parallel_env()
+        except RuntimeError as error:
+            raise CollectiveFailed(self._lost("joining the process group", error)) from error
+
+    def all_reduce(self, tensor: Any) -> None:
+        """Sums ``tensor`` over all ranks, in place. Raises CollectiveFailed."""
+        if self.world_size == 1:
+            return
+        import paddle.distributed as dist
+
+        try:
+            dist.all_reduce(tensor)
+        except RuntimeError as error:
+            raise CollectiveFailed(self._lost("an all-reduce", error)) from error
+
+    def broadcast(self, tensor: Any, root: int = 0) -> None:
+        """Overwrites ``tensor`` with that of ``root``. Raises CollectiveFailed."""
+        if self.world_size == 1:
+            return
+        import paddle.distributed as dist
+
+        try:
+            dist.broadcast(tensor, root)
+        except RuntimeError as error:
+            raise CollectiveFailed(self._lost("a broadcast", error)) from error
+
+    def broadcast_all(self, tensors: Iterable[Any], root: int = 0) -> None:
+        """``broadcast`` of many tensors, small ones packed together. Raises CollectiveFailed."""
+        pack: list[Any] = []
+        for tensor in tensors:
+            if not tensor.place.is_cpu_place() or not tensor.is_contiguous():
+                self.broadcast(tensor, root)
+                continue
+            pack.append(tensor)
+            if sum(map(nbytes_of, pack)) >= _PACK_BYTES:
+                self._broadcast_pack(pack, root)
+                pack = []
+        self._broadcast_pack(pack, root)
+
+    def _broadcast_pack(self, tensors: list[Any], root: int) -> None:
+        import paddle
+
+        total = sum(map(nbytes_of, tensors))
+        if self.world_size == 1 or not total:
+            return
+        flat = paddle.zeros([total], dtype="uint8")
+        address = flat.data_ptr()
+        if self.rank == root:
+            for tensor, at in _offsets(tensors):
+                ctypes.memmove(address + at, tensor.data_ptr(), nbytes_of(tensor))
+        self.broadcast(flat, root)
+        if self.rank != root:
+            for tensor, at in _offsets(tensors):
+                ctypes.memmove(tensor.data_ptr(), address + at, nbytes_of(tensor))
+
+    def _lost(self, what: str, error: RuntimeError) -> str:
+        lines = str(error).strip().splitlines() or ["no details"]
+        return (
+            f"Rank {self.rank} lost a peer in {what} ({lines[-1].strip()[:200]}); the workers "
+            f"start again from the last checkpoint."
+        )
+
+
+def is_peer_loss(error: BaseException) -> bool:
+    """Whether ``error`` came from a collective, ours or one that the script called itself."""
+    return isinstance(error, CollectiveFailed) or (
+        isinstance(error, RuntimeError) and "gloo" in str(error)
+    )
+
+
+def _offsets(tensors: list[Any]) -> Iterable[tuple[Any, int]]:
+    at = 0
+    for tensor in tensors:
+        yield tensor, at
+        at += nbytes_of(tensor)
+
+
+def _rendezvous() -> tuple[str, int]:
+    """Host and port of rank 0's store, chosen as Paddle chooses it."""
+    env = os.environ
+    endpoint = env.get("PADDLE_MASTER") or env.get("PADDLE_TRAINER_ENDPOINTS", "").split(",")[0]
+    if env.get("MASTER_ADDR") and env.get("MASTER_PORT"):
+        endpoint = f"{env['MASTER_ADDR']}:{env['MASTER_PORT']}"
+    host, _, port = endpoint.rpartition(":")
+    if not host or not port.isdigit():
+        raise ConfigError(
+            f"PADDLE_MASTER is {endpoint!r}, not host:port; start the script with paddle_ft.launch."
+        )
+    return host, int(port)
+
+
+def _await_listening(address: tuple[str, int], timeout_s: float) -> None:
+    deadline_s = time.monotonic() + timeout_s
+    while True:
+        try:
+            socket.create_connection(address, timeout=1.0).close()
+            return
+        except OSError as error:
+            if time.monotonic() >= deadline_s:
+                raise CollectiveFailed(
+                    f"Rank 0 did not listen at {address[0]}:{address[1]} within {timeout_s:.0f} s "
+                    f"({error}); look at its log."
+                ) from None
+        time.sleep(_POLL_INTERVAL_S)

@@ -1,0 +1,520 @@
+"""What a training script uses: the same loop as before, and nothing that is lost when it is killed.
+
+    with ft.session(model=model, optimizer=opt, lr_scheduler=sched) as s:
+        for x, y in s.batches(dataset, batch_size=64, epochs=10, shuffle=True, seed=0):
+            loss = loss_fn(model(x), y)
+            loss.backward()
+            s.step(loss)
+
+Invariants: a snapshot is taken between two rounds of the loop, when the next batch is asked for (in
+a loop without ``batches``, at the end of ``step``). There, everything that belongs to the step
+before has happened, also what the script does after ``s.step``, and nothing of the next one. All
+ranks take it at the same step: they agree by a vote, a sum of small integers over the ranks, before
+each optimizer step.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import Any, Literal, NoReturn
+
+from pydantic import TypeAdapter, ValidationError
+from typing_extensions import Self
+
+from paddle_ft import sampling
+from paddle_ft.agent.beacon import Beacon
+from paddle_ft.agent.worker_env import SESSION_VARIABLE, SessionEnv
+from paddle_ft.checkpoint import plan
+from paddle_ft.checkpoint.snapshot import Image
+from paddle_ft.collective import Collective, is_peer_loss
+from paddle_ft.errors import (
+    EXIT_COLLECTIVE,
+    EXIT_PAUSED,
+    CollectiveFailed,
+    ConfigError,
+    PaddleFTError,
+)
+from paddle_ft.exits import Leave, install_hook, say
+from paddle_ft.feed import Feed, length_of
+from paddle_ft.gradients import Gradients
+from paddle_ft.keeper import AgentKeeper, Keeper, NullKeeper
+from paddle_ft.progress import Ballot, Cadence, Position, Verdict
+from paddle_ft.recorder import Recorder
+from paddle_ft.state import TrainingState
+
+LrStep = Literal["step", "epoch", "manual"]
+
+_LOSS_INTERVAL_S = 0.5
+"""How often the loss is read from an accelerator, which has to finish its work for that."""
+
+
+def session(
+    *,
+    model: Any,
+    optimizer: Any,
+    lr_scheduler: Any = None,
+    lr_step: LrStep = "step",
+    checkpoint: str | None = None,
+    every_n_steps: int = 0,
+    every_s: float = 0.0,
+) -> Session:
+    """A session for one training loop, to be used as a context manager.
+
+    Entering joins the process group, restores the state if there is something to restore, and
+    otherwise makes all ranks start from rank 0's parameters. Leaving normally saves a last
+    checkpoint; an exception of the script saves nothing.
+
+    Args:
+        model: a ``paddle.nn.Layer``. The session averages the gradients over the global batch; a
+            ``paddle.DataParallel`` does so itself, over ranks (so its slices should be equal).
+        optimizer: a Paddle optimizer over parameters of ``model``.
+        lr_scheduler: stepped by the session after each step (``lr_step="step"``) or after the last
+            one of an epoch (``"epoch"``); with ``"manual"``, or if it is not given, the script
+            steps it. Its state is saved in any case.
+        checkpoint: directory or URL, for a script that runs without the launcher; None: nothing is
+            saved then. Under the launcher its own ``--checkpoint`` counts.
+        every_n_steps, every_s: with ``checkpoint``: how often to save; 0 and 0: at the end and
+            when interrupted.
+
+    Raises (on entering) ConfigError, CheckpointMismatch, CollectiveFailed, StoreError.
+    """
+    if lr_step not in ("step", "epoch", "manual"):
+        raise ConfigError(f"lr_step is {lr_step!r}: use 'step', 'epoch' or 'manual'.")
+    if lr_step != "manual" and type(lr_scheduler).__name__ == "ReduceOnPlateau":
+        raise ConfigError(
+            "ReduceOnPlateau needs a metric that only the script knows: give lr_step='manual' and "
+            "call its step yourself."
+        )
+    return Session(model, optimizer, lr_scheduler, lr_step, (checkpoint, every_n_steps, every_s))
+
+
+class Session:
+    """One training loop under protection; made by ``session``.
+
+    ``rank`` and ``world_size``: this process among all of the job. ``generation``: how often the
+    group of processes was formed, counted by the job. ``restarts``: how many of these were because
+    of a failure.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        optimizer: Any,
+        lr_scheduler: Any,
+        lr_step: LrStep,
+        standalone: tuple[str | None, int, float],
+    ) -> None:
+        install_hook()
+        self._collective = Collective.from_environment()
+        self._env = _session_env()
+        self._model = model
+        self._optimizer = optimizer
+        self._lr_scheduler = lr_scheduler
+        self._lr_step = lr_step
+        self._standalone = standalone
+        self._state = TrainingState(model, optimizer, lr_scheduler)
+        self._keeper: Keeper = NullKeeper()
+        self._recorder: Recorder | None = None
+        self._beacon = Beacon(self._env.beacon) if self._env and self._env.beacon else None
+        self._image: Image | None = None
+        self._position = Position()
+        self._streams = 0
+        """Calls of ``batches`` so far."""
+        self._entered = self._started = False
+        self._round: list[sampling.Item] = []
+        """Batches handed out since the last step."""
+        self._in_loop = False
+        """A batch was handed out and the next one has not been asked for."""
+        self._weight = 1.0 / self._collective.world_size
+        """What this rank's gradients count in those of the global batch."""
+        self._verdict = Verdict()
+        self._loss = float("nan")
+        self._loss_at_s = 0.0
+
+    @property
+    def rank(self) -> int:
+        return self._collective.rank
+
+    @property
+    def world_size(self) -> int:
+        return self._collective.world_size
+
+    @property
+    def global_step(self) -> int:
+        """Steps applied since the beginning of the job, over all restarts."""
+        return self._position.step
+
+    @property
+    def epoch(self) -> int:
+        """Epoch of the batch that was handed out last, from 0."""
+        return self._position.epoch
+
+    @property
+    def weight(self) -> float:
+        """What the batch that was handed out last counts on this rank: its part of the global one.
+
+        0.0 if it is a sample that is only there to keep step with the other ranks.
+        """
+        return self._round[-1].share.weight if self._round else self._weight
+
+    @property
+    def generation(self) -> int:
+        return self._env.generation if self._env else 1
+
+    @property
+    def restarts(self) -> int:
+        return self._env.restarts if self._env else 0
+
+    # ------------------------------------------------------------ begin
+
+    def __enter__(self) -> Self:
+        assert not self._entered, "a session is used once; make another one"
+        self._entered = True
+        try:
+            self._begin()
+        except PaddleFTError as error:
+            self._abort(error)
+        return self
+
+    def _begin(self) -> None:
+        import paddle
+
+        if self._env is not None:  # or SIGTERM from the agent would print a stack
+            paddle.disable_signal_handler()
+        parallel = isinstance(self._model, paddle.DataParallel)
+        self._reduces = self.world_size > 1 and not parallel
+        self._keeper = self._connect()
+        self._image = self._keeper.restore()
+        self._collective.join()
+        if self._image is not None:
+            self._state.restore(self._image)
+            info = self._image.info
+            self._position = Position.from_meta(info.meta.get("position", {}), info.step)
+        elif self.world_size > 1:
+            self._collective.broadcast_all(self._model.state_dict().values())
+        self._check_same_start()
+        self._gradients = Gradients(self._model.parameters(), self._collective)
+        self._recorder = self._make_recorder()
+        self._cadence = self._make_cadence()
+        self._cadence.saved(self.global_step, time.monotonic())
+        self._tell_progress(None)
+
+    def _connect(self) -> Keeper:
+        url = self._standalone[0]
+        if self._env is not None:
+            env = self._env
+            return AgentKeeper(env.socket, self.rank, self.world_size, env.generation)
+        if url is None:
+            return NullKeeper()
+        from paddle_ft.standalone import StandaloneKeeper
+
+        return StandaloneKeeper(url, self.rank, self.world_size)
+
+    def _make_recorder(self) -> Recorder:
+        env = self._env
+        return Recorder(
+            self._keeper,
+            self._state,
+            rank=self.rank,
+            world_size=self.world_size,
+            mode="sharded" if env is not None and env.mode == "sharded" else "rank0",
+            block_bytes=env.block_bytes if env is not None else plan.ALIGN_BYTES,
+        )
+
+    def _make_cadence(self) -> Cadence:
+        if self._env is not None:
+            return Cadence(self._env.every_n_steps, self._env.every_s)
+        return Cadence(self._standalone[1], self._standalone[2])
+
+    def _check_same_start(self) -> None:
+        if self.world_size == 1:
+            return
+        step = self.global_step
+        total = self._sum([step, step * step])
+        if total != [step * self.world_size, step * step * self.world_size]:
+            raise CollectiveFailed(
+                f"Rank {self.rank} starts from step {step} and others do not; the workers start "
+                f"again from one checkpoint."
+            )
+
+    def register(self, name: str, thing: Any) -> None:
+        """Saves and restores ``thing`` too, from its ``state_dict`` and by its ``set_state_dict``.
+
+        ``state_dict`` may hold tensors, arrays, numbers, strings, None, lists, tuples and dicts; it
+        must be equal on all ranks. Call it before the first batch.
+
+        Raises ConfigError for what cannot be saved, CheckpointMismatch if the checkpoint that was
+        restored has no ``name``.
+        """
+        assert self._entered, "call s.register inside of the with block"
+        if self._started:
+            raise ConfigError(f"{name!r} is registered after the first batch: do it before.")
+        self._state.register(name, thing, self._image)
+
+    # ------------------------------------------------------------ the loop
+
+    def batches(
+        self,
+        dataset: Any,
+        batch_size: int,
+        epochs: int = 1,
+        *,
+        shuffle: bool = False,
+        seed: int = 0,
+        num_workers: int = 0,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+    ) -> Iterator[Any]:
+        """This rank's slices of the global batches, from where the job stands.
+
+        Every sample of every epoch is used once, whatever the number of ranks and however often
+        they are restarted; the last batch of an epoch may be smaller. If it has fewer samples than
+        there are ranks, some ranks get one that does not count. Before each batch Paddle, NumPy and
+        Python are seeded from (seed, number of the batch, rank).
+
+        Several loops in one script are told apart by their order; after a restart those that were
+        over give nothing. Two of them at the same time are an error.
+
+        Args:
+            dataset: map-style: ``__len__`` and ``__getitem__``.
+            batch_size: samples of one step over all ranks.
+            epochs: how often to go through ``dataset``.
+            shuffle: another order in each epoch, by ``seed``; else the dataset's own.
+            num_workers: processes that fetch ahead; 0: in line. The batches are the same.
+            collate_fn: list of samples -> batch; default as in ``paddle.io.DataLoader``.
+
+        Raises ConfigError, and CheckpointMismatch if the job was started with another dataset
+        length, seed or shuffle.
+        """
+        assert self._entered, "call s.batches inside of the with block"
+        ordinal = self._streams
+        self._streams += 1
+        stream = self._stream(dataset, batch_size, epochs, shuffle, seed)
+        if self._position.stream == ordinal:
+            self._position.check(stream)
+        feed = Feed(
+            dataset,
+            stream,
+            rank=self.rank,
+            world_size=self.world_size,
+            num_workers=num_workers,
+            collate_fn=collate_fn,
+        )
+        return self._run(feed, ordinal)
+
+    def _stream(
+        self, dataset: Any, batch_size: int, epochs: int, shuffle: bool, seed: int
+    ) -> sampling.Stream:
+        try:
+            length = length_of(dataset)
+            stream = sampling.Stream(length, batch_size, epochs, bool(shuffle), int(seed))
+        except ValueError as error:
+            raise ConfigError(f"s.batches: {error}.") from None
+        smallest = length % batch_size or min(batch_size, length)
+        if smallest < self.world_size and not self._reduces:
+            raise ConfigError(
+                f"The last batch of an epoch has {smallest} samples for {self.world_size} ranks, "
+                f"which paddle.DataParallel cannot weight; use another batch_size, or give the "
+                f"model itself to ft.session, which averages the gradients then."
+            )
+        return stream
+
+    def _run(self, feed: Feed, ordinal: int) -> Iterator[Any]:
+        self._start_stepping()
+        position = self._position
+        if position.stream > ordinal:
+            return
+        if position.stream < ordinal:
+            position.turn_to(ordinal)
+        position.plan = feed.stream
+        for item, data in feed.run(position.batch, position.epoch, position.offset):
+            if position.stream != ordinal:
+                raise ConfigError(
+                    "Two loops over s.batches run at the same time, which cannot be resumed; join "
+                    "the datasets with paddle.io.ComposeDataset and use one loop."
+                )
+            position.advance(item.batch)
+            self._round.append(item)
+            self._in_loop = True
+            try:
+                yield data
+            finally:
+                self._in_loop = False
+            self._between_rounds()
+
+    def _start_stepping(self) -> None:
+        """Once all is registered: the image is needed no longer."""
+        if self._started:
+            return
+        self._started = True
+        if self._image is not None:
+            self._state.check_all_registered(self._image)
+            self._image = None
+
+    def step(self, loss: Any = None) -> None:
+        """Ends a step: sums the gradients over the ranks, agrees, applies them, and clears them.
+
+        ``loss`` is for the progress display alone. Call it equally often on all ranks. Of several
+        batches since the last step the gradients add up, as without a session.
+
+        Raises CollectiveFailed if a peer is lost; nothing was applied then.
+        """
+        assert self._entered, "call s.step inside of the with block"
+        self._start_stepping()
+        ends_epoch = self._close_round()
+        present = self._gradients.reduce(self._weight) if self._reduces else []
+        self._verdict = self._vote(present)
+        if self._recorder is not None:
+            self._recorder.wait_copied()
+        if self._reduces:
+            self._gradients.finish(self._verdict.present)
+        self._optimizer.step()
+        if self._lr_step == "step" or (self._lr_step == "epoch" and ends_epoch):
+            self._step_scheduler()
+        # Not set to zero: whether a gradient was there before must not matter after a restart.
+        self._optimizer.clear_grad(set_to_zero=False)
+        self._position.step += 1
+        self._tell_progress(loss)
+        if not self._in_loop:
+            self._between_rounds()
+
+    def _step_scheduler(self) -> None:
+        if self._lr_scheduler is not None:
+            self._lr_scheduler.step()
+
+    def _close_round(self) -> bool:
+        """Weighs this rank's gradients; whether the last batch of the round ended its epoch."""
+        if not self._round:
+            return False
+        mine = sum(i.share.stop - i.share.start for i in self._round if i.share.weight)
+        self._weight = mine / sum(i.batch.size for i in self._round)
+        ends_epoch = self._round[-1].batch.last
+        self._round.clear()
+        return ends_epoch
+
+    def _vote(self, present: list[int]) -> Verdict:
+        keeper, step = self._keeper, self.global_step + 1
+        due = keeper.saves and self.rank == 0 and self._cadence.due(step, time.monotonic())
+        ballot = Ballot(
+            step=step,
+            due=due,
+            busy=keeper.saves and not keeper.free(),
+            pause=bool(keeper.pause_reason),
+            present=tuple(present),
+        )
+        votes = ballot.to_numbers()
+        return Verdict.of(self._sum(votes) if self.world_size > 1 else votes, self.world_size, step)
+
+    def _sum(self, numbers: list[int]) -> list[int]:
+        import paddle
+
+        tensor = paddle.to_tensor(numbers, dtype="int64")
+        self._collective.all_reduce(tensor)
+        result: list[int] = tensor.tolist()
+        return result
+
+    def _between_rounds(self) -> None:
+        """Takes the snapshot that the last vote asked for."""
+        verdict, self._verdict = self._verdict, Verdict()
+        if self._recorder is None or not (verdict.save or verdict.pause):
+            return
+        taken = self._recorder.take(
+            self.global_step, self._position.to_meta(), wait=verdict.pause, beside=not verdict.pause
+        )
+        if taken:
+            self._cadence.saved(self.global_step, time.monotonic())
+        if verdict.pause:
+            self._leave_paused()
+
+    def _leave_paused(self) -> NoReturn:
+        keeper = self._keeper
+        reason = keeper.pause_reason or "another rank was asked to"
+        if keeper.pause_exit_code:  # without an agent nobody else waits for the checkpoint
+            keeper.wait_committed(self.global_step)
+        keeper.close("paused", reason, EXIT_PAUSED, self.global_step)
+        raise Leave(keeper.pause_exit_code or EXIT_PAUSED)
+
+    def _tell_progress(self, loss: Any) -> None:
+        if self._beacon is None:
+            return
+        if loss is not None:
+            now_s = time.monotonic()
+            cheap = not hasattr(loss, "place") or loss.place.is_cpu_place()
+            if cheap or now_s - self._loss_at_s >= _LOSS_INTERVAL_S:
+                self._loss_at_s = now_s
+                self._loss = float(loss.mean() if getattr(loss, "size", 1) != 1 else loss)
+        p = self._position
+        self._beacon.write(p.step, self._loss, p.epoch, p.samples, p.steps_total())
+
+    # ------------------------------------------------------------ end
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        finished = error is None or (isinstance(error, SystemExit) and not error.code)
+        if finished:
+            try:
+                self._finish()
+            except PaddleFTError as failure:
+                self._abort(failure)
+            return
+        if self._recorder is not None:
+            self._recorder.abandon()
+        if isinstance(error, Leave):
+            return
+        if error is not None and is_peer_loss(error):
+            self._abort(_as_collective_failure(error, self.rank))
+        if isinstance(error, PaddleFTError):
+            self._abort(error)
+        self._keeper.close(None)
+
+    def _finish(self) -> None:
+        """The last checkpoint, unless that step is safe already."""
+        keeper, step = self._keeper, self.global_step
+        if keeper.saves and self._recorder is not None:
+            self._recorder.wait_copied()
+            if step not in (keeper.committed_step, self._recorder.published_step):
+                self._recorder.take(step, self._position.to_meta(), wait=True, beside=False)
+            keeper.wait_committed(step)
+        keeper.close("done", step=step)
+
+    def _abort(self, error: PaddleFTError) -> NoReturn:
+        """Tells the agent why this process ends, and ends it or lets ``error`` do so."""
+        lost = isinstance(error, CollectiveFailed)
+        reason = str(error)
+        self._keeper.close("collective" if lost else "fatal", reason, error.exit_code)
+        self._keeper = NullKeeper()
+        if lost and self._env is not None:
+            say(reason)
+            raise Leave(EXIT_COLLECTIVE) from None
+        raise error
+
+
+def _session_env() -> SessionEnv | None:
+    """What the launcher has told; None without a launcher."""
+    text = os.environ.get(SESSION_VARIABLE)
+    if not text:
+        return None
+    try:
+        env: SessionEnv = TypeAdapter(SessionEnv).validate_json(text)
+    except ValidationError:
+        raise ConfigError(
+            f"The variable {SESSION_VARIABLE} is not what paddle_ft.launch of this version sets; "
+            f"unset it to run the script alone."
+        ) from None
+    return env
+
+
+def _as_collective_failure(error: BaseException, rank: int) -> CollectiveFailed:
+    if isinstance(error, CollectiveFailed):
+        return error
+    lines = str(error).strip().splitlines() or ["no details"]
+    return CollectiveFailed(
+        f"Rank {rank} lost a peer in a collective of the script ({lines[-1].strip()[:200]}); the "
+        f"workers start again from the last checkpoint."
+    )

@@ -1,0 +1,365 @@
+"""What is saved of a training run, under which names, and how it is put back.
+
+    model/<state_dict key>                              parameters and buffers
+    optimizer/<state_dict key of the parameter>/<slot>  moments, master weights …
+    optimizer/other/<key>                               entries of an optimizer unknown to Paddle
+    registered/<name>/<path in its state_dict>          what the user added
+
+Names do not depend on the order in which layers were made, as Paddle's automatic names do. Tensors
+equal on all ranks are ``replicated``; buffers and BatchNorm's statistics are ``local`` to a rank
+(on another world size, rank r takes those of rank r mod the old one). Everything that is not a
+tensor is JSON (``plain``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from paddle_ft.checkpoint.snapshot import Image, array_of, dtype_name, nbytes_of, write_tensor
+from paddle_ft.errors import CheckpointMismatch, ConfigError
+from paddle_ft.plain import from_plain, to_plain
+from paddle_ft.types import Scope, TensorSpec
+
+_STATISTICS = ("_mean", "_variance")
+_MASTER = "master_weight"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor to be saved."""
+
+    name: str
+    tensor: Any
+    """A Paddle tensor or a NumPy array."""
+    scope: Scope
+    steady: bool
+    """Only the optimizer's step changes it."""
+
+    def spec(self) -> TensorSpec:
+        shape = tuple(int(n) for n in self.tensor.shape)
+        nbytes = nbytes_of(self.tensor)
+        return TensorSpec(self.name, dtype_name(self.tensor), shape, self.scope, 0, nbytes)
+
+
+class TrainingState:
+    """Model, optimizer, scheduler and registered objects as one list of named tensors.
+
+    Raises ConfigError if the optimizer trains parameters that are not the model's.
+    """
+
+    def __init__(self, model: Any, optimizer: Any, lr_scheduler: Any = None) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        own = getattr(optimizer, "_learning_rate", None)
+        self.lr_scheduler = lr_scheduler
+        self._schedulers = {"lr_scheduler": lr_scheduler} if lr_scheduler is not None else {}
+        if hasattr(own, "state_dict") and own is not lr_scheduler:
+            self._schedulers["optimizer"] = own
+        self._lr_at_start = _constant_lr(optimizer)
+        self._registered: dict[str, Any] = {}
+        self._key_of = _parameter_keys(model)
+        self._check_optimizer()
+
+    # ------------------------------------------------------------ saving
+
+    def entries(self) -> list[Entry]:
+        """Every tensor, in an order that is the same on all ranks.
+
+        Registered ones are read now: use the result before training goes on.
+        """
+        entries = [*self._model_entries(), *self._optimizer_entries()]
+        for name, thing in self._registered.items():
+            entries += _taken_from(f"registered/{name}", thing.state_dict())[1]
+        return entries
+
+    def meta(self) -> dict[str, Any]:
+        """The rest, as JSON values."""
+        schedulers = {
+            name: to_plain(scheduler.state_dict(), f"the state of {name}", _refuse)
+            for name, scheduler in self._schedulers.items()
+        }
+        registered = {
+            name: _taken_from(f"registered/{name}", thing.state_dict())[0]
+            for name, thing in self._registered.items()
+        }
+        other = {
+            key: to_plain(value, f"optimizer/other/{key}", _refuse)
+            for key, value in self._other_entries().items()
+            if not _is_tensor(value)
+        }
+        lr = None
+        if self._lr_at_start is not None:
+            lr = [self._lr_at_start, float(self.optimizer.get_lr())]
+        return {"schedulers": schedulers, "registered": registered, "other": other, "lr": lr}
+
+    def _model_entries(self) -> Iterator[Entry]:
+        buffers = {id(buffer) for _, buffer in self.model.named_buffers()}
+        seen: set[int] = set()
+        for key, tensor in self.model.state_dict().items():
+            if id(tensor) in seen:  # tied weights are saved once
+                continue
+            seen.add(id(tensor))
+            local = id(tensor) in buffers or (
+                tensor.stop_gradient and key.rpartition(".")[2] in _STATISTICS
+            )
+            scope: Scope = "local" if local else "replicated"
+            # A frozen parameter may be a moving average that the forward pass updates.
+            yield Entry(f"model/{key}", tensor, scope, steady=not tensor.stop_gradient)
+
+    def _optimizer_entries(self) -> Iterator[Entry]:
+        for name, tensor in self._slots().items():
+            yield Entry(name, tensor, "replicated", steady=True)
+        for key, value in self._other_entries().items():
+            if _is_tensor(value):
+                yield Entry(f"optimizer/other/{key}", value, "replicated", steady=False)
+
+    def _slots(self) -> dict[str, Any]:
+        """Accumulators and master weights, by structured name."""
+        masters = getattr(self.optimizer, "_master_weights", None) or {}
+        owner_of = {tensor.name: name for name, tensor in masters.items()}
+        slots: dict[str, Any] = {}
+        for slot, by_parameter in (getattr(self.optimizer, "_accumulators", None) or {}).items():
+            for name, tensor in by_parameter.items():
+                slots[f"optimizer/{self._key(owner_of.get(name, name))}/{slot}"] = tensor
+        for name, tensor in masters.items():
+            slots[f"optimizer/{self._key(name)}/{_MASTER}"] = tensor
+        return slots
+
+    def _other_entries(self) -> dict[str, Any]:
+        """What else the optimizer's state_dict has, automatic names replaced."""
+        known = {tensor.name for tensor in self._slots().values()}
+        known |= {"LR_Scheduler", "master_weights"}
+        state = self.optimizer.state_dict()
+        return {self._portable(k): v for k, v in state.items() if k not in known}
+
+    def _key(self, parameter_name: str) -> str:
+        return self._key_of.get(parameter_name, parameter_name)
+
+    def _portable(self, key: str) -> str:
+        """``key`` with the automatic name of a parameter at its start replaced by ``<its key>``."""
+        matches = [name for name in self._key_of if key.startswith(name)]
+        if not matches:
+            return key
+        name = max(matches, key=len)
+        return f"<{self._key_of[name]}>{key[len(name) :]}"
+
+    def _native(self, key: str) -> str:
+        """The inverse of ``_portable``, with the names of this process."""
+        for name, structured in self._key_of.items():
+            if key.startswith(f"<{structured}>"):
+                return name + key[len(structured) + 2 :]
+        return key
+
+    # ------------------------------------------------------------ putting back
+
+    def restore(self, image: Image) -> None:
+        """Overwrites model, optimizer and schedulers.
+
+        Raises CheckpointMismatch if ``image`` is not of this model and optimizer.
+        """
+        other = [n for n in image.names() if n.startswith("optimizer/other/")]
+        parameters = self._parameters_with_slots(image)
+        self._make_slots(parameters)
+        entries = [
+            entry
+            for entry in [*self._model_entries(), *self._optimizer_entries()]
+            if not entry.name.startswith("optimizer/other/")
+        ]
+        given = [n for n in image.names() if not n.startswith("registered/") and n not in other]
+        compare(image, [entry.spec() for entry in entries], given)
+        for entry in entries:
+            write_tensor(entry.tensor, image.read(entry.name))
+        meta = image.info.meta.get("state", {})
+        self._restore_other(image, other, meta.get("other", {}))
+        self._restore_schedulers(image, meta)
+
+    def register(self, name: str, thing: Any, image: Image | None) -> None:
+        """Adds ``thing``; puts its state back if ``image`` holds one.
+
+        Raises ConfigError if it cannot be saved, CheckpointMismatch if ``image`` lacks it.
+        """
+        _check_registered(name, thing, self._registered)
+        _taken_from(f"registered/{name}", thing.state_dict())
+        self._registered[name] = thing
+        if image is None:
+            return
+        saved = image.info.meta.get("state", {}).get("registered", {})
+        if name not in saved:
+            raise CheckpointMismatch(
+                f"The checkpoint of step {image.info.step} has no registered object {name!r}; "
+                f"register what was registered when it was saved, or start with another "
+                f"--checkpoint."
+            )
+        state = from_plain(saved[name], lambda reference: _given_back(image, reference))
+        setter = getattr(thing, "set_state_dict", None) or thing.load_state_dict
+        setter(state)
+
+    def check_all_registered(self, image: Image) -> None:
+        """Raises CheckpointMismatch if ``image`` has registered objects that are not there."""
+        saved = image.info.meta.get("state", {}).get("registered", {})
+        if forgotten := sorted(set(saved) - set(self._registered)):
+            raise CheckpointMismatch(
+                f"The checkpoint of step {image.info.step} has the registered object "
+                f"{forgotten[0]!r}, which this script has not; call s.register before the first "
+                f"batch, or start with another --checkpoint."
+            )
+
+    def _parameters_with_slots(self, image: Image) -> list[Any]:
+        keys = {
+            name.split("/", 1)[1].rpartition("/")[0]
+            for name in image.names()
+            if name.startswith("optimizer/") and not name.startswith("optimizer/other/")
+        }
+        return [p for key, p in self.model.state_dict().items() if key in keys]
+
+    def _make_slots(self, parameters: list[Any]) -> None:
+        """Lets the optimizer create its accumulators, as its first step would."""
+        if not parameters or not hasattr(self.optimizer, "_create_accumulators"):
+            return
+        from paddle.base import framework
+        from paddle.base.layer_helper import LayerHelper
+
+        if not isinstance(self.optimizer.helper, LayerHelper):
+            self.optimizer.helper = LayerHelper(type(self.optimizer).__name__)
+        block = framework.default_main_program().global_block()
+        self.optimizer._create_accumulators(block, parameters)
+
+    def _restore_other(self, image: Image, names: list[str], plain: Mapping[str, Any]) -> None:
+        if not names and not plain:
+            return
+        state = dict(self.optimizer.state_dict())
+        for name in names:
+            key = self._native(name.removeprefix("optimizer/other/"))
+            state[key] = _tensor_of(image, name)
+        for key, value in plain.items():
+            state[self._native(key)] = from_plain(value, _no_tensor)
+        self.optimizer.set_state_dict(state)
+
+    def _restore_schedulers(self, image: Image, meta: Mapping[str, Any]) -> None:
+        saved = meta.get("schedulers", {})
+        if set(saved) != set(self._schedulers):
+            has = "has" if saved else "has no"
+            raise CheckpointMismatch(
+                f"The checkpoint of step {image.info.step} {has} learning rate scheduler, unlike "
+                f"this script; use what it was saved with, or start with another --checkpoint."
+            )
+        for name, scheduler in self._schedulers.items():
+            scheduler.set_state_dict(from_plain(saved[name], _no_tensor))
+        lr = meta.get("lr")
+        # A rate that the script was started with anew counts; one it had set on the way is kept.
+        if lr and self._lr_at_start == lr[0] and lr[1] != lr[0]:
+            self.optimizer.set_lr(lr[1])
+
+    def _check_optimizer(self) -> None:
+        parameters = getattr(self.optimizer, "_parameter_list", None) or []
+        flat = [
+            p for item in parameters for p in (item["params"] if isinstance(item, dict) else [item])
+        ]
+        foreign = [p.name for p in flat if p.name not in self._key_of and not p.stop_gradient]
+        if foreign:
+            raise ConfigError(
+                f"The optimizer trains {len(foreign)} parameters that are not the model's "
+                f"({foreign[0]}, …); put all trained layers into one paddle.nn.Layer and give that "
+                f"as model."
+            )
+
+
+def compare(image: Image, expected: list[TensorSpec], given: list[str]) -> None:
+    """Raises CheckpointMismatch unless the tensors ``given`` in ``image`` are those expected."""
+    wanted = {spec.name: spec for spec in expected}
+    faults = [f"{name} is missing in it" for name in wanted if image.spec(name) is None]
+    faults += [f"{name} is not in this script" for name in given if name not in wanted]
+    for name, spec in wanted.items():
+        there = image.spec(name)
+        if there is not None and (there.dtype, there.shape) != (spec.dtype, spec.shape):
+            faults.append(f"{name} is {_form(there)} there and {_form(spec)} here")
+    if faults:
+        more = f", and {len(faults) - 3} more" if len(faults) > 3 else ""
+        raise CheckpointMismatch(
+            f"The checkpoint of step {image.info.step} does not fit: {'; '.join(faults[:3])}{more}"
+            f"; use the model and optimizer it was saved with, or start with another --checkpoint."
+        )
+
+
+def _form(spec: TensorSpec) -> str:
+    return f"{spec.dtype}{list(spec.shape)}"
+
+
+def _parameter_keys(model: Any) -> dict[str, str]:
+    """Structured key by automatic name; of tied weights, the first key."""
+    keys: dict[str, str] = {}
+    for key, tensor in model.state_dict().items():
+        keys.setdefault(tensor.name, key)
+    return keys
+
+
+def _constant_lr(optimizer: Any) -> float | None:
+    rate = getattr(optimizer, "_learning_rate", None)
+    return float(rate) if isinstance(rate, int | float) else None
+
+
+# ---------------------------------------------------------------- tensors inside of values
+
+
+def _is_tensor(value: object) -> bool:
+    return isinstance(value, np.ndarray) or hasattr(value, "data_ptr")
+
+
+def _taken_from(name: str, state: object) -> tuple[Any, list[Entry]]:
+    """``state`` as JSON, and the tensors that were in it."""
+    entries: list[Entry] = []
+
+    def take(where: str, value: object) -> dict[str, Any] | None:
+        if not _is_tensor(value) or (isinstance(value, np.ndarray) and value.dtype.hasobject):
+            return None
+        entries.append(Entry(f"{where}", value, "replicated", steady=False))
+        return {"name": where, "array": isinstance(value, np.ndarray)}
+
+    plain = to_plain(state, name, take)
+    if len({entry.name for entry in entries}) != len(entries):
+        raise ConfigError(f"{name}: two tensors have the same path; use keys without '/'.")
+    return plain, entries
+
+
+def _given_back(image: Image, reference: Mapping[str, Any]) -> Any:
+    name = reference["name"]
+    if not reference["array"]:
+        return _tensor_of(image, name)
+    spec = image.spec(name)
+    assert spec is not None, f"{name} is referred to but not in the image"
+    return array_of(spec.dtype, spec.shape, image.read(name)).copy()
+
+
+def _tensor_of(image: Image, name: str) -> Any:
+    import paddle
+
+    spec = image.spec(name)
+    assert spec is not None, f"{name} is referred to but not in the image"
+    tensor = paddle.empty(list(spec.shape), dtype=spec.dtype)
+    write_tensor(tensor, image.read(name))
+    return tensor
+
+
+def _refuse(where: str, value: object) -> None:
+    return None
+
+
+def _no_tensor(reference: Mapping[str, Any]) -> Any:
+    raise ValueError(f"{reference} refers to a tensor where there cannot be one")
+
+
+def _check_registered(name: str, thing: Any, registered: Mapping[str, Any]) -> None:
+    if not name or "/" in name:
+        raise ConfigError(f"{name!r} cannot be registered: use a name without '/'.")
+    if name in registered:
+        raise ConfigError(f"{name!r} is registered already: use another name.")
+    setter = hasattr(thing, "set_state_dict") or hasattr(thing, "load_state_dict")
+    if not setter or not hasattr(thing, "state_dict"):
+        raise ConfigError(
+            f"{name!r} cannot be registered: a {type(thing).__name__} lacks state_dict and "
+            f"set_state_dict."
+        )
