@@ -116,15 +116,9 @@ class Agent:
         self._membership = Membership(
             config, coordinator, keys, self._mirror, node, host, self._emit, self._wake
         )
-        self._snapshots = SnapshotKeeper(
-            room, shared_dir, config.checkpoint.buffers, self._emit
-        )
-        self._group = WorkerGroup(
-            config, command, run_dir, self._snapshots, console, self._emit
-        )
-        self._committer = Committer(
-            coordinator, keys, self._mirror, room, lambda: self._closed
-        )
+        self._snapshots = SnapshotKeeper(room, shared_dir, config.checkpoint.buffers, self._emit)
+        self._group = WorkerGroup(config, command, run_dir, self._snapshots, console, self._emit)
+        self._committer = Committer(coordinator, keys, self._mirror, room, lambda: self._closed)
         self._damaged: tuple[str, ...] = ()
         self._marks = cluster.Marks()
         self._found: tuple[CommitRef, ...] | None = None
@@ -151,7 +145,7 @@ class Agent:
             self._membership.join(self._damaged, False)
             while (end := self._turn()) is None:
                 pass
-            self._see_off(end)
+            self._console.end(end.exit_code, end.reason)
             return end.exit_code
         finally:
             self._close()
@@ -162,11 +156,15 @@ class Agent:
         self._signals.append(number)  # the loop looks at it: a handler must not take locks
 
     def _await_end_of_run_before(self) -> None:
-        """A run of the same name that is just ending has a few seconds to go away."""
+        """A run of the same name that has ended gets a few seconds to go; then another begins."""
         until_s = time.monotonic() + 3 * self._config.etcd.lease_ttl_s
-        while self._mirror.state().outcome is not None and time.monotonic() < until_s:
-            if self._signals:
+        while not self._signals:
+            state = self._mirror.state()
+            if state.outcome is None:
                 return
+            if not state.nodes or time.monotonic() >= until_s:
+                revision = state.outcome.mod_revision
+                self._coordinator.transact(schema.begin_run(self._keys, revision))
             time.sleep(TICK_S)
 
     def _claim_store(self, value: str) -> str:
@@ -177,17 +175,6 @@ class Agent:
         state = schema.parse(self._keys, self._coordinator.read(self._keys.store).kvs)
         assert state.store is not None, "the store key is never removed"
         return state.store.value
-
-    def _see_off(self, end: Leave) -> None:
-        """Tells how it ended; a leader waits for the others to hear it before its keys go."""
-        self._console.end(end.exit_code, end.reason)
-        state = self._mirror.state()
-        leads = state.leader is not None and state.leader.value == self._membership.me
-        until_s = time.monotonic() + 2 * self._config.etcd.lease_ttl_s
-        while state.outcome is not None and leads and time.monotonic() < until_s:
-            if len(self._mirror.state().nodes) <= 1 or len(self._signals) > 0:
-                break
-            time.sleep(0.05)
 
     def _close(self) -> None:
         self._closed = True
@@ -371,7 +358,7 @@ class Agent:
         elif isinstance(action, cluster.RequestPause):
             send("pause", schema.request_pause(keys, action.pause, action.fences))
         elif isinstance(action, cluster.Finish):
-            send("finish", schema.finish(keys, action.outcome, lease, action.fences))
+            send("finish", schema.finish(keys, action.outcome, action.fences))
         elif not self._commit_running:
             self._commit_running = True
             self._in_background(lambda: _CommitDone(self._committer.commit(action)), "commit")

@@ -3,7 +3,8 @@
 Invariants (checked by the simulator, tests/sim):
 - only the leader writes generation, head, pause and outcome, each with its fences (``schema``);
 - a generation starts where ``head`` stands, or, when that checkpoint is damaged, at the newest
-  older one that is not, and its number is higher than any before, also after etcd was lost;
+  older one that is not, and its number is higher than any before (after etcd was lost: than that
+  of any acknowledged commit);
 - head moves only to a step of the current generation that all of its members have written, and
   only along one chain: each commit continues what its generation restored or committed last;
 - nothing is decided on a lease that may have ended.

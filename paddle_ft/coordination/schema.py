@@ -13,7 +13,7 @@ simulator breaks when one of these comparisons is left out (tests/sim/test_fence
     /paddle_ft/<job>/pause                        Pause        written by the leader
     /paddle_ft/<job>/parts/<gen>/<step>/<member>  Part         written by that member
     /paddle_ft/<job>/quarantine/<node>            reason
-    /paddle_ft/<job>/outcome                      Outcome      written by the leader, leased
+    /paddle_ft/<job>/outcome                      Outcome      written by the leader
 """
 
 from __future__ import annotations
@@ -243,11 +243,18 @@ def request_pause(keys: Keys, pause: Pause, fences: Fences) -> Transaction:
     )
 
 
-def finish(keys: Keys, outcome: Outcome, lease: int, fences: Fences) -> Transaction:
-    """Ends the job. Leased, so that the next run under this name is not told that it is over."""
+def finish(keys: Keys, outcome: Outcome, fences: Fences) -> Transaction:
+    """Ends the job. It stays written, for nodes that come back from a partition after the end."""
     return Transaction(
         (*fences.compares(keys), Compare(keys.outcome, "create_revision", 0)),
-        (Put(keys.outcome, encode(outcome), lease),),
+        (Put(keys.outcome, encode(outcome)),),
+    )
+
+
+def begin_run(keys: Keys, outcome_revision: int) -> Transaction:
+    """A new launcher begins another run of a job that has ended."""
+    return Transaction(
+        (Compare(keys.outcome, "mod_revision", outcome_revision),), (Delete(keys.outcome),)
     )
 
 

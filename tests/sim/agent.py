@@ -116,11 +116,21 @@ class SimAgent(WorkerOwner):
         self.watching = True
         network.watchers.append(self)
         network.deliver_soon(self)
-        until_s = self.world.clock.now + 3 * self.config.etcd.lease_ttl_s
-        while self.mirror.state().outcome is not None and self.world.clock.now < until_s:
-            yield task.sleep(TICK_S)
+        yield from self._await_end_of_run_before(task)
         yield from self._join(task)
         self._tick()
+
+    def _await_end_of_run_before(self, task: Task) -> Steps:
+        clock = self.world.clock
+        until_s = clock.now + 3 * self.config.etcd.lease_ttl_s
+        while (outcome := self.mirror.state().outcome) is not None:
+            if not self.mirror.state().nodes or clock.now >= until_s:
+                txn = schema.begin_run(self.keys, outcome.mod_revision)
+                try:
+                    yield self.world.network.transact(task, self.node, txn, Sent("", "begin"))
+                except EtcdUnavailable:
+                    pass
+            yield task.sleep(TICK_S)
 
     def _join(self, task: Task) -> Steps:
         """Registers a new incarnation of this node, as long as it takes."""
@@ -196,14 +206,8 @@ class SimAgent(WorkerOwner):
             worker.kill(stopped=False)
 
     def _leave(self, task: Task, end: local.Leave) -> Steps:
-        """Tells how it ended; a leader sees the others off before its keys go."""
+        """Tells how it ended, and gives the lease back."""
         self.note("leaves", end.exit_code, end.reason)
-        state = self.mirror.state()
-        clock, ttl_s = self.world.clock, self.config.etcd.lease_ttl_s
-        if state.outcome is not None and state.leader and state.leader.value == self.me:
-            until_s = clock.now + 2 * ttl_s
-            while clock.now < until_s and len(self.mirror.state().nodes) > 1:
-                yield task.sleep(0.1)
         for worker in self._workers.values():
             worker.kill(stopped=True)
         self._ending = True
@@ -307,7 +311,11 @@ class SimAgent(WorkerOwner):
         self._facts = {rank: local.Worker(rank) for rank in ranks}
         self._workers = {
             rank: SimWorker(
-                self.world, self, rank, generation.number, generation.endpoint,
+                self.world,
+                self,
+                rank,
+                generation.number,
+                generation.endpoint,
                 generation.world_size,
             )
             for rank in ranks
@@ -434,9 +442,7 @@ class SimAgent(WorkerOwner):
     def _publish(self, action: local.Publish) -> None:
         assert self._record is not None and self._lease is not None
         record = NodeRecord(self._record.member, action.status, action.leaving)
-        txn = schema.update_record(
-            self.keys, record, self._lease.number, self._record_revision
-        )
+        txn = schema.update_record(self.keys, record, self._lease.number, self._record_revision)
         self._send("publish", txn, record=record)
 
     # ------------------------------------------------------------ the leader's part
@@ -479,7 +485,7 @@ class SimAgent(WorkerOwner):
             txn = schema.request_pause(keys, action.pause, action.fences)
             self._send("pause", txn, action.fences.leader)
         elif isinstance(action, cluster.Finish):
-            txn = schema.finish(keys, action.outcome, lease, action.fences)
+            txn = schema.finish(keys, action.outcome, action.fences)
             self._send("finish", txn, action.fences.leader)
         elif not self.commit_running:
             self.commit_running = True

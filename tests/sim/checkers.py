@@ -134,11 +134,13 @@ def _check_next_head(
 
 
 def check_generations(history: History) -> None:
-    """Numbers grow, and are higher than that of any commit."""
-    number, committed = 0, 0
+    """Numbers grow; where etcd was lost, they are higher than that of any acknowledged commit."""
+    number = committed = acknowledged = 0
     for fact in history.facts:
         if isinstance(fact, EtcdLost):
-            number = 0
+            number, committed = 0, acknowledged
+        elif isinstance(fact, Acknowledged):
+            acknowledged = max(acknowledged, fact.commit.generation)
         elif isinstance(fact, Write) and fact.key == "head":
             committed = max(committed, fact.value.newest.generation)
         elif isinstance(fact, Write) and fact.key == "generation":
@@ -176,9 +178,11 @@ def _check_start(
     intact = [c for c in candidates if c.manifest not in damaged]
     if generation.restore == (candidates[0] if candidates else None):
         return
-    passed_over = list(candidates[: candidates.index(generation.restore)]) if (
-        generation.restore in candidates
-    ) else list(candidates)
+    passed_over = (
+        list(candidates[: candidates.index(generation.restore)])
+        if (generation.restore in candidates)
+        else list(candidates)
+    )
     if generation.restore is None or any(c in intact for c in passed_over):
         raise BrokeChain(
             f"{at_s:.3f}: generation {generation.number} starts from "

@@ -79,7 +79,9 @@ class Committer:
         for name in sorted({p.parent for p in action.parts} & known.keys()):
             parents[name] = yield front.call(task, node, self._world.manifest, known[name])
         manifest = plan.merge(
-            listings, head=action.head, parents=parents,
+            listings,
+            head=action.head,
+            parents=parents,
             created_s=self._world.clock.now,
         )
         name = layout.manifest_name(

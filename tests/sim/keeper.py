@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING
 
 from paddle_ft.checkpoint import layout, plan
@@ -47,7 +47,7 @@ class _Job:
     states: tuple[tuple[int, State], ...]
 
 
-@lru_cache(maxsize=None)
+@cache
 def _share(rank: int, world_size: int) -> tuple[TensorSpec, ...]:
     return plan.share(TENSORS, rank, world_size, block_bytes=1)
 
@@ -173,9 +173,7 @@ class Keeper:
         content = encode_part(listing)
         name = f"{layout.PARTS}{prefix}{member}.json"
         yield front.call(task, node, self._world.put, name, content)
-        return Part(
-            job.generation, job.step, member, name, digest_of(content), listing.parent
-        )
+        return Part(job.generation, job.step, member, name, digest_of(content), listing.parent)
 
     def _pieces(
         self, job: _Job, data: str, known: dict[str, Block]
@@ -193,7 +191,12 @@ class Keeper:
                 owner = rank if spec.scope == "local" else -1
                 pieces.append(
                     Piece(
-                        spec.name, spec.dtype, spec.shape, spec.scope, owner, spec.start,
+                        spec.name,
+                        spec.dtype,
+                        spec.shape,
+                        spec.scope,
+                        owner,
+                        spec.start,
                         tuple(blocks),
                     )
                 )
@@ -237,4 +240,3 @@ class Keeper:
 
 def _blocks_of(manifest: Manifest) -> dict[str, Block]:
     return {block.digest: block for piece in manifest.tensors for block in piece.blocks}
-

@@ -108,11 +108,19 @@ class Network:
             task.process.after(CALL_TIMEOUT_S, task.resume, _unavailable())
             clock.after(delay_s, self._apply, etcd, node, request, sent)
         else:
-            clock.after(delay_s, self._arrive, etcd, task, node, request, sent, delay_s, lost_answer)
+            clock.after(
+                delay_s, self._arrive, etcd, task, node, request, sent, delay_s, lost_answer
+            )
 
     def _arrive(
-        self, etcd: ModelEtcd, task: Task, node: str, request: Callable[[ModelEtcd], Any],
-        sent: Sent | None, took_s: float, lost_answer: bool,
+        self,
+        etcd: ModelEtcd,
+        task: Task,
+        node: str,
+        request: Callable[[ModelEtcd], Any],
+        sent: Sent | None,
+        took_s: float,
+        lost_answer: bool,
     ) -> None:
         result = self._apply(etcd, node, request, sent)
         if lost_answer or isinstance(result, EtcdUnavailable):

@@ -1,7 +1,7 @@
 """``python -m tests.sim.run --seeds 1000``: runs of the simulated cluster, checked.
 
-    --seeds N    how many, from --from on
-    --seed X     only this one; --trace prints what happens in it
+--seeds N    how many, from --from on
+--seed X     only this one; --trace prints what happens in it
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ class Result:
 
 
 def run(
-    seed: int, *, tracing: bool = False, weaken: Callable[[World], None] | None = None,
+    seed: int,
+    *,
+    tracing: bool = False,
+    weaken: Callable[[World], None] | None = None,
     plan: Plan | None = None,
 ) -> Result:
     """One run from ``seed``; ``weaken`` takes something of the protocol away first."""
@@ -61,7 +64,7 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.seed is not None:
         result = run(arguments.seed, tracing=arguments.trace)
-        print(result.broken and f"{type(result.broken).__name__}: {result.broken}" or "all is well")
+        print((result.broken and f"{type(result.broken).__name__}: {result.broken}") or "all is well")
         return 1 if result.broken else 0
     began_s, events, broken = time.perf_counter(), 0, 0
     for seed in range(arguments.first, arguments.first + arguments.seeds):

@@ -70,7 +70,12 @@ class SimWorker:
     """One rank. ``agent`` callbacks are delivered through the agent's own process."""
 
     def __init__(
-        self, world: World, owner: WorkerOwner, rank: int, generation: int, endpoint: str,
+        self,
+        world: World,
+        owner: WorkerOwner,
+        rank: int,
+        generation: int,
+        endpoint: str,
         world_size: int,
     ) -> None:
         self.world = world
@@ -154,7 +159,11 @@ class RankGroup:
     """The ranks that met at one rendezvous."""
 
     def __init__(
-        self, clock: Clock, training: Training, number: int, world_size: int,
+        self,
+        clock: Clock,
+        training: Training,
+        number: int,
+        world_size: int,
         connected: Callable[[str, str], bool],
     ) -> None:
         self._clock = clock
@@ -242,9 +251,7 @@ class RankGroup:
         if any(w.process.frozen for w in workers):
             return False
         nodes = sorted({w.owner.node for w in workers})
-        return all(
-            self._connected(a, b) for i, a in enumerate(nodes) for b in nodes[i + 1 :]
-        )
+        return all(self._connected(a, b) for i, a in enumerate(nodes) for b in nodes[i + 1 :])
 
     def _partial(self, workers: list[SimWorker]) -> None:
         """A rank died within a step: some of the others may have come through it."""

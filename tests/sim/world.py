@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 from paddle_ft.checkpoint import layout
@@ -37,7 +37,7 @@ KINDS: dict[str, Any] = {
 }  # fmt: skip
 
 
-@lru_cache(maxsize=None)
+@cache
 def make_config(
     nodes_min: int, nodes_max: int, slots: int, max_restart: int, keep_last: int
 ) -> Config:
@@ -121,8 +121,14 @@ class World:
             self.note("etcd", batch.revision, key, describe(parsed), "by", sent and sent.sender)
             self.history.add(
                 Write(
-                    self.clock.now, batch.revision, key, parsed, sent.sender if sent else "",
-                    sent.term if sent else 0, holder, term,
+                    self.clock.now,
+                    batch.revision,
+                    key,
+                    parsed,
+                    sent.sender if sent else "",
+                    sent.term if sent else 0,
+                    holder,
+                    term,
                 )
             )
 
@@ -132,9 +138,7 @@ class World:
             self.history.add(Acknowledged(self.clock.now, commit))
 
     def exited(self, agent: SimAgent, code: int, asked: int) -> None:
-        self.history.add(
-            Exited(self.clock.now, agent.node, code, asked, agent.registered_s)
-        )
+        self.history.add(Exited(self.clock.now, agent.node, code, asked, agent.registered_s))
         if self.agents.get(agent.node) is agent:
             del self.agents[agent.node]
 
@@ -175,7 +179,10 @@ class World:
         ]
         self.history.add(
             Saved(
-                self.clock.now, name, manifest.step, manifest.meta["position"],
+                self.clock.now,
+                name,
+                manifest.step,
+                manifest.meta["position"],
                 tuple(dict.fromkeys(states)),
             )
         )
