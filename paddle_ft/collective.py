@@ -59,7 +59,7 @@ class Collective:
         try:
             dist.init_parallel_env()
         except RuntimeError as error:
-            raise CollectiveFailed(self._lost("joining the process group", error)) from error
+            raise peer_loss(error, self.rank, "joining the process group") from error
 
     def all_reduce(self, tensor: Any) -> None:
         """Sums ``tensor`` over all ranks, in place. Raises CollectiveFailed."""
@@ -70,7 +70,7 @@ class Collective:
         try:
             dist.all_reduce(tensor)
         except RuntimeError as error:
-            raise CollectiveFailed(self._lost("an all-reduce", error)) from error
+            raise peer_loss(error, self.rank, "an all-reduce") from error
 
     def broadcast(self, tensor: Any, root: int = 0) -> None:
         """Overwrites ``tensor`` with that of ``root``. Raises CollectiveFailed."""
@@ -81,7 +81,7 @@ class Collective:
         try:
             dist.broadcast(tensor, root)
         except RuntimeError as error:
-            raise CollectiveFailed(self._lost("a broadcast", error)) from error
+            raise peer_loss(error, self.rank, "a broadcast") from error
 
     def broadcast_all(self, tensors: Iterable[Any], root: int = 0) -> None:
         """``broadcast`` of many tensors, small ones packed together. Raises CollectiveFailed."""
@@ -112,18 +112,24 @@ class Collective:
             for tensor, at in _offsets(tensors):
                 ctypes.memmove(tensor.data_ptr(), address + at, nbytes_of(tensor))
 
-    def _lost(self, what: str, error: RuntimeError) -> str:
-        lines = str(error).strip().splitlines() or ["no details"]
-        return (
-            f"Rank {self.rank} lost a peer in {what} ({lines[-1].strip()[:200]}); the workers "
-            f"start again from the last checkpoint."
-        )
-
 
 def is_peer_loss(error: BaseException) -> bool:
     """Whether ``error`` came from a collective, ours or one that the script called itself."""
     return isinstance(error, CollectiveFailed) or (
         isinstance(error, RuntimeError) and "gloo" in str(error)
+    )
+
+
+def peer_loss(
+    error: BaseException, rank: int, what: str = "a collective of the script"
+) -> CollectiveFailed:
+    """``error``, which came from ``what``, as the error that the agent understands."""
+    if isinstance(error, CollectiveFailed):
+        return error
+    lines = str(error).strip().splitlines() or ["no details"]
+    return CollectiveFailed(
+        f"Rank {rank} lost a peer in {what} ({lines[-1].strip()[:200]}); the workers start again "
+        f"from the last checkpoint."
     )
 
 

@@ -172,5 +172,5 @@ def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     """The finaliser of MurmurHash3, 64 bits: every bit of the result depends on every bit of x."""
     x = (x ^ (x >> np.uint64(33))) * np.uint64(0xFF51AFD7ED558CCD)
     x = (x ^ (x >> np.uint64(33))) * np.uint64(0xC4CEB9FE1A85EC53)
-    x = x ^ (x >> np.uint64(33))
-    return x
+    mixed: npt.NDArray[np.uint64] = x ^ (x >> np.uint64(33))
+    return mixed

@@ -15,21 +15,16 @@ each optimizer step.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any, Literal, NoReturn
 
-from pydantic import TypeAdapter, ValidationError
 from typing_extensions import Self
 
-from paddle_ft import sampling
-from paddle_ft.agent.beacon import Beacon
-from paddle_ft.agent.worker_env import SESSION_VARIABLE, SessionEnv
-from paddle_ft.checkpoint import plan
 from paddle_ft.checkpoint.snapshot import Image
-from paddle_ft.collective import Collective, is_peer_loss
+from paddle_ft.collective import is_peer_loss, peer_loss
+from paddle_ft.context import Context
 from paddle_ft.errors import (
     EXIT_COLLECTIVE,
     EXIT_PAUSED,
@@ -38,17 +33,15 @@ from paddle_ft.errors import (
     PaddleFTError,
 )
 from paddle_ft.exits import Leave, install_hook, say
-from paddle_ft.feed import Feed, length_of
+from paddle_ft.feed import Feed
 from paddle_ft.gradients import Gradients
-from paddle_ft.keeper import AgentKeeper, Keeper, NullKeeper
-from paddle_ft.progress import Ballot, Cadence, Position, Verdict
+from paddle_ft.keeper import Keeper, NullKeeper
+from paddle_ft.progress import Ballot, Position, Verdict
 from paddle_ft.recorder import Recorder
 from paddle_ft.state import TrainingState
+from paddle_ft.streams import Streams
 
 LrStep = Literal["step", "epoch", "manual"]
-
-_LOSS_INTERVAL_S = 0.5
-"""How often the loss is read from an accelerator, which has to finish its work for that."""
 
 
 def session(
@@ -88,7 +81,8 @@ def session(
             "ReduceOnPlateau needs a metric that only the script knows: give lr_step='manual' and "
             "call its step yourself."
         )
-    return Session(model, optimizer, lr_scheduler, lr_step, (checkpoint, every_n_steps, every_s))
+    context = Context(checkpoint, every_n_steps, every_s)
+    return Session(model, optimizer, lr_scheduler, lr_step, context)
 
 
 class Session:
@@ -105,34 +99,22 @@ class Session:
         optimizer: Any,
         lr_scheduler: Any,
         lr_step: LrStep,
-        standalone: tuple[str | None, int, float],
+        context: Context,
     ) -> None:
         install_hook()
-        self._collective = Collective.from_environment()
-        self._env = _session_env()
+        self._context = context
+        self._collective = context.collective
         self._model = model
         self._optimizer = optimizer
         self._lr_scheduler = lr_scheduler
         self._lr_step = lr_step
-        self._standalone = standalone
         self._state = TrainingState(model, optimizer, lr_scheduler)
         self._keeper: Keeper = NullKeeper()
         self._recorder: Recorder | None = None
-        self._beacon = Beacon(self._env.beacon) if self._env and self._env.beacon else None
         self._image: Image | None = None
         self._position = Position()
-        self._streams = 0
-        """Calls of ``batches`` so far."""
         self._entered = self._started = False
-        self._round: list[sampling.Item] = []
-        """Batches handed out since the last step."""
-        self._in_loop = False
-        """A batch was handed out and the next one has not been asked for."""
-        self._weight = 1.0 / self._collective.world_size
-        """What this rank's gradients count in those of the global batch."""
         self._verdict = Verdict()
-        self._loss = float("nan")
-        self._loss_at_s = 0.0
 
     @property
     def rank(self) -> int:
@@ -158,15 +140,15 @@ class Session:
 
         0.0 if it is a sample that is only there to keep step with the other ranks.
         """
-        return self._round[-1].share.weight if self._round else self._weight
+        return self._streams.batch_weight
 
     @property
     def generation(self) -> int:
-        return self._env.generation if self._env else 1
+        return self._context.generation
 
     @property
     def restarts(self) -> int:
-        return self._env.restarts if self._env else 0
+        return self._context.restarts
 
     # ------------------------------------------------------------ begin
 
@@ -182,11 +164,12 @@ class Session:
     def _begin(self) -> None:
         import paddle
 
-        if self._env is not None:  # or SIGTERM from the agent would print a stack
+        context = self._context
+        if context.env is not None:  # or SIGTERM from the agent would print a stack
             paddle.disable_signal_handler()
         parallel = isinstance(self._model, paddle.DataParallel)
         self._reduces = self.world_size > 1 and not parallel
-        self._keeper = self._connect()
+        self._keeper = context.connect()
         self._image = self._keeper.restore()
         self._collective.join()
         if self._image is not None:
@@ -197,37 +180,19 @@ class Session:
             self._collective.broadcast_all(self._model.state_dict().values())
         self._check_same_start()
         self._gradients = Gradients(self._model.parameters(), self._collective)
-        self._recorder = self._make_recorder()
-        self._cadence = self._make_cadence()
-        self._cadence.saved(self.global_step, time.monotonic())
-        self._tell_progress(None)
-
-    def _connect(self) -> Keeper:
-        url = self._standalone[0]
-        if self._env is not None:
-            env = self._env
-            return AgentKeeper(env.socket, self.rank, self.world_size, env.generation)
-        if url is None:
-            return NullKeeper()
-        from paddle_ft.standalone import StandaloneKeeper
-
-        return StandaloneKeeper(url, self.rank, self.world_size)
-
-    def _make_recorder(self) -> Recorder:
-        env = self._env
-        return Recorder(
+        self._streams = Streams(self.rank, self.world_size, not parallel, self._position)
+        self._recorder = Recorder(
             self._keeper,
             self._state,
             rank=self.rank,
             world_size=self.world_size,
-            mode="sharded" if env is not None and env.mode == "sharded" else "rank0",
-            block_bytes=env.block_bytes if env is not None else plan.ALIGN_BYTES,
+            mode=context.mode,
+            block_bytes=context.block_bytes,
         )
-
-    def _make_cadence(self) -> Cadence:
-        if self._env is not None:
-            return Cadence(self._env.every_n_steps, self._env.every_s)
-        return Cadence(self._standalone[1], self._standalone[2])
+        self._cadence = context.cadence()
+        self._cadence.saved(self.global_step, time.monotonic())
+        self._teller = context.teller()
+        self._teller.tell(self._position, None)
 
     def _check_same_start(self) -> None:
         if self.world_size == 1:
@@ -289,60 +254,20 @@ class Session:
         length, seed or shuffle.
         """
         assert self._entered, "call s.batches inside of the with block"
-        ordinal = self._streams
-        self._streams += 1
-        stream = self._stream(dataset, batch_size, epochs, shuffle, seed)
-        if self._position.stream == ordinal:
-            self._position.check(stream)
-        feed = Feed(
+        number, feed = self._streams.open(
             dataset,
-            stream,
-            rank=self.rank,
-            world_size=self.world_size,
+            batch_size,
+            epochs,
+            shuffle,
+            seed,
             num_workers=num_workers,
             collate_fn=collate_fn,
         )
-        return self._run(feed, ordinal)
+        return self._run(number, feed)
 
-    def _stream(
-        self, dataset: Any, batch_size: int, epochs: int, shuffle: bool, seed: int
-    ) -> sampling.Stream:
-        try:
-            length = length_of(dataset)
-            stream = sampling.Stream(length, batch_size, epochs, bool(shuffle), int(seed))
-        except ValueError as error:
-            raise ConfigError(f"s.batches: {error}.") from None
-        smallest = length % batch_size or min(batch_size, length)
-        if smallest < self.world_size and not self._reduces:
-            raise ConfigError(
-                f"The last batch of an epoch has {smallest} samples for {self.world_size} ranks, "
-                f"which paddle.DataParallel cannot weight; use another batch_size, or give the "
-                f"model itself to ft.session, which averages the gradients then."
-            )
-        return stream
-
-    def _run(self, feed: Feed, ordinal: int) -> Iterator[Any]:
+    def _run(self, number: int, feed: Feed) -> Iterator[Any]:
         self._start_stepping()
-        position = self._position
-        if position.stream > ordinal:
-            return
-        if position.stream < ordinal:
-            position.turn_to(ordinal)
-        position.plan = feed.stream
-        for item, data in feed.run(position.batch, position.epoch, position.offset):
-            if position.stream != ordinal:
-                raise ConfigError(
-                    "Two loops over s.batches run at the same time, which cannot be resumed; join "
-                    "the datasets with paddle.io.ComposeDataset and use one loop."
-                )
-            position.advance(item.batch)
-            self._round.append(item)
-            self._in_loop = True
-            try:
-                yield data
-            finally:
-                self._in_loop = False
-            self._between_rounds()
+        yield from self._streams.run(number, feed, self._between_rounds)
 
     def _start_stepping(self) -> None:
         """Once all is registered: the image is needed no longer."""
@@ -363,8 +288,8 @@ class Session:
         """
         assert self._entered, "call s.step inside of the with block"
         self._start_stepping()
-        ends_epoch = self._close_round()
-        present = self._gradients.reduce(self._weight) if self._reduces else []
+        ends_epoch = self._streams.close_round()
+        present = self._gradients.reduce(self._streams.weight) if self._reduces else []
         self._verdict = self._vote(present)
         if self._recorder is not None:
             self._recorder.wait_copied()
@@ -376,23 +301,13 @@ class Session:
         # Not set to zero: whether a gradient was there before must not matter after a restart.
         self._optimizer.clear_grad(set_to_zero=False)
         self._position.step += 1
-        self._tell_progress(loss)
-        if not self._in_loop:
+        self._teller.tell(self._position, loss)
+        if not self._streams.in_loop:
             self._between_rounds()
 
     def _step_scheduler(self) -> None:
         if self._lr_scheduler is not None:
             self._lr_scheduler.step()
-
-    def _close_round(self) -> bool:
-        """Weighs this rank's gradients; whether the last batch of the round ended its epoch."""
-        if not self._round:
-            return False
-        mine = sum(i.share.stop - i.share.start for i in self._round if i.share.weight)
-        self._weight = mine / sum(i.batch.size for i in self._round)
-        ends_epoch = self._round[-1].batch.last
-        self._round.clear()
-        return ends_epoch
 
     def _vote(self, present: list[int]) -> Verdict:
         keeper, step = self._keeper, self.global_step + 1
@@ -418,35 +333,23 @@ class Session:
     def _between_rounds(self) -> None:
         """Takes the snapshot that the last vote asked for."""
         verdict, self._verdict = self._verdict, Verdict()
-        if self._recorder is None or not (verdict.save or verdict.pause):
+        if not (verdict.save or verdict.pause):
             return
-        taken = self._recorder.take(
-            self.global_step, self._position.to_meta(), wait=verdict.pause, beside=not verdict.pause
-        )
-        if taken:
-            self._cadence.saved(self.global_step, time.monotonic())
+        if self._keeper.saves and self._recorder is not None:
+            position, pause = self._position.to_meta(), verdict.pause
+            if self._recorder.take(self.global_step, position, wait=pause, beside=not pause):
+                self._cadence.saved(self.global_step, time.monotonic())
         if verdict.pause:
             self._leave_paused()
 
     def _leave_paused(self) -> NoReturn:
         keeper = self._keeper
         reason = keeper.pause_reason or "another rank was asked to"
-        if keeper.pause_exit_code:  # without an agent nobody else waits for the checkpoint
+        if self._context.env is None:  # nobody else waits for the checkpoint
             keeper.wait_committed(self.global_step)
+            self._sum([0])  # who leaves first may take the others with it
         keeper.close("paused", reason, EXIT_PAUSED, self.global_step)
         raise Leave(keeper.pause_exit_code or EXIT_PAUSED)
-
-    def _tell_progress(self, loss: Any) -> None:
-        if self._beacon is None:
-            return
-        if loss is not None:
-            now_s = time.monotonic()
-            cheap = not hasattr(loss, "place") or loss.place.is_cpu_place()
-            if cheap or now_s - self._loss_at_s >= _LOSS_INTERVAL_S:
-                self._loss_at_s = now_s
-                self._loss = float(loss.mean() if getattr(loss, "size", 1) != 1 else loss)
-        p = self._position
-        self._beacon.write(p.step, self._loss, p.epoch, p.samples, p.steps_total())
 
     # ------------------------------------------------------------ end
 
@@ -468,7 +371,7 @@ class Session:
         if isinstance(error, Leave):
             return
         if error is not None and is_peer_loss(error):
-            self._abort(_as_collective_failure(error, self.rank))
+            self._abort(peer_loss(error, self.rank))
         if isinstance(error, PaddleFTError):
             self._abort(error)
         self._keeper.close(None)
@@ -489,32 +392,7 @@ class Session:
         reason = str(error)
         self._keeper.close("collective" if lost else "fatal", reason, error.exit_code)
         self._keeper = NullKeeper()
-        if lost and self._env is not None:
+        if lost and self._context.env is not None:
             say(reason)
             raise Leave(EXIT_COLLECTIVE) from None
         raise error
-
-
-def _session_env() -> SessionEnv | None:
-    """What the launcher has told; None without a launcher."""
-    text = os.environ.get(SESSION_VARIABLE)
-    if not text:
-        return None
-    try:
-        env: SessionEnv = TypeAdapter(SessionEnv).validate_json(text)
-    except ValidationError:
-        raise ConfigError(
-            f"The variable {SESSION_VARIABLE} is not what paddle_ft.launch of this version sets; "
-            f"unset it to run the script alone."
-        ) from None
-    return env
-
-
-def _as_collective_failure(error: BaseException, rank: int) -> CollectiveFailed:
-    if isinstance(error, CollectiveFailed):
-        return error
-    lines = str(error).strip().splitlines() or ["no details"]
-    return CollectiveFailed(
-        f"Rank {rank} lost a peer in a collective of the script ({lines[-1].strip()[:200]}); the "
-        f"workers start again from the last checkpoint."
-    )

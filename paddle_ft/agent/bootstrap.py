@@ -15,8 +15,6 @@ it says ``ready`` first. If the other end closes without a word, it ends with 0.
 
 from __future__ import annotations
 
-import zlib  # noqa: F401, I001: before paddle, or 2.6.2 crashes at the first decompression
-
 import ctypes
 import json
 import os
@@ -26,6 +24,7 @@ import socket
 import stat
 import sys
 import traceback
+import zlib
 from types import TracebackType
 from typing import Any
 
@@ -37,6 +36,7 @@ _USAGE = "usage: python -m paddle_ft.agent.bootstrap (script.py | -m module | --
 
 
 def main() -> None:
+    assert zlib  # loaded before paddle, or 2.6.2 crashes at the first decompression
     parent = os.getppid()
     die_with_parent(parent)
     # The agent decides when a worker stops; Ctrl-C in its terminal is its business.
@@ -85,7 +85,7 @@ def run(arguments: list[str]) -> None:
         end(error.exit_code)
     except KeyboardInterrupt:
         end(EXIT_SIGINT)
-    except Exception as error:  # noqa: BLE001: it is the script's, and is shown as python would
+    except Exception as error:  # noqa: BLE001 - it is the script's, and shown as python would
         traceback.print_exception(type(error), error, _from_script(error.__traceback__))
         end(EXIT_WORKER_FAILED)
 

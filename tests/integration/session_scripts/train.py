@@ -125,17 +125,30 @@ def main() -> None:
     data = Data(OPTIONS["samples"])
     counter = Counter()
     with ft.session(
-        model=model, optimizer=optimizer, lr_scheduler=schedule, lr_step=OPTIONS["lr_step"],
+        model=model,
+        optimizer=optimizer,
+        lr_scheduler=schedule,
+        lr_step=OPTIONS["lr_step"],
         **OPTIONS.get("session", {}),
     ) as s:
-        tell(event="begin", step=s.global_step, rank=s.rank, world=s.world_size,
-             generation=s.generation, restarts=s.restarts)
+        tell(
+            event="begin",
+            step=s.global_step,
+            rank=s.rank,
+            world=s.world_size,
+            generation=s.generation,
+            restarts=s.restarts,
+        )
         if OPTIONS["register"]:
             s.register("counter", counter)
         for number in range(OPTIONS["streams"]):
             for x, y, ids in s.batches(
-                data, batch_size=OPTIONS["batch_size"], epochs=OPTIONS["epochs"], shuffle=True,
-                seed=OPTIONS["seed"] + number, num_workers=OPTIONS["workers"],
+                data,
+                batch_size=OPTIONS["batch_size"],
+                epochs=OPTIONS["epochs"],
+                shuffle=True,
+                seed=OPTIONS["seed"] + number,
+                num_workers=OPTIONS["workers"],
             ):
                 if s.global_step == OPTIONS["freeze_until"]:
                     net.first.weight.stop_gradient = False
@@ -149,16 +162,27 @@ def main() -> None:
                 s.step(loss)
                 counter.seen["steps"] += 1
                 counter.seen["mean"] += 0.5
-                tell(event="step", step=s.global_step, rank=s.rank, epoch=s.epoch, ids=used,
-                     stream=number, lr=optimizer.get_lr(), loss=float(loss))
+                tell(
+                    event="step",
+                    step=s.global_step,
+                    rank=s.rank,
+                    epoch=s.epoch,
+                    ids=used,
+                    stream=number,
+                    lr=optimizer.get_lr(),
+                    loss=float(loss),
+                )
                 time.sleep(OPTIONS["step_s"])
         tell(event="loop over", rank=s.rank)
     tell(
-        event="end", step=s.global_step, rank=s.rank,
+        event="end",
+        step=s.global_step,
+        rank=s.rank,
         weights=weights_hash(dict(net.named_parameters())),
         all=weights_hash(net.state_dict(), optimizer.state_dict()),
-        seen=repr(counter.seen["steps"]) + repr(counter.seen["mean"].tolist()) +
-        repr(counter.seen[7]),
+        seen=repr(counter.seen["steps"])
+        + repr(counter.seen["mean"].tolist())
+        + repr(counter.seen[7]),
     )
 
 

@@ -1,0 +1,112 @@
+"""Where a session runs: under the launcher, alone, or alone with a checkpoint directory.
+
+Everything that differs between these is decided here, so that the session itself does not ask.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from paddle_ft.agent.beacon import Beacon
+from paddle_ft.agent.worker_env import SESSION_VARIABLE, SessionEnv
+from paddle_ft.checkpoint import plan
+from paddle_ft.collective import Collective
+from paddle_ft.errors import ConfigError
+from paddle_ft.keeper import AgentKeeper, Keeper, NullKeeper
+from paddle_ft.progress import Cadence, Position
+
+_LOSS_INTERVAL_S = 0.5
+"""How often the loss is read from an accelerator, which has to finish its work for that."""
+
+
+@dataclass(slots=True)
+class Context:
+    """``url``, ``every_n_steps`` and ``every_s`` count only where there is no launcher."""
+
+    url: str | None = None
+    every_n_steps: int = 0
+    every_s: float = 0.0
+    collective: Collective = field(default_factory=Collective.from_environment)
+    env: SessionEnv | None = field(default_factory=lambda: _session_env())
+    """What the launcher has told; None without a launcher."""
+
+    @property
+    def generation(self) -> int:
+        return self.env.generation if self.env else 1
+
+    @property
+    def restarts(self) -> int:
+        return self.env.restarts if self.env else 0
+
+    @property
+    def mode(self) -> plan.Mode:
+        return "sharded" if self.env and self.env.mode == "sharded" else "rank0"
+
+    @property
+    def block_bytes(self) -> int:
+        return self.env.block_bytes if self.env else plan.ALIGN_BYTES
+
+    def connect(self) -> Keeper:
+        """Where snapshots go. Raises PaddleFTError if the agent does not answer, StoreError."""
+        rank, world_size = self.collective.rank, self.collective.world_size
+        if self.env is not None:
+            return AgentKeeper(self.env.socket, rank, world_size, self.env.generation)
+        if self.url is None:
+            return NullKeeper()
+        # Loads what talks to object stores.
+        from paddle_ft.standalone import StandaloneKeeper
+
+        return StandaloneKeeper(self.url, rank)
+
+    def cadence(self) -> Cadence:
+        if self.env is not None:
+            return Cadence(self.env.every_n_steps, self.env.every_s)
+        return Cadence(self.every_n_steps, self.every_s)
+
+    def teller(self) -> Teller:
+        return Teller(Beacon(self.env.beacon) if self.env and self.env.beacon else None)
+
+
+class Teller:
+    """Writes the session's progress to the page that the agent reads."""
+
+    def __init__(self, beacon: Beacon | None) -> None:
+        self._beacon = beacon
+        self._loss = float("nan")
+        self._loss_at_s = float("-inf")
+
+    def tell(self, position: Position, loss: Any) -> None:
+        """``loss`` is a number, a tensor or None."""
+        if self._beacon is None:
+            return
+        if loss is not None:
+            self._read_loss(loss)
+        p = position
+        self._beacon.write(p.step, self._loss, p.epoch, p.samples, p.steps_total())
+
+    def _read_loss(self, loss: Any) -> None:
+        now_s = time.monotonic()
+        on_device = hasattr(loss, "place") and not loss.place.is_cpu_place()
+        if on_device and now_s - self._loss_at_s < _LOSS_INTERVAL_S:
+            return
+        self._loss_at_s = now_s
+        self._loss = float(loss.mean() if getattr(loss, "size", 1) != 1 else loss)
+
+
+def _session_env() -> SessionEnv | None:
+    text = os.environ.get(SESSION_VARIABLE)
+    if not text:
+        return None
+    try:
+        env: SessionEnv = TypeAdapter(SessionEnv).validate_json(text)
+    except ValidationError:
+        raise ConfigError(
+            f"The variable {SESSION_VARIABLE} is not what paddle_ft.launch of this version sets; "
+            f"unset it to run the script alone."
+        ) from None
+    return env

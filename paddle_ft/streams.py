@@ -1,0 +1,100 @@
+"""The loops of a training script over its data: which one runs, where it stands, what it weighs.
+
+Invariant: ``position`` is that of the batches handed out; at the end of a round of the loop it is
+where a resumed run goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from paddle_ft import sampling
+from paddle_ft.errors import ConfigError
+from paddle_ft.feed import Feed, length_of
+from paddle_ft.progress import Position
+
+
+class Streams:
+    """The calls of ``Session.batches``, numbered in their order.
+
+    ``weighted``: gradients can be weighted, so the ranks' slices may be of any size.
+    """
+
+    def __init__(self, rank: int, world_size: int, weighted: bool, position: Position) -> None:
+        self.position = position
+        self.in_loop = False
+        """A batch was handed out and the next one has not been asked for."""
+        self.weight = 1.0 / world_size
+        """What this rank's gradients of the last step count in those of the global batch."""
+        self._rank = rank
+        self._world_size = world_size
+        self._weighted = weighted
+        self._calls = 0
+        self._round: list[sampling.Item] = []
+
+    @property
+    def batch_weight(self) -> float:
+        """What the batch that was handed out last counts."""
+        return self._round[-1].share.weight if self._round else self.weight
+
+    def open(
+        self, dataset: Any, batch_size: int, epochs: int, shuffle: bool, seed: int, **loading: Any
+    ) -> tuple[int, Feed]:
+        """Number and feed of the next stream; ``loading`` is for ``Feed``.
+
+        Raises ConfigError, and CheckpointMismatch if the job has begun this stream differently.
+        """
+        number = self._calls
+        self._calls += 1
+        try:
+            length = length_of(dataset)
+            plan = sampling.Stream(length, batch_size, epochs, bool(shuffle), int(seed))
+        except ValueError as error:
+            raise ConfigError(f"s.batches: {error}.") from None
+        smallest = length % batch_size or min(batch_size, length)
+        if smallest < self._world_size and not self._weighted:
+            raise ConfigError(
+                f"The last batch of an epoch has {smallest} samples for {self._world_size} ranks, "
+                f"which paddle.DataParallel cannot weight; use another batch_size, or give the "
+                f"model itself to ft.session, which averages the gradients then."
+            )
+        if self.position.stream == number:
+            self.position.check(plan)
+        return number, Feed(dataset, plan, rank=self._rank, world_size=self._world_size, **loading)
+
+    def run(self, number: int, feed: Feed, between_rounds: Callable[[], None]) -> Iterator[Any]:
+        """The data of stream ``number`` from where the job stands; nothing if it is over."""
+        position = self.position
+        if position.stream > number:
+            return
+        if position.stream < number:
+            position.turn_to(number)
+        position.plan = feed.stream
+        for item, data in feed.run(position.batch, position.epoch, position.offset):
+            if position.stream != number:
+                raise ConfigError(
+                    "Two loops over s.batches run at the same time, which cannot be resumed; join "
+                    "the datasets with paddle.io.ComposeDataset and use one loop."
+                )
+            position.advance(item.batch)
+            self._round.append(item)
+            self.in_loop = True
+            try:
+                yield data
+            finally:
+                self.in_loop = False
+            between_rounds()
+
+    def close_round(self) -> bool:
+        """Weighs the gradients of the batches since the last step; whether they end an epoch.
+
+        Without a batch since then (two steps with one batch) the weight stays what it was.
+        """
+        if not self._round:
+            return False
+        mine = sum(i.share.stop - i.share.start for i in self._round if i.share.weight)
+        self.weight = mine / sum(i.batch.size for i in self._round)
+        ends_epoch = self._round[-1].batch.last
+        self._round.clear()
+        return ends_epoch
