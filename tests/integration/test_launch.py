@@ -1,0 +1,243 @@
+"""The main job with real parts: train, kill, go on; the result is the same (A1, A2, A7, A8)."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from paddle_ft.config import EtcdConfig
+from paddle_ft.coordination.embedded import EmbeddedEtcd
+from paddle_ft.coordination.etcd import EtcdCoordinator
+from tests.integration.jobs import (
+    FAST_ETCD,
+    TINY,
+    Launcher,
+    final,
+    steps_done,
+    used_samples,
+    wait_until,
+)
+
+pytestmark = [pytest.mark.paddle, pytest.mark.etcd, pytest.mark.timeout(240)]
+
+SAMPLES, EPOCHS, BATCH = 100, 3, 8
+STEPS = EPOCHS * -(-SAMPLES // BATCH)
+
+Start = Callable[..., Launcher]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """``start(name, *flags, delay=…)`` starts a launcher that runs the tiny training."""
+    launchers: list[Launcher] = []
+
+    def start(
+        name: str,
+        *flags: str,
+        record: str = "record",
+        delay: float = 0.0,
+        script: Sequence[str] = (),
+    ) -> Launcher:
+        given = script or (str(TINY), "--record", str(tmp_path / record), "--delay", str(delay))
+        launcher = Launcher(tmp_path / name, (*flags, *given), FAST_ETCD)
+        launchers.append(launcher)
+        return launcher
+
+    yield start
+    for launcher in launchers:
+        launcher.close()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The weights of a run of two ranks in which nothing happened."""
+    directory = tmp_path_factory.mktemp("undisturbed")
+    launcher = Launcher(
+        directory, ("--nproc_per_node", "2", str(TINY), "--record", str(directory / "record"))
+    )
+    assert launcher.wait() == 0, launcher.output
+    told = final(launcher.output)
+    assert (told["step"], told["world"], told["restarts"]) == (str(STEPS), "2", "0")
+    return told["weights"]
+
+
+@pytest.fixture
+def etcd() -> Iterator[EmbeddedEtcd]:
+    with EmbeddedEtcd() as server:
+        yield server
+
+
+def exactly_once(record: Path) -> bool:
+    used = used_samples(record, STEPS)
+    per_epoch = -(-SAMPLES // BATCH)
+    assert len(used) == EPOCHS * SAMPLES, f"{len(used)} samples in {EPOCHS} epochs"
+    assert per_epoch * EPOCHS == STEPS
+    return all(
+        sorted(used[e * SAMPLES : (e + 1) * SAMPLES]) == list(range(SAMPLES))
+        for e in range(EPOCHS)
+    )
+
+
+def test_killed_workers_do_not_change_the_weights(
+    start: Start, tmp_path: Path, undisturbed: str
+) -> None:
+    """Five workers are killed, each at a random moment of the training."""
+    seed = random.SystemRandom().randrange(2**32)
+    chance = random.Random(seed)
+    launcher = start(
+        "job", "--nproc_per_node", "2", "--checkpoint_every", "3", "--max_restart", "9",
+        delay=0.06,
+    )
+    record = tmp_path / "record"
+    killed: set[int] = set()
+    for goal in sorted(chance.sample(range(2, STEPS - 2), 5)):
+        wait_until(
+            lambda goal=goal: launcher.process.poll() is not None
+            or (steps_done(record) >= goal and not killed & set(launcher.workers().values()))
+        )
+        time.sleep(chance.random() * 0.06)
+        if launcher.process.poll() is None:
+            killed.add(launcher.kill_worker(chance.randrange(2)))
+    assert launcher.wait() == 0, f"seed {seed}\n{launcher.output}"
+    told = final(launcher.output)
+    assert told["weights"] == undisturbed, f"seed {seed}\n{launcher.output}"
+    assert int(told["restarts"]) >= 3, launcher.output
+    assert exactly_once(record)
+
+
+def test_the_leaders_launcher_is_killed_and_another_takes_its_place(
+    start: Start, tmp_path: Path, etcd: EmbeddedEtcd, undisturbed: str
+) -> None:
+    """Two launchers of one rank each; a third stands by as a spare and takes over the rank."""
+    flags = (
+        "--etcd", etcd.endpoint, "--nnodes", "2", "--job_id", "pair",
+        "--checkpoint", str(tmp_path / "store"), "--checkpoint_every", "3",
+    )
+    first = start("first", *flags, delay=0.1)
+    wait_until(lambda: first.workers() or "node" in first.output)
+    second = start("second", *flags, delay=0.1)
+    wait_until(lambda: steps_done(tmp_path / "record") >= 4)
+    spare = start("spare", *flags, delay=0.1)
+    wait_until(lambda: len(members(etcd, "pair")) == 3)
+    leader, other = (first, second) if leads(etcd, "pair", first) else (second, first)
+    leader.send(signal.SIGKILL)
+    assert other.wait() == 0, other.output
+    assert spare.wait() == 0, spare.output
+    told = final(other.output + spare.output)
+    assert told["weights"] == undisturbed
+    assert told["world"] == "2"
+    assert exactly_once(tmp_path / "record")
+
+
+def test_every_sample_is_used_once_when_the_world_changes(
+    start: Start, tmp_path: Path, etcd: EmbeddedEtcd
+) -> None:
+    """2 ranks, then 1 (a launcher is killed), then 2 (another joins)."""
+    flags = (
+        "--etcd", etcd.endpoint, "--nnodes", "1:2", "--job_id", "elastic",
+        "--checkpoint", str(tmp_path / "store"), "--checkpoint_every", "3",
+    )
+    first, second = (start(name, *flags, delay=0.15) for name in ("first", "second"))
+    record = tmp_path / "record"
+    wait_until(lambda: steps_done(record) >= 5)
+    second.send(signal.SIGKILL)
+    wait_until(lambda: "1 rank on 1 node" in first.output)
+    third = start("third", *flags, delay=0.15)
+    assert first.wait() == 0, first.output
+    assert third.wait() == 0, third.output
+    assert final(first.output + third.output)["world"] == "2"
+    worlds = re.findall(r"generation \d+: (\d) rank", first.output)
+    assert worlds in (["1", "2", "1", "2"], ["2", "1", "2"]), first.output
+    assert exactly_once(record)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_stop_saves_and_leaves_nothing(
+    start: Start, tmp_path: Path, etcd: EmbeddedEtcd, undisturbed: str, number: int, code: int
+) -> None:
+    """The last step is saved, children and keys are gone, and the next run goes on from it."""
+    flags = (
+        "--etcd", etcd.endpoint, "--nproc_per_node", "2", "--job_id", "stop",
+        "--checkpoint", str(tmp_path / "store"), "--checkpoint_every", "1000",
+    )
+    launcher = start("first", *flags, delay=0.05)
+    wait_until(lambda: steps_done(tmp_path / "record") >= 5)
+    workers = launcher.workers()
+    launcher.send(number)
+    assert launcher.wait() == code, launcher.output
+    done = steps_done(tmp_path / "record")
+    assert f"after saving step {done}" in launcher.output, launcher.output
+    assert not any(os.path.exists(f"/proc/{pid}") for pid in workers.values())
+    assert not members(etcd, "stop")
+    again = start("second", *flags)
+    assert again.wait() == 0, again.output
+    assert f"from the checkpoint of step {done}" in again.output
+    assert final(again.output)["weights"] == undisturbed
+    assert exactly_once(tmp_path / "record")
+
+
+def test_a_private_etcd_is_not_needed_to_find_the_checkpoint_again(
+    start: Start, tmp_path: Path, undisturbed: str
+) -> None:
+    """The launcher itself is killed, and its etcd with it; the store alone is left."""
+    flags = ("--nproc_per_node", "2", "--checkpoint", str(tmp_path / "store"),
+             "--checkpoint_every", "3")
+    launcher = start("first", *flags, delay=0.05)
+    wait_until(lambda: any((tmp_path / "store" / "commits").glob("*.json")))
+    workers = launcher.workers()
+    launcher.send(signal.SIGKILL)
+    launcher.wait()
+    wait_until(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in workers.values()))
+    again = start("second", *flags)
+    assert again.wait() == 0, again.output
+    assert "from the checkpoint of step" in again.output
+    assert final(again.output)["weights"] == undisturbed
+    assert exactly_once(tmp_path / "record")
+
+
+def test_a_finished_job_started_again_has_nothing_to_do(start: Start, tmp_path: Path) -> None:
+    flags = ("--checkpoint", str(tmp_path / "store"))
+    first = start("first", *flags)
+    assert first.wait() == 0, first.output
+    before = steps_done(tmp_path / "record")
+    again = start("second", *flags, record="again")
+    assert again.wait() == 0, again.output
+    assert steps_done(tmp_path / "again") == 0
+    assert final(again.output)["weights"] == final(first.output)["weights"]
+    assert before == STEPS
+
+
+def test_a_bug_in_the_script_ends_the_job_with_its_traceback(
+    start: Start, tmp_path: Path
+) -> None:
+    script = (str(TINY), "--record", str(tmp_path / "record"), "--fail-at", "2")
+    launcher = start("job", "--max_restart", "1", script=script)
+    assert launcher.wait() == 1, launcher.output
+    assert "ValueError: a bug in the script" in launcher.output
+    assert "workers failed 2 times within 300 s (--max_restart 1)" in launcher.output
+    assert "exit code 1" in launcher.output
+
+
+def members(etcd: EmbeddedEtcd, job: str) -> list[str]:
+    coordinator = EtcdCoordinator(EtcdConfig(endpoints=(etcd.endpoint,)))
+    try:
+        return [kv.key for kv in coordinator.read(f"/paddle_ft/{job}/nodes/").kvs]
+    finally:
+        coordinator.close()
+
+
+def leads(etcd: EmbeddedEtcd, job: str, launcher: Launcher) -> bool:
+    """Whether ``launcher`` is the leader, by the name it gave itself."""
+    coordinator = EtcdCoordinator(EtcdConfig(endpoints=(etcd.endpoint,)))
+    try:
+        (leader,) = coordinator.read(f"/paddle_ft/{job}/leader").kvs
+    finally:
+        coordinator.close()
+    return f"node {leader.value.decode().partition('.')[0]}," in launcher.output
