@@ -7,7 +7,6 @@ write again. Everything here may be cut off at any point and be repeated.
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 import secrets
 from collections.abc import Iterable
@@ -71,7 +70,7 @@ def _roots(
 ) -> Roots:
     names = [i.name for i in infos]
     required = {r.manifest: r for r in (head.newest, *head.lineage)}
-    base = _base(store, owner)
+    base = commit.base_of(store, owner)
     rivals = _rivals(names, owner, base)
     readable = _read_all(store, required, (set(pinned) | rivals) - set(required))
     foreign: frozenset[str] = frozenset()
@@ -115,14 +114,6 @@ def _rivals(names: Iterable[str], owner: str, base: int | None) -> frozenset[str
         and parsed.owner != owner
         and (base is None or parsed.sequence > base)
     )
-
-
-def _base(store: Store, owner: str) -> int | None:
-    try:
-        base = json.loads(store.get(layout.owner_name(owner)))["base"]
-    except (StoreMissing, ValueError, KeyError, TypeError):
-        return None
-    return base if isinstance(base, int) else None
 
 
 def _over(store: Store, infos: list[ObjectInfo], owner: str, quiet_s: float) -> frozenset[str]:

@@ -175,18 +175,28 @@ def pin(store: Store, ref: CommitRef, who: str, reason: str = "") -> None:
     """
     name = layout.pin_name(ref.manifest, who)
     wire = {"format": FORMAT, "kind": "pin", "ref": json.loads(encode(ref)), "reason": reason}
-    store.put(name, canonical(wire))
+    if not store.put(name, canonical(wire), if_absent=True):
+        return
     failpoint("pin.stored")
     for marker in marker_names(store):
         if _sequence(marker) <= ref.sequence:
             break
         head = _or_none(partial(read_marker, store, marker))
-        if head is not None and ref.manifest not in kept(head):
+        if head is not None and ref.manifest not in kept(head) and _descends(store, head, ref):
             store.delete([name])
             raise CheckpointMismatch(
                 f"{store.url}/{ref.manifest} is no longer kept and cannot be pinned; pin a newer "
                 f"checkpoint."
             )
+
+
+def _descends(store: Store, head: Head, ref: CommitRef) -> bool:
+    """Whether ``ref`` may once have been kept by the history of ``head``."""
+    mine, other = layout.parse(head.newest.manifest), layout.parse(ref.manifest)
+    if mine is None or other is None or mine.owner == other.owner:
+        return True
+    base = base_of(store, mine.owner)
+    return base is None or base >= ref.sequence
 
 
 def unpin(store: Store, manifest: str, who: str) -> None:
@@ -230,6 +240,15 @@ def _begin(store: Store, owner: str, base: int) -> None:
     """Notes that ``owner`` begins upon the commit ``base``; the first note stands."""
     wire = {"format": FORMAT, "kind": "owner", "base": base}
     store.put(layout.owner_name(owner), canonical(wire), if_absent=True)
+
+
+def base_of(store: Store, owner: str) -> int | None:
+    """The commit upon which ``owner`` began, 0 for none; None if that is not known."""
+    try:
+        base = json.loads(store.get(layout.owner_name(owner)))["base"]
+    except (StoreMissing, ValueError, KeyError, TypeError):
+        return None
+    return base if isinstance(base, int) else None
 
 
 def _pinned(store: Store, ref: CommitRef, owner: str) -> bool:
