@@ -475,7 +475,10 @@ def _regroup(view: View, trouble: Trouble | None, now_s: float, config: Config) 
         return Decision(None, f"waiting for members: {told}")
     if not survivors and len(chosen) < job.nodes_max and waited_s < job.join_window_s:
         return Decision(None, f"{len(chosen)} nodes are here: waiting for more")
-    failures = _failures(old, trouble, view.wall_s, job.restart_window_s)
+    if not survivors:
+        trouble = None  # nobody of the generation before is there: another run begins
+    history = old if survivors else None
+    failures = _failures(history, trouble, view.wall_s, job.restart_window_s)
     if trouble is not None and len(failures) > job.max_restart:
         reason = (
             f"workers failed {len(failures)} times within {job.restart_window_s:g} s "
@@ -486,7 +489,7 @@ def _regroup(view: View, trouble: Trouble | None, now_s: float, config: Config) 
     if refused and restore is None:
         reason = f"every checkpoint of the job is damaged ({', '.join(refused)})"
         return Decision(Finish(Outcome(EXIT_CHECKPOINT, reason), state.fences()), reason)
-    reason = str(trouble) if trouble is not None else _why(state, old, chosen)
+    reason = str(trouble) if trouble is not None else _why(state, history, chosen)
     before = (old.number if old else 0, state.head.value.newest.generation if state.head else 0)
     generation = Generation(
         number=max(before) + 1,
@@ -495,7 +498,7 @@ def _regroup(view: View, trouble: Trouble | None, now_s: float, config: Config) 
         restore=restore,
         reason=reason,
         failures=failures,
-        restarts=(old.restarts if old else 0) + (1 if trouble is not None else 0),
+        restarts=(history.restarts if history else 0) + (1 if trouble is not None else 0),
     )
     return Decision(Propose(generation, state.fences()), reason)
 
