@@ -6,16 +6,17 @@
 PYTHON ?= python3
 PADDLE ?= paddlepaddle==3.3.1
 JOBS ?= 2
+SEEDS ?= 20000
 
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.made-for
 VENV26 := .venv-2.6
 STAMP26 := $(VENV26)/.made-for
-PIP := install --quiet --disable-pip-version-check --no-input
+PIP := install -qq --disable-pip-version-check --no-input
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-2.6 demo test lint test-fast test-slow test-2.6 sim clean
+.PHONY: help setup setup-2.6 demo test lint test-slow test-2.6 sim clean
 
 help:
 	@sed -n 's/^\([a-z][a-z0-9.-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 12
@@ -62,8 +63,11 @@ test-slow: setup ## the slow tests
 test-2.6: setup-2.6 ## the tests that import Paddle, on Paddle 2.6.2
 	@$(VENV26)/bin/python -m pytest -n $(JOBS) -m "paddle and not slow"
 
-sim: setup ## 20,000 seeds of the simulator
-	@PADDLE_FT_SIM_SEEDS=20000 $(BIN)/python -m pytest -n $(JOBS) tests/sim --timeout 0
+sim: setup ## SEEDS=20000 runs of the simulated cluster, on two cores
+	@half=$$(( $(SEEDS) / 2 )); \
+	$(BIN)/python -m tests.sim.run --seeds $$half & first=$$!; \
+	$(BIN)/python -m tests.sim.run --from $$half --seeds $$(( $(SEEDS) - half )); second=$$?; \
+	wait $$first && exit $$second
 
 clean: ## remove what builds and runs left, but not the environments
 	@rm -rf .demo .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist log checkpoints
