@@ -15,7 +15,7 @@ who leads costs a refused transaction, nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from paddle_ft.config import Config
@@ -111,11 +111,11 @@ class Decision:
 
 @dataclass(frozen=True, slots=True)
 class Marks:
-    """Since when something has been so, by the clock of the observer."""
+    """Since when something has been so, by the clock of the observer. 0: no such generation."""
 
     live: frozenset[str] = frozenset()
     members_since_s: float = 0.0
-    trouble: tuple[int, frozenset[str]] | None = None
+    trouble: int = 0
     trouble_since_s: float = 0.0
     pause: int = 0
     pause_since_s: float = 0.0
@@ -144,17 +144,9 @@ class View:
     """Identity of the checkpoint store."""
 
 
-def live_nodes(state: JobState) -> dict[str, Versioned[NodeRecord]]:
+def live_nodes(state: JobState) -> Mapping[str, Versioned[NodeRecord]]:
     """Records that count, by member id: the newest incarnation of each node out of quarantine."""
-    newest: dict[str, Versioned[NodeRecord]] = {}
-    for record in state.nodes.values():
-        node = record.value.member.node
-        other = newest.get(node)
-        if node not in state.quarantine and (
-            other is None or other.create_revision < record.create_revision
-        ):
-            newest[node] = record
-    return {record.value.member.id: record for record in newest.values()}
+    return state.live
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,40 +186,38 @@ def find_trouble(state: JobState) -> Trouble | None:
     if state.generation is None:
         return None
     generation = state.generation.value
-    live = live_nodes(state)
-    lost = tuple(m for m in generation.member_ids() if m not in live)
-    failed = tuple(
-        live[m].value
-        for m in generation.member_ids()
-        if m in live
-        and live[m].value.status.generation == generation.number
-        and live[m].value.status.state == "failed"
-    )
-    return Trouble(lost, failed) if lost or failed else None
+    lost: list[str] = []
+    failed: list[NodeRecord] = []
+    for member_id in generation.member_ids():
+        record = state.live.get(member_id)
+        if record is None:
+            lost.append(member_id)
+        elif (record.value.status.generation, record.value.status.state) == (
+            generation.number,
+            "failed",
+        ):
+            failed.append(record.value)
+    return Trouble(tuple(lost), tuple(failed)) if lost or failed else None
 
 
 def observe(marks: Marks, state: JobState, now_s: float) -> Marks:
     """``marks`` brought up to date with ``state``."""
-    live = frozenset(live_nodes(state))
+    live = frozenset(state.live)
     if live != marks.live:
         marks = replace(marks, live=live, members_since_s=now_s)
-    found = find_trouble(state)
-    trouble = None
-    if found is not None and state.generation is not None:
-        whom = frozenset(found.lost) | {r.member.id for r in found.failed}
-        trouble = (state.generation.value.number, whom)
-    before = marks.trouble[0] if marks.trouble else None
-    if (trouble[0] if trouble else None) != before:
-        marks = replace(marks, trouble_since_s=now_s)
+    generation = state.generation.value if state.generation else None
+    trouble = generation.number if generation and find_trouble(state) else 0
+    if trouble != marks.trouble:
+        marks = replace(marks, trouble=trouble, trouble_since_s=now_s)
     pause = state.pause.value.generation if state.pause else 0
     if pause != marks.pause:
         marks = replace(marks, pause=pause, pause_since_s=now_s)
-    finished = state.generation is not None and _all_in(
-        _statuses(state, state.generation.value), state.generation.value, "finished"
+    finished = generation is not None and _all_in(
+        _statuses(state, generation), generation, "finished"
     )
     if finished != marks.finished:
         marks = replace(marks, finished=finished, finished_since_s=now_s)
-    return replace(marks, trouble=trouble)
+    return marks
 
 
 # ---------------------------------------------------------------- decisions
@@ -241,7 +231,7 @@ def decide(view: View, now_s: float, config: Config) -> Decision:
     if state.outcome is not None:
         return Decision(None, f"the job has ended: {state.outcome.value.reason}")
     if state.leader is None:
-        others = [r.value for r in live_nodes(state).values() if not r.value.leaving]
+        others = [r.value for r in state.live.values() if not r.value.leaving]
         if state.nodes[view.me].value.leaving and others:
             return Decision(None, "leaving: others lead")
         return Decision(Campaign(), "there is no leader")
@@ -284,7 +274,7 @@ def _lead(view: View, now_s: float, config: Config) -> Decision:
 
 def _statuses(state: JobState, generation: Generation) -> list[NodeRecord]:
     """Records of the members that are there, in rank order."""
-    live = live_nodes(state)
+    live = state.live
     return [live[m].value for m in generation.member_ids() if m in live]
 
 
@@ -431,7 +421,7 @@ def _paused(
 
 def _candidates(state: JobState) -> list[Member]:
     """Nodes that can have a place, in the order in which they came."""
-    records = sorted(live_nodes(state).values(), key=lambda r: r.create_revision)
+    records = sorted(state.live.values(), key=lambda r: r.create_revision)
     return [r.value.member for r in records if not r.value.leaving]
 
 
@@ -526,7 +516,7 @@ def restore_point(state: JobState) -> tuple[CommitRef | None, tuple[str, ...]]:
     """The newest commit that no live node found damaged, and the manifests passed over."""
     if state.head is None:
         return None, ()
-    damaged = damaged_manifests(r.value for r in live_nodes(state).values())
+    damaged = damaged_manifests(r.value for r in state.live.values())
     refused: list[str] = []
     for commit in (state.head.value.newest, *state.head.value.lineage):
         if commit.manifest not in damaged:

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TypeVar
 
 from paddle_ft.coordination.kv import Compare, Delete, KeyValue, Put, Transaction
@@ -101,6 +102,19 @@ class JobState:
     quarantine: frozenset[str] = frozenset()
     store: Versioned[str] | None = None
     outcome: Versioned[Outcome] | None = None
+    live: Mapping[str, Versioned[NodeRecord]] = field(init=False)
+    """Records that count, by member id: the newest incarnation of each node out of quarantine."""
+
+    def __post_init__(self) -> None:
+        newest: dict[str, Versioned[NodeRecord]] = {}
+        for record in self.nodes.values():
+            node = record.value.member.node
+            other = newest.get(node)
+            if node not in self.quarantine and (
+                other is None or other.create_revision < record.create_revision
+            ):
+                newest[node] = record
+        object.__setattr__(self, "live", {r.value.member.id: r for r in newest.values()})
 
     def fences(self) -> Fences:
         return Fences(
@@ -164,9 +178,15 @@ def parse(keys: Keys, kvs: Iterable[KeyValue]) -> JobState:
 
 def _decoded(kind: type[T], kv: KeyValue) -> T:
     try:
-        return decode(kind, kv.value)
+        return _value(kind, kv.value)
     except ValueError as error:
         raise ValueError(f"{kv.key} does not hold a {kind.__name__}: {error}") from error
+
+
+@lru_cache(maxsize=32_768)
+def _value(kind: type[T], data: bytes) -> T:
+    """As ``decode``; of thousands of keys most are as they were at the last look."""
+    return decode(kind, data)
 
 
 def _versioned(kind: type[T], kv: KeyValue) -> Versioned[T]:
