@@ -54,6 +54,11 @@ class EtcdCoordinator:
         self._lock = threading.Lock()
         self._watches: set[Watch] = set()
 
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """host:port of each endpoint, in whatever form it was configured."""
+        return self._connection.targets
+
     def ping(self) -> EtcdInfo:
         """Version and identity of the etcd behind the endpoints; raises if there is none."""
         answer, member = self._connection.call("Maintenance", "Status", _api().StatusRequest())

@@ -21,16 +21,15 @@ from __future__ import annotations
 import threading
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from paddle_ft.config import EtcdConfig
 from paddle_ft.coordination import etcd_stubs
 from paddle_ft.coordination.endpoints import parse_endpoints
 from paddle_ft.coordination.etcd_failures import Verdict, final_error, reason, verdict
-from paddle_ft.errors import ConfigError, EtcdUnavailable
-
-import grpc  # isort: skip  (etcd_stubs loads zlib before it)
+from paddle_ft.coordination.etcd_grpc import grpc
+from paddle_ft.coordination.etcd_tls import channel_credentials
+from paddle_ft.errors import EtcdUnavailable
 
 PAUSE_BETWEEN_TRIES_S = 0.05
 _LEADER_REQUIRED = ("hasleader", "true")
@@ -92,9 +91,9 @@ class Connection:
         self.closed = False
 
     @property
-    def names(self) -> str:
-        """The endpoints, for a message."""
-        return ", ".join(self._endpoints.targets)
+    def targets(self) -> tuple[str, ...]:
+        """host:port of each member."""
+        return self._endpoints.targets
 
     def call(
         self, service: str, method: str, request: Any, *, repeatable: bool = True
@@ -221,11 +220,12 @@ class Connection:
         return (_LEADER_REQUIRED, ("token", self._token)) if self._token else (_LEADER_REQUIRED,)
 
     def _unavailable(self, why: str) -> EtcdUnavailable:
+        where = f"etcd at {', '.join(self.targets)}"
         if self.closed:
-            return EtcdUnavailable(f"the connection to etcd at {self.names} was closed")
+            return EtcdUnavailable(f"the connection to {where} was closed")
         return EtcdUnavailable(
-            f"etcd at {self.names} gave no answer within {self._config.call_timeout_s:g} s "
-            f"({why}): check that it runs and that the endpoints are right"
+            f"{where} gave no answer within {self._config.call_timeout_s:g} s ({why}): "
+            "check that it runs and that the endpoints are right"
         )
 
     # ------------------------------------------------------------ members
@@ -235,7 +235,8 @@ class Connection:
             if self.closed:
                 raise self._unavailable("closed")
             if not self._members:
-                self._members = [_connect(t, self._credentials()) for t in self._endpoints.targets]
+                tls = channel_credentials(self._config) if self._endpoints.tls else None
+                self._members = [_connect(target, tls) for target in self.targets]
             return self._members[self._current % len(self._members)]
 
     def _leave(self, member: Member) -> None:
@@ -249,28 +250,9 @@ class Connection:
         for call in streams:
             call.cancel()
 
-    def _credentials(self) -> grpc.ChannelCredentials | None:
-        if not self._endpoints.tls:
-            return None
-        config = self._config
-        return grpc.ssl_channel_credentials(
-            _content("ca_file", config.ca_file),
-            _content("key_file", config.key_file),
-            _content("cert_file", config.cert_file),
-        )
-
 
 class _AuthenticationOff(Exception):
     """etcd knows no users: go on without a token."""
-
-
-def _content(name: str, path: str) -> bytes | None:
-    if not path:
-        return None
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise ConfigError(f"etcd.{name} {path} cannot be read: {error.strerror}") from None
 
 
 def _connect(target: str, credentials: grpc.ChannelCredentials | None) -> Member:

@@ -38,6 +38,15 @@ _LOGIN_ENDED = (
     "etcdserver: revision of auth store is old",
     "etcdserver: user name is empty",
 )
+_REASONS = (
+    ("CERTIFICATE_VERIFY_FAILED", "its certificate is not of the authority in etcd.ca_file"),
+    ("WRONG_VERSION_NUMBER", "it does not speak TLS"),
+    ("_ALERT_", "it refuses our client certificate, etcd.cert_file"),
+    ("Socket closed", "it closed the connection"),
+    ("Connection reset", "it closed the connection"),
+    ("Connection refused", "connection refused"),
+    ("no leader", "it has no leader: a majority of its members must run"),
+)
 
 
 def verdict(code: str, details: str, *, has_user: bool) -> Verdict:
@@ -88,6 +97,9 @@ def reason(code: str, details: str) -> str:
     """A few words for the end of a sentence, without grpc's wrapping."""
     if code == "DEADLINE_EXCEEDED":
         return "no answer"
+    for sign, words in _REASONS:
+        if sign in details:
+            return words
     text = details.rpartition("last error: ")[2].removeprefix("UNKNOWN: ")
     text = text.rpartition("Failed to connect to remote host: ")[2].removeprefix("connect: ")
-    return text.removeprefix("etcdserver: ").strip() or code
+    return text.removeprefix("etcdserver: ").strip().replace("\n", " ") or code

@@ -12,23 +12,19 @@ import ast
 import importlib.metadata
 import importlib.util
 import re
-
-# Paddle 2.6.2 brings a zlib of its own: loaded before Python's, it crashes the first decompress
-# that grpc makes.
-import zlib  # noqa: F401
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import grpc
 from google.protobuf import (  # type: ignore[import-untyped]
     descriptor_pb2,
     descriptor_pool,
     message_factory,
 )
 
+from paddle_ft.coordination.etcd_grpc import grpc
 from paddle_ft.errors import ConfigError
 
 _SERIALIZED = re.compile(r"^  serialized_pb=(?:_b\()?(b?'.*')\)?,?$", re.MULTILINE)

@@ -17,10 +17,9 @@ from typing import Any
 
 from paddle_ft.coordination import etcd_stubs
 from paddle_ft.coordination.etcd_connection import Connection, Member
+from paddle_ft.coordination.etcd_grpc import grpc
 from paddle_ft.coordination.kv import Event, KeyValue, OnEvents, OnReset, Snapshot
 from paddle_ft.errors import PaddleFTError
-
-import grpc  # isort: skip  (etcd_stubs loads zlib before it)
 
 logger = logging.getLogger(__name__)
 

