@@ -50,7 +50,7 @@ def collect(
     infos = [i for i in store.find("") if layout.parse(i.name)]
     roots = _roots(store, head, owner, pinned, infos, quiet_s)
     doomed = garbage((i.name for i in infos), roots)
-    doomed += _own_pins(owner, pinned, roots)
+    doomed += _own_pins(owner, (i.name for i in infos), roots)
     if not dry_run:
         failpoint("collect.before")
         for _, group in itertools.groupby(doomed, key=lambda name: name.partition("/")[0]):
@@ -144,10 +144,11 @@ def _now_s(store: Store) -> float:
         store.delete([name])
 
 
-def _own_pins(owner: str, pinned: dict[str, list[str]], roots: Roots) -> list[str]:
+def _own_pins(owner: str, names: Iterable[str], roots: Roots) -> list[str]:
     """The pins of adoption, once nothing of another owner is referred to any more."""
     referred = itertools.chain(roots.objects, roots.manifests)
     parsed = [p for name in referred if (p := layout.parse(name)) is not None]
     if any(p.owner != owner for p in parsed if p.kind in ("data", "manifest")):
         return []
-    return [layout.pin_name(manifest, owner) for manifest, who in pinned.items() if owner in who]
+    found = ((name, layout.parse(name)) for name in names)
+    return [name for name, p in found if p and (p.kind, p.owner) == ("pin", owner)]

@@ -18,8 +18,8 @@ import re
 import secrets
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from paddle_ft.checkpoint import layout
@@ -39,6 +39,7 @@ from paddle_ft.types import CommitRef, Head, decode, encode
 
 _log = logging.getLogger(__name__)
 _READ_THREADS = 8
+_LOOKS_MAX = 50
 _BINDING = re.compile(r"([0-9a-f]{32})\.([A-Za-z0-9_]{1,64})\Z")
 
 
@@ -129,22 +130,38 @@ def marker_names(store: Store) -> list[str]:
 
 def list_commits(store: Store) -> list[CommitRef]:
     """All committed checkpoints, newest first; a damaged marker is left out, loudly."""
-
-    def ref_of(name: str) -> CommitRef | None:
-        head = _or_none(partial(read_marker, store, name))
-        return head.newest if head else None
-
-    with ThreadPoolExecutor(_READ_THREADS, "markers") as pool:
-        return [ref for ref in pool.map(ref_of, marker_names(store)) if ref is not None]
+    return [head.newest for head in _heads(store, lambda names: names)]
 
 
 def newest_head(store: Store) -> Head | None:
     """The head as the newest readable marker has it; None if the store holds no checkpoint."""
-    for name in marker_names(store):
-        head = _or_none(partial(read_marker, store, name))
-        if head is not None:
-            return head
+    for count in (1, None):
+        heads = _heads(store, lambda names, count=count: names[:count])  # type: ignore[misc]
+        if heads:
+            return heads[0]
     return None
+
+
+def _heads(store: Store, choose: Callable[[list[str]], list[str]]) -> list[Head]:
+    """The heads of the markers chosen from all names; damaged ones are left out, loudly.
+
+    If a marker goes between the listing and the look at it, newer ones have come meanwhile, and
+    everything is looked at again: what is there is never taken for nothing.
+    """
+
+    def read(name: str) -> Head | None:
+        try:
+            return read_marker(store, name)
+        except CheckpointDamaged as error:
+            _log.warning("%s", error)
+            return None
+
+    with ThreadPoolExecutor(_READ_THREADS, "markers") as pool:
+        for _ in range(_LOOKS_MAX):
+            with suppress(StoreMissing):
+                found = list(pool.map(read, choose(marker_names(store))))
+                return [head for head in found if head is not None]
+    raise StoreUnavailable(f"The markers in {store.url} change all the time; try again.")
 
 
 def read_manifest(store: Store, ref: CommitRef) -> Manifest:
@@ -173,16 +190,13 @@ def pin(store: Store, ref: CommitRef, who: str, reason: str = "") -> None:
     It is too late when a head that no longer keeps the checkpoint has been marked: its collector
     may have looked for pins already (``retention``).
     """
-    name = layout.pin_name(ref.manifest, who)
+    # A name of its own for each pin, so that taking back one that is too late undoes no other.
+    name = layout.pin_name(ref.manifest, who, secrets.token_hex(4))
     wire = {"format": FORMAT, "kind": "pin", "ref": json.loads(encode(ref)), "reason": reason}
-    if not store.put(name, canonical(wire), if_absent=True):
-        return
+    store.put(name, canonical(wire))
     failpoint("pin.stored")
-    for marker in marker_names(store):
-        if _sequence(marker) <= ref.sequence:
-            break
-        head = _or_none(partial(read_marker, store, marker))
-        if head is not None and ref.manifest not in kept(head) and _descends(store, head, ref):
+    for head in _heads(store, lambda names: [n for n in names if _sequence(n) > ref.sequence]):
+        if ref.manifest not in kept(head) and _descends(store, head, ref):
             store.delete([name])
             raise CheckpointMismatch(
                 f"{store.url}/{ref.manifest} is no longer kept and cannot be pinned; pin a newer "
@@ -200,15 +214,18 @@ def _descends(store: Store, head: Head, ref: CommitRef) -> bool:
 
 
 def unpin(store: Store, manifest: str, who: str) -> None:
-    store.delete([layout.pin_name(manifest, who)])
+    """Takes back all pins of ``manifest`` by ``who``."""
+    found = ((i.name, layout.parse(i.name)) for i in store.find(layout.PINS))
+    store.delete([n for n, p in found if p and (p.manifest, p.owner) == (manifest, who)])
 
 
-def pins(store: Store) -> dict[str, list[str]]:
+def pins(store: Store) -> dict[str, frozenset[str]]:
     """The pinned manifests, each with those who pinned it."""
-    result: dict[str, list[str]] = {}
+    result: dict[str, frozenset[str]] = {}
     for info in store.find(layout.PINS):
         if parsed := layout.parse(info.name):
-            result.setdefault(parsed.manifest, []).append(parsed.owner)
+            owners = result.get(parsed.manifest, frozenset())
+            result[parsed.manifest] = owners | {parsed.owner}
     return result
 
 
@@ -272,16 +289,6 @@ def _json(content: bytes, where: str) -> dict[str, Any]:
     if not isinstance(wire, dict):
         raise CheckpointDamaged(f"{where} is damaged (not JSON); use an older checkpoint.")
     return wire
-
-
-def _or_none(read: Callable[[], Head]) -> Head | None:
-    try:
-        return read()
-    except CheckpointDamaged as error:
-        _log.warning("%s", error)
-    except StoreMissing:
-        pass  # Collected between the listing and the look at it.
-    return None
 
 
 def first_intact(store: Store, refs: Iterable[CommitRef]) -> tuple[CommitRef, Manifest] | None:

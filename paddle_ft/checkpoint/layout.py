@@ -8,7 +8,7 @@ is ever overwritten and a write that arrives late can harm nobody:
     parts/<owner>/<sequence>-<generation>-<nonce>/<member>.json    what one member wrote
     manifests/<sequence>-<step>-<owner>-<nonce>.json       everything needed to load
     commits/<the same>.json                                the marker, written after head has moved
-    pins/<the manifest's>~<who>.json                       keeps a checkpoint beyond retention
+    pins/<the manifest's>~<who>-<nonce>.json               keeps a checkpoint beyond retention
     owners/<owner>.json, owners/<owner>.over.json          where a history began, that it is over
 
 ``owner`` names one history of heads: one job in one etcd, or one process that saves on its own.
@@ -35,7 +35,7 @@ Kind = Literal["data", "part", "manifest", "commit", "pin", "owner", "over"]
 _OWNER = r"[A-Za-z0-9_]{1,64}"
 _WRITE = re.compile(rf"(data|parts)/({_OWNER})/(\d{{10}})-(\d+)-([0-9a-f]+)/[^/]+\Z")
 _COMMIT = re.compile(rf"(manifests|commits)/(\d{{10}})-(\d{{12}})-({_OWNER})-([0-9a-f]+)\.json\Z")
-_PIN = re.compile(rf"pins/(\d{{10}}-\d{{12}}-{_OWNER}-[0-9a-f]+)~({_OWNER})\.json\Z")
+_PIN = re.compile(rf"pins/(\d{{10}}-\d{{12}}-{_OWNER}-[0-9a-f]+)~({_OWNER})-[0-9a-f]+\.json\Z")
 _OWNED = re.compile(rf"owners/({_OWNER})(\.over)?\.json\Z")
 
 
@@ -68,8 +68,8 @@ def commit_name(manifest: str) -> str:
     return COMMITS + manifest[len(MANIFESTS) :]
 
 
-def pin_name(manifest: str, who: str) -> str:
-    return f"{PINS}{manifest[len(MANIFESTS) : -len('.json')]}~{who}.json"
+def pin_name(manifest: str, who: str, nonce: str) -> str:
+    return f"{PINS}{manifest[len(MANIFESTS) : -len('.json')]}~{who}-{nonce}.json"
 
 
 def owner_name(owner: str) -> str:

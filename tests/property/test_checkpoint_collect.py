@@ -274,4 +274,4 @@ def test_without_one_of_the_rules_something_is_lost(
 
 
 def pin_without_looking(store: ModelStore, ref: CommitRef, who: str, reason: str = "") -> None:
-    store.put(layout.pin_name(ref.manifest, who), b"{}")
+    store.put(layout.pin_name(ref.manifest, who, "0f"), b"{}")

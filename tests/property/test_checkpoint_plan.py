@@ -251,7 +251,7 @@ def test_names_say_what_they_were_made_of(
     assert parsed == layout.Name("data", "own", sequence, generation=generation)
     manifest = layout.manifest_name(sequence, step, "own", "0f")
     commit = layout.commit_name(manifest)
-    pin = layout.pin_name(manifest, "me")
+    pin = layout.pin_name(manifest, "me", "0f")
     for name, kind, owner in (
         (manifest, "manifest", "own"), (commit, "commit", "own"), (pin, "pin", "me"),
     ):  # fmt: skip
