@@ -75,6 +75,9 @@ def describe(job_id: str, state: schema.JobState) -> Iterator[str | Table]:
     )
     head = state.head.value.newest if state.head else None
     yield f"newest checkpoint: step {head.step} ({head.manifest})" if head else "no checkpoint yet"
+    if not state.nodes:
+        yield "no launcher of it is running now"
+        return
     trouble = find_trouble(state)
     if trouble is not None:
         yield f"trouble: {trouble}"

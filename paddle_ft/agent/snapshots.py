@@ -24,9 +24,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from paddle_ft.checkpoint.room import CheckpointRoom
-
 from paddle_ft.agent.ipc import Allocated, Channel, Released, RestoreReply, SnapshotReady
+from paddle_ft.checkpoint.room import CheckpointRoom
 from paddle_ft.errors import CheckpointDamaged, PaddleFTError, StoreError
 from paddle_ft.types import CommitRef, ImageInfo, Part
 
