@@ -25,7 +25,7 @@ import numpy.typing as npt
 Indices = npt.NDArray[np.int64]
 
 _ROUNDS = 8
-_HALF_BITS_MIN = 4
+_HALF_BITS_MIN = 3
 """Halves of fewer bits permute poorly; tiny datasets walk a little longer instead."""
 
 
