@@ -1,7 +1,7 @@
 """Real workers over gloo, and a small agent in the test's own process.
 
-``Agent`` is the agent's end of ``paddle_ft.agent.ipc`` with committed checkpoints kept in memory, so
-that what a session does can be tested without launcher, etcd or store.
+``Agent`` is the agent's end of ``paddle_ft.agent.ipc`` with committed checkpoints kept in memory:
+what a session does can be tested without launcher, etcd or store.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -327,6 +327,3 @@ def used_ids(*runs: tuple[list[Result], int]) -> list[int]:
                 if line["step"] <= last_step:
                     ids += line["ids"]
     return ids
-
-
-Condition = Callable[[], object]

@@ -4,14 +4,13 @@ shuffling, noise from all three generators, gradient clipping.
 ``PFT_TEST`` holds a JSON object of options; every line printed is a JSON object.
 """
 
-import zlib  # noqa: F401, I001: before paddle, for 2.6.2
-
 import hashlib
 import json
 import os
 import random
 import signal
 import time
+import zlib
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from paddle import nn
 
 import paddle_ft as ft
 
+assert zlib  # loaded before paddle, for 2.6.2
 OPTIONS = {
     "samples": 50,
     "batch_size": 8,
@@ -58,7 +58,7 @@ class Data(paddle.io.Dataset):
         return len(self.x)
 
     def __getitem__(self, i: int) -> Any:
-        noise = np.random.rand() + random.random()  # noqa: NPY002
+        noise = np.random.rand() + random.random()
         return self.x[i] + np.float32(0.01 * noise), self.y[i], i
 
 
@@ -93,7 +93,7 @@ class Counter:
 def weights_hash(*things: Any) -> str:
     digest = hashlib.sha256()
     for thing in things:
-        for key, value in sorted(thing.items()):
+        for _, value in sorted(thing.items()):
             if hasattr(value, "numpy"):
                 digest.update(value.numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -1,0 +1,162 @@
+"""Saves and restores every optimizer in memory, and trains on: one JSON line for each.
+
+The restored model is made after other layers, so all of Paddle's automatic names differ.
+"""
+
+import hashlib
+import json
+import sys
+import zlib
+from typing import Any
+
+import numpy as np
+import paddle
+from paddle import nn
+
+from paddle_ft.checkpoint.plan import image_bytes, share
+from paddle_ft.checkpoint.snapshot import Image, Snapshot, Source
+from paddle_ft.state import TrainingState
+from paddle_ft.types import ImageInfo
+
+assert zlib  # loaded before paddle, for 2.6.2
+
+OPTIMIZERS: dict[str, Any] = {
+    "SGD": lambda p, lr: paddle.optimizer.SGD(lr, p),
+    "Momentum": lambda p, lr: paddle.optimizer.Momentum(lr, 0.9, p),
+    "Momentum, several tensors at once": lambda p, lr: paddle.optimizer.Momentum(
+        lr, 0.9, p, use_multi_tensor=True
+    ),
+    "Adam": lambda p, lr: paddle.optimizer.Adam(lr, parameters=p),
+    "Adam, named": lambda p, lr: paddle.optimizer.Adam(lr, parameters=p, name="mine"),
+    "Adam, several tensors at once": lambda p, lr: paddle.optimizer.Adam(
+        lr, parameters=p, use_multi_tensor=True
+    ),
+    "AdamW, clipped": lambda p, lr: paddle.optimizer.AdamW(
+        lr, parameters=p, weight_decay=0.1, grad_clip=nn.ClipGradByGlobalNorm(0.5)
+    ),
+    "AdamW, groups": lambda p, lr: paddle.optimizer.AdamW(
+        lr, parameters=[{"params": p[:2]}, {"params": p[2:], "learning_rate": 0.5}]
+    ),
+    "AdamW, master weights": lambda p, lr: paddle.optimizer.AdamW(
+        lr, parameters=p, multi_precision=True
+    ),
+    "Lamb": lambda p, lr: paddle.optimizer.Lamb(lr, parameters=p),
+    "RMSProp": lambda p, lr: paddle.optimizer.RMSProp(lr, parameters=p, momentum=0.9),
+    "Adagrad": lambda p, lr: paddle.optimizer.Adagrad(lr, parameters=p),
+    "Adamax": lambda p, lr: paddle.optimizer.Adamax(lr, parameters=p),
+    "Adadelta": lambda p, lr: paddle.optimizer.Adadelta(lr, parameters=p),
+    "one of the user's own": lambda p, lr: Own(p),
+}
+
+
+class Own:
+    """An optimizer that Paddle does not know."""
+
+    def __init__(self, parameters: Any) -> None:
+        self.parameters = parameters
+        self.sums: dict[str, Any] = {}
+        self.steps = 0
+
+    def step(self) -> None:
+        self.steps += 1
+        with paddle.no_grad():
+            for p in self.parameters:
+                total = self.sums.setdefault(p.name + ".sum", paddle.zeros_like(p))
+                total.add_(p.grad)
+                p.subtract_(total * (0.01 / self.steps))
+
+    def clear_grad(self) -> None:
+        for p in self.parameters:
+            p.clear_gradient(False)
+
+    def state_dict(self) -> Any:
+        return {**self.sums, "steps": self.steps, "LR_Scheduler": {}}
+
+    def set_state_dict(self, state: Any) -> None:
+        self.steps = state["steps"]
+        self.sums = {k: v for k, v in state.items() if k.endswith(".sum")}
+
+
+def make(kind: str) -> tuple[Any, Any, Any]:
+    paddle.seed(1)
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    if "master" in kind:
+        net.to(dtype="bfloat16")
+    schedule = paddle.optimizer.lr.LinearWarmup(
+        paddle.optimizer.lr.CosineAnnealingDecay(0.01, 9), 3, 0.0, 0.01
+    )
+    return net, OPTIMIZERS[kind](net.parameters(), schedule), schedule
+
+
+def train(net: Any, optimizer: Any, schedule: Any, first: int, last: int) -> None:
+    for step in range(first, last):
+        x = np.random.RandomState(step).randn(5, 4).astype("float32")
+        if net[0].weight.dtype == paddle.float32:
+            net(paddle.to_tensor(x)).sum().backward()
+            optimizer.step()
+            optimizer.clear_grad()
+        else:
+            pretend(net, optimizer, schedule, x)
+        schedule.step()
+
+
+def pretend(net: Any, optimizer: Any, schedule: Any, x: Any) -> None:
+    """A step of an optimizer that has no kernel for this dtype on the CPU."""
+    state = TrainingState(net, optimizer, schedule)
+    state._make_slots(net.parameters())
+    for entry in state.entries():
+        if entry.name.startswith("optimizer/"):
+            entry.tensor.add_(paddle.to_tensor(float(x[0, 0])))
+
+
+def image_of(state: TrainingState) -> Image:
+    entries = state.entries()
+    pieces = share([e.spec() for e in entries], 0, 1, 4096)
+    memory = memoryview(bytearray(max(1, image_bytes(pieces))))
+    sources = [
+        (Source.of(entry.tensor, piece.start, piece.nbytes, piece.offset), entry.steady)
+        for entry, piece in zip(entries, pieces, strict=True)
+    ]
+    intact = []
+    Snapshot(memory, sources, intact.append).wait()
+    assert intact == [True]
+    meta = json.loads(json.dumps({"state": state.meta()}))
+    return Image(ImageInfo(3, 0, 1, pieces, meta), memory)
+
+
+def digest(state: TrainingState) -> str:
+    sha = hashlib.sha256()
+    for entry in sorted(state.entries(), key=lambda e: e.name):
+        sha.update(entry.name.encode())
+        sha.update(np.asarray(entry.tensor.numpy()).tobytes())
+    return sha.hexdigest()
+
+
+def main() -> None:
+    for kind in OPTIMIZERS:
+        net, optimizer, schedule = make(kind)
+        state = TrainingState(net, optimizer, schedule)
+        train(net, optimizer, schedule, 0, 3)
+        image = image_of(state)
+        train(net, optimizer, schedule, 3, 6)
+        straight = digest(state)
+
+        nn.Linear(3, 3)
+        net, optimizer, schedule = make(kind)
+        resumed = TrainingState(net, optimizer, schedule)
+        resumed.restore(image)
+        again = image_of(resumed)  # before a step: nothing of what was restored may be missing
+        same_image = sorted(again.names()) == sorted(image.names()) and all(
+            bytes(again.read(n)) == bytes(image.read(n)) for n in image.names()
+        )
+        train(net, optimizer, schedule, 3, 6)
+        line = {
+            "kind": kind,
+            "tensors": len(image.names()),
+            "same_image": same_image,
+            "same_result": digest(resumed) == straight,
+        }
+        sys.stdout.write(json.dumps(line) + "\n")
+
+
+main()

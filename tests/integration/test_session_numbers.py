@@ -1,0 +1,53 @@
+"""What a step computes and what a checkpoint holds, on both versions of Paddle."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.integration.session_world import ROOT, Workers, python_26
+
+pytestmark = pytest.mark.paddle
+SCRIPTS = Path(__file__).parent / "session_scripts"
+
+
+@pytest.fixture(params=["this Paddle", "Paddle 2.6.2"])
+def python(request: pytest.FixtureRequest) -> str:
+    return sys.executable if request.param == "this Paddle" else python_26()
+
+
+def test_every_optimizer_goes_on_bit_for_bit(python: str) -> None:
+    """A8: with other automatic names, before the first step, with and without accumulators."""
+    done = subprocess.run(
+        [python, str(SCRIPTS / "optimizers.py")],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(lines) == 15
+    assert [line for line in lines if not (line["same_image"] and line["same_result"])] == []
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_gradients_are_weighted_sums_to_the_last_bit(world_size: int) -> None:
+    command = [sys.executable, str(SCRIPTS / "sums.py")]
+    with Workers(world_size, command=command) as workers:
+        for result in workers.results():
+            assert result.code == 0, result.errors[-2000:]
+            assert result.lines[-1]["ok"]
+
+
+def test_gradients_on_paddle_26() -> None:
+    with Workers(2, command=[python_26(), str(SCRIPTS / "sums.py")]) as workers:
+        for result in workers.results():
+            assert result.code == 0, result.errors[-2000:]
+            assert result.lines[-1]["ok"]
