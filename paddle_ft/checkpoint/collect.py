@@ -10,9 +10,9 @@ import itertools
 import logging
 import secrets
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 
 from paddle_ft.checkpoint import commit, layout
+from paddle_ft.checkpoint.crew import Crew
 from paddle_ft.checkpoint.manifest import FORMAT, Manifest, canonical, decode_manifest
 from paddle_ft.checkpoint.plan import kept
 from paddle_ft.checkpoint.retention import Roots, garbage
@@ -48,9 +48,12 @@ def collect(
     failpoint("collect.marked")
     pinned = commit.pins(store)
     infos = [i for i in store.find("") if layout.parse(i.name)]
-    roots = _roots(store, head, owner, pinned, infos, quiet_s)
+    roots, indebted = _roots(store, head, owner, pinned, infos, quiet_s)
     doomed = garbage((i.name for i in infos), roots)
-    doomed += _own_pins(owner, (i.name for i in infos), roots)
+    if not indebted:
+        # Nothing that was adopted is referred to any more: the pins of adoption have served.
+        parsed = ((i.name, layout.parse(i.name)) for i in infos)
+        doomed += [n for n, p in parsed if p and (p.kind, p.owner) == ("pin", owner)]
     if not dry_run:
         failpoint("collect.before")
         for _, group in itertools.groupby(doomed, key=lambda name: name.partition("/")[0]):
@@ -67,22 +70,24 @@ def _roots(
     pinned: Iterable[str],
     infos: list[ObjectInfo],
     quiet_s: float,
-) -> Roots:
-    names = [i.name for i in infos]
+) -> tuple[Roots, bool]:
+    """What must stay; and whether the head still refers to anything of another owner."""
     required = {r.manifest: r for r in (head.newest, *head.lineage)}
-    base = commit.base_of(store, owner)
-    rivals = _rivals(names, owner, base)
+    rivals = _rivals((i.name for i in infos), owner, commit.base_of(store, owner))
     readable = _read_all(store, required, (set(pinned) | rivals) - set(required))
     foreign: frozenset[str] = frozenset()
     if rivals <= readable.keys():
         foreign = _over(store, infos, owner, quiet_s)
-    return Roots(
+    used = itertools.chain(required, *(readable[name].objects for name in required))
+    parsed = (layout.parse(name) for name in used)
+    roots = Roots(
         owner=owner,
         sequence=head.newest.sequence,
         manifests=kept(head) | frozenset(pinned) | rivals,
         objects=frozenset(name for m in readable.values() for name in m.objects),
         foreign=foreign,
     )
+    return roots, any(p is not None and p.owner != owner for p in parsed)
 
 
 def _read_all(
@@ -99,7 +104,7 @@ def _read_all(
             _log.warning("%s", error)
             return name, None
 
-    with ThreadPoolExecutor(_READ_THREADS, "collect") as pool:
+    with Crew(_READ_THREADS, "collect") as pool:
         found = dict(pool.map(read, [*required, *others]))
     return {name: manifest for name, manifest in found.items() if manifest is not None}
 
@@ -142,13 +147,3 @@ def _now_s(store: Store) -> float:
         return max((info.modified_s for info in store.find(name)), default=0.0)
     finally:
         store.delete([name])
-
-
-def _own_pins(owner: str, names: Iterable[str], roots: Roots) -> list[str]:
-    """The pins of adoption, once nothing of another owner is referred to any more."""
-    referred = itertools.chain(roots.objects, roots.manifests)
-    parsed = [p for name in referred if (p := layout.parse(name)) is not None]
-    if any(p.owner != owner for p in parsed if p.kind in ("data", "manifest")):
-        return []
-    found = ((name, layout.parse(name)) for name in names)
-    return [name for name, p in found if p and (p.kind, p.owner) == ("pin", owner)]

@@ -17,12 +17,12 @@ import logging
 import re
 import secrets
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 from paddle_ft.checkpoint import layout
+from paddle_ft.checkpoint.crew import Crew
 from paddle_ft.checkpoint.manifest import FORMAT, Manifest, canonical, decode_manifest
 from paddle_ft.checkpoint.plan import kept
 from paddle_ft.checkpoint.store import Store
@@ -156,7 +156,7 @@ def _heads(store: Store, choose: Callable[[list[str]], list[str]]) -> list[Head]
             _log.warning("%s", error)
             return None
 
-    with ThreadPoolExecutor(_READ_THREADS, "markers") as pool:
+    with Crew(_READ_THREADS, "markers") as pool:
         for _ in range(_LOOKS_MAX):
             with suppress(StoreMissing):
                 found = list(pool.map(read, choose(marker_names(store))))

@@ -193,8 +193,8 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 
 
 def canonical(value: object) -> bytes:
-    """JSON with sorted keys and no spaces: equal values have equal bytes."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode(
+    """JSON without spaces; dicts keep their order, which may matter to whom they belong."""
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode(
         "utf-8", "surrogatepass"
     )
 

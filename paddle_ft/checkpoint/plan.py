@@ -113,10 +113,12 @@ def merge(
     head: Head | None,
     parents: Mapping[str, Manifest],
     created_s: float,
+    after: int = 0,
 ) -> Manifest:
     """The checkpoint that ``parts`` make up, to be committed upon ``head``.
 
-    ``parents`` holds the manifest of every ``part.parent``. Raises CheckpointMismatch when the
+    ``parents`` holds the manifest of every ``part.parent``. The sequence is the head's plus one,
+    or ``after`` plus one if that is more. Raises CheckpointMismatch when the
     parts do not belong together or are too old to be committed upon this head (write them anew),
     CheckpointDamaged when bytes are missing or covered twice.
     """
@@ -143,7 +145,7 @@ def merge(
     old = {name for parent in parents.values() for name in parent.objects}
     return Manifest(
         owner=first.owner,
-        sequence=(head.newest.sequence if head else 0) + 1,
+        sequence=max(head.newest.sequence if head else 0, after) + 1,
         generation=first.generation,
         step=first.step,
         world_size=first.world_size,

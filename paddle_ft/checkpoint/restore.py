@@ -14,10 +14,10 @@ import os
 import threading
 import zlib
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
+from paddle_ft.checkpoint.crew import Crew
 from paddle_ft.checkpoint.manifest import Block, Manifest, Piece
 from paddle_ft.checkpoint.plan import ReadPlan, Target, batches, plan_read, scatter
 from paddle_ft.checkpoint.store import Store, tiers_of
@@ -106,7 +106,7 @@ def fetch(
             stop.set()
             raise
 
-    with ThreadPoolExecutor(threads, "restore") as pool:
+    with Crew(threads, "restore") as pool:
         for _ in pool.map(work, batches(targets, _BATCH_BYTES)):
             pass
 
@@ -204,7 +204,7 @@ def verify(store: Store, ref: CommitRef, manifest: Manifest) -> list[CheckpointD
                 return error
         return None
 
-    with ThreadPoolExecutor(READ_THREADS, "verify") as pool:
+    with Crew(READ_THREADS, "verify") as pool:
         return [error for error in pool.map(work, manifest.tensors) if error is not None]
 
 

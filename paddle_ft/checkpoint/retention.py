@@ -3,8 +3,8 @@
 Pure. **Invariant: no object is deleted that a checkpoint which can still be loaded, or can still
 be committed, refers to** — whoever runs the collector, however old its view is.
 
-*One owner.* Let the head's sequence be h; it grows by one with each commit, and what retention
-drops from the head's lineage never comes back. With W = IN_FLIGHT_SEQUENCES:
+*One owner.* Let the head's sequence be h; it grows with each commit, and what retention drops from
+the head's lineage never comes back. With W = IN_FLIGHT_SEQUENCES:
 
 1. A commit upon head h takes only parts begun for a sequence > h - W, whose other objects belong
    to a parent the head still keeps (``plan.merge`` refuses all else; the fenced transaction sees
@@ -14,11 +14,11 @@ drops from the head's lineage never comes back. With W = IN_FLIGHT_SEQUENCES:
    that are not kept at h'.
 
 Suppose the manifest of head h > h' refers to an object with sequence s <= h' - W. It came in with
-a commit c upon head c - 1 < s + W <= h', so c <= h'. At every commit after c it was taken over
-from a parent kept by the head, that is from a manifest which at h' either was kept itself, or came
-later and took the object over in its turn; so by induction some manifest kept at h' refers to it,
-and the collector leaves it. A manifest that is still to be committed upon h' has the sequence
-h' + 1. Hence a leader that wakes up after its successor has committed collects only garbage.
+a commit c upon a head p < s + W <= h'; c is the first after p, so c <= h'. At every commit after c
+it was taken over from a parent kept by the head, that is from a manifest which at h' either was
+kept itself, or came later and took the object over in its turn; so by induction some manifest kept
+at h' refers to it, and the collector leaves it. A manifest that is still to be committed has a
+sequence > h'. Hence a leader that wakes up after its successor has committed collects only garbage.
 
 *Several owners* (two jobs on one URL, or a job that begins with what another left): data of
 another owner is touched only if that owner has been silent for ``quiet_s`` by the store's clock or
@@ -59,6 +59,14 @@ class Keep(Protocol):
     """A retention rule: the commits (of ``candidates``, newest first) that it wants kept."""
 
     def __call__(self, candidates: Sequence[Candidate]) -> frozenset[CommitRef]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class KeepAll:
+    """Everything."""
+
+    def __call__(self, candidates: Sequence[Candidate]) -> frozenset[CommitRef]:
+        return frozenset(c.ref for c in candidates)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,10 +13,11 @@ import hashlib
 import os
 import secrets
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 from paddle_ft.checkpoint import layout
+from paddle_ft.checkpoint.crew import Crew
 from paddle_ft.checkpoint.manifest import (
     Block,
     Extent,
@@ -70,8 +71,10 @@ def write_part(
     name = layout.safe_member(member)
     known = _blocks_of(parent[1]) if parent else {}
     sizes = dict(parent[1].objects) if parent else {}
-    with _Packer(store, f"{layout.DATA}{prefix}{name}") as packer:
+    with Crew(UPLOAD_THREADS, "upload") as crew:
+        packer = _Packer(store, f"{layout.DATA}{prefix}{name}", crew)
         pieces = tuple(_pieces(images, known, packer, config.block_bytes))
+        packer.finish()
     sizes.update(packer.sizes)
     failpoint("part.objects")
     used = {e.object for p in pieces for b in p.blocks for e in b.extents}
@@ -141,7 +144,7 @@ def _pieces(
         for info, view in images
         for spec in info.tensors
     ]
-    with ThreadPoolExecutor(HASH_THREADS, "hash") as pool:
+    with Crew(HASH_THREADS, "hash") as pool:
         digests = _hashed(pool, [view for _, _, pieces in work for view in pieces])
         for rank, spec, pieces in work:
             blocks = []
@@ -163,7 +166,7 @@ def _pieces(
             )
 
 
-def _hashed(pool: ThreadPoolExecutor, items: Sequence[memoryview]) -> Iterator[str]:
+def _hashed(pool: Crew, items: Sequence[memoryview]) -> Iterator[str]:
     """Digests in order; small blocks are handed over in batches."""
     batches: list[list[memoryview]] = []
     room = 0
@@ -187,11 +190,11 @@ class _Pack:
 class _Packer:
     """Puts new blocks one behind the other into objects and uploads these beside the hashing."""
 
-    def __init__(self, store: Store, prefix: str) -> None:
+    def __init__(self, store: Store, prefix: str, crew: Crew) -> None:
         self.sizes: dict[str, int] = {}
         self._store = store
         self._prefix = prefix
-        self._pool = ThreadPoolExecutor(UPLOAD_THREADS, "upload")
+        self._crew = crew
         self._futures: list[Future[bool]] = []
         self._pack: _Pack | None = None
 
@@ -214,17 +217,11 @@ class _Packer:
         for future in self._futures:
             if future.done():
                 future.result()
-        self._futures.append(self._pool.submit(self._store.put, pack.name, pack.content))
+        self._futures.append(self._crew.submit(self._store.put, pack.name, pack.content))
 
-    def __enter__(self) -> _Packer:
-        return self
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        try:
-            if kind is None:
-                if self._pack is not None:
-                    self._flush(self._pack)
-                for future in self._futures:
-                    future.result()
-        finally:
-            self._pool.shutdown(cancel_futures=True)
+    def finish(self) -> None:
+        """Returns once everything is stored."""
+        if self._pack is not None:
+            self._flush(self._pack)
+        for future in self._futures:
+            future.result()
