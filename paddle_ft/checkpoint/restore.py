@@ -9,6 +9,7 @@ Memory: the image, and ``READ_THREADS`` blocks where blocks are compressed.
 
 from __future__ import annotations
 
+import logging
 import mmap
 import os
 import threading
@@ -22,10 +23,17 @@ from paddle_ft.checkpoint.manifest import Block, Manifest, Piece
 from paddle_ft.checkpoint.plan import ReadPlan, Target, batches, plan_read, scatter
 from paddle_ft.checkpoint.store import Store, tiers_of
 from paddle_ft.checkpoint.write import digest_of
-from paddle_ft.errors import CheckpointDamaged, CheckpointMismatch, StoreFull, StoreMissing
+from paddle_ft.errors import (
+    CheckpointDamaged,
+    CheckpointMismatch,
+    StoreError,
+    StoreFull,
+    StoreMissing,
+)
 from paddle_ft.failpoints import failpoint
 from paddle_ft.types import CommitRef, ImageInfo
 
+_log = logging.getLogger(__name__)
 READ_THREADS = 8
 _BATCH_BYTES = 16 * 2**20
 _GAP_BYTES = 64 * 2**10
@@ -114,24 +122,35 @@ def fetch(
 def _fetch_batch(store: Store, manifest: str, batch: list[Target], image: memoryview) -> None:
     missing = list(batch)
     reason = "altered"
-    for tier in tiers_of(store):
+    *nearer, last = tiers_of(store)
+    for tier in nearer:
         try:
             _read(tier, missing, image)
-        except StoreMissing:
-            reason = "missing or too short"
-            missing = [t for t in missing if not _read_alone(tier, t, image)]
-        else:
-            missing = [t for t in missing if not _intact(t, image)]
-        # A body may have been altered on its way: once more, each block by itself.
-        missing = [t for t in missing if not _read_alone(tier, t, image)]
+        except StoreError as error:
+            # Whatever is wrong with a nearer tier, the last one has everything.
+            _log.info("%s", error)
+            continue
+        missing = [t for t in missing if not _intact(t, image)]
         if not missing:
             return
-    bad = missing[0]
-    names = sorted({e.object for e in bad.block.extents})
-    raise CheckpointDamaged(
-        f"{store.url}/{manifest} is damaged: {bad.block.nbytes} bytes of tensor {bad.tensor} are "
-        f"{reason} in {', '.join(names)}; use an older checkpoint."
-    )
+        bad = {e.object for t in missing for e in t.block.extents}
+        _log.warning("Dropped from %s, being altered: %s.", tier.url, ", ".join(sorted(bad)))
+        tier.delete(bad)
+    try:
+        _read(last, missing, image)
+    except StoreMissing:
+        reason = "missing or too short"
+    else:
+        missing = [t for t in missing if not _intact(t, image)]
+    # A body may have been altered on its way: once more, each block by itself.
+    missing = [t for t in missing if not _read_alone(last, t, image)]
+    if missing:
+        bad_one = missing[0]
+        names = sorted({e.object for e in bad_one.block.extents})
+        raise CheckpointDamaged(
+            f"{store.url}/{manifest} is damaged: {bad_one.block.nbytes} bytes of tensor "
+            f"{bad_one.tensor} are {reason} in {', '.join(names)}; use an older checkpoint."
+        )
 
 
 def _place(target: Target, image: memoryview) -> memoryview:
@@ -188,8 +207,10 @@ def _read_coded(store: Store, block: Block, place: memoryview) -> None:
 def verify(store: Store, ref: CommitRef, manifest: Manifest) -> list[CheckpointDamaged]:
     """Reads every block once and gives what is wrong, one error a tensor; [] if it is intact.
 
-    Memory: ``READ_THREADS`` x 16 MiB, or one block if larger.
+    The last tier is looked at, which is what everybody else depends on. Memory: ``READ_THREADS`` x
+    16 MiB, or one block if larger.
     """
+    store = tiers_of(store)[-1]
 
     def work(piece: Piece) -> CheckpointDamaged | None:
         targets = [Target(piece.name, block, 0) for block in piece.blocks]

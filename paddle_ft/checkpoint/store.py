@@ -95,9 +95,16 @@ def tiers_of(store: Store) -> Sequence[Store]:
 def open_store(url: str, config: CheckpointConfig | None = None) -> Store:
     """The store at ``url``: a directory, ``file://``, ``s3://bucket/prefix``, or what fsspec knows.
 
-    Does no I/O; ``check`` does. Raises ConfigError for a URL that cannot be one.
+    With the cache in front that ``config`` names. Does no I/O; ``check`` does. Raises ConfigError
+    for a URL that cannot be one.
     """
+    from paddle_ft.checkpoint.tiers import cached
+
     config = config or CheckpointConfig()
+    return cached(_open(url, config), config)
+
+
+def _open(url: str, config: CheckpointConfig) -> Store:
     if not url:
         raise ConfigError("The checkpoint URL is empty; give a directory or s3://bucket/prefix.")
     if "://" not in url:

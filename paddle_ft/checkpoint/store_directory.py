@@ -27,9 +27,13 @@ _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 
 
 class DirectoryStore:
-    """``Store`` below ``root``, which is created by the first write."""
+    """``Store`` below ``root``, which is created by the first write.
 
-    def __init__(self, root: Path, config: CheckpointConfig) -> None:
+    Not ``durable``: nothing is synced, so that a crash of the machine may leave an object altered.
+    """
+
+    def __init__(self, root: Path, config: CheckpointConfig, *, durable: bool = True) -> None:
+        self._durable = durable
         self._root = Path(os.path.abspath(root))
         self._attempts = config.attempts
 
@@ -80,7 +84,7 @@ class DirectoryStore:
             _make_directory(tmp.parent)
             if if_absent and target.exists():
                 return False
-            _write_synced(tmp, data)
+            _write(tmp, data, self._durable)
             failpoint("directory.written")
             return _place(tmp, target, if_absent)
         except OSError as error:
@@ -163,7 +167,7 @@ class DirectoryStore:
         return StoreUnavailable(f"{path} cannot be {done}: {reason}; check the disk or the mount.")
 
 
-def _write_synced(path: Path, data: list[memoryview]) -> None:
+def _write(path: Path, data: list[memoryview], durable: bool) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
         pending = list(data)
@@ -175,7 +179,8 @@ def _write_synced(path: Path, data: list[memoryview]) -> None:
                 first += 1
             if count:
                 pending[first] = pending[first][count:]
-        os.fsync(descriptor)
+        if durable:
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
