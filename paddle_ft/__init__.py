@@ -24,11 +24,21 @@ from paddle_ft.errors import (
     StoreUnavailable,
     WorkerFailed,
 )
+from paddle_ft.policies import (
+    AnyOf,
+    Automatic,
+    EveryNSteps,
+    EverySeconds,
+    OnPreemption,
+    OnSignal,
+)
 
 # Here, not on first use: `paddle_ft.session` is to be the function, not the module of that name.
 from paddle_ft.session import Session, session
 
 __all__ = [
+    "AnyOf",
+    "Automatic",
     "CheckpointDamaged",
     "CheckpointError",
     "CheckpointMismatch",
@@ -36,8 +46,12 @@ __all__ = [
     "ConfigError",
     "CoordinationError",
     "EtcdUnavailable",
+    "EveryNSteps",
+    "EverySeconds",
     "LeaseLost",
     "MembersMissing",
+    "OnPreemption",
+    "OnSignal",
     "PaddleFTError",
     "Session",
     "StoreDenied",

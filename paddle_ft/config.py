@@ -100,9 +100,10 @@ class CheckpointConfig(_Group):
     cache: str = ""
     """Directory of the local SSD cache in front of the store; empty: none."""
     cache_bytes_max: int = Field(20 * 2**30, ge=2**20)
-    every_n_steps: int = Field(0, ge=0)
-    every_s: float = Field(30.0, ge=0)
-    """0 switches the rule off. The end of training and a requested stop always save."""
+    when: str = ""
+    """When to save: ``auto``, ``never``, or any of ``100`` (steps), ``30s``, ``10min`` and
+    ``SIGUSR1``, joined by commas; empty: what the script asks for, or ``auto``. The end of training
+    and a requested stop save in any case."""
     mode: Literal["rank0", "sharded"] = "sharded"
     keep_last: int = Field(3, ge=1)
     block_bytes: int = Field(4 * 2**20, ge=4096)

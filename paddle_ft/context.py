@@ -18,7 +18,8 @@ from paddle_ft.checkpoint import plan
 from paddle_ft.collective import Collective
 from paddle_ft.errors import ConfigError
 from paddle_ft.keeper import AgentKeeper, Keeper, NullKeeper
-from paddle_ft.progress import Cadence, Position
+from paddle_ft.policies import Rule, parse
+from paddle_ft.progress import Position, Schedule
 
 _LOSS_INTERVAL_S = 0.5
 """How often the loss is read from an accelerator, which has to finish its work for that."""
@@ -26,11 +27,10 @@ _LOSS_INTERVAL_S = 0.5
 
 @dataclass(slots=True)
 class Context:
-    """``url``, ``every_n_steps`` and ``every_s`` count only where there is no launcher."""
+    """``url`` counts only where there is no launcher, ``save`` where that says nothing."""
 
     url: str | None = None
-    every_n_steps: int = 0
-    every_s: float = 0.0
+    save: Rule | None = None
     collective: Collective = field(default_factory=Collective.from_environment)
     env: SessionEnv | None = field(default_factory=lambda: _session_env())
     """What the launcher has told; None without a launcher."""
@@ -63,10 +63,13 @@ class Context:
 
         return StandaloneKeeper(self.url, rank)
 
-    def cadence(self) -> Cadence:
-        if self.env is not None:
-            return Cadence(self.env.every_n_steps, self.env.every_s)
-        return Cadence(self.every_n_steps, self.every_s)
+    def schedule(self) -> Schedule:
+        """When to save: what the launcher was told, else what the script says, else ``auto``."""
+        if self.env is not None and self.env.when:
+            rule = parse(self.env.when)
+        else:
+            rule = self.save or parse("auto")
+        return Schedule(rule, self.env.mtbf_s if self.env else 0.0)
 
     def teller(self) -> Teller:
         return Teller(Beacon(self.env.beacon) if self.env and self.env.beacon else None)

@@ -26,6 +26,7 @@ from paddle_ft.agent.ipc import (
     Released,
     RestoreReply,
     RestoreRequest,
+    SaveRequest,
     SnapshotReady,
 )
 from paddle_ft.checkpoint.snapshot import Image
@@ -51,6 +52,8 @@ class Keeper(Protocol):
     pause_reason: str
     """Why this rank was asked to save and leave; "" if it was not."""
     pause_exit_code: int
+    asked: frozenset[int]
+    """Signals on which a rule may want to save; whoever has saved empties it."""
 
     def restore(self) -> Image | None:
         """The state to start from."""
@@ -86,6 +89,7 @@ class NullKeeper:
     committed_step = -1
     pause_reason = ""
     pause_exit_code = 0
+    asked: frozenset[int] = frozenset()
 
     def restore(self) -> Image | None:
         return None
@@ -120,6 +124,7 @@ class AgentKeeper:
     def __init__(self, socket: str, rank: int, world_size: int, generation: int) -> None:
         self.committed_step = -1
         self.pause_reason = ""
+        self.asked: frozenset[int] = frozenset()
         self._rank = rank
         self._world_size = world_size
         self._changed = threading.Condition()
@@ -266,6 +271,8 @@ class AgentKeeper:
                     self.committed_step = max(self.committed_step, message.step)
                 elif isinstance(message, PauseRequest):
                     self.pause_reason = message.reason or "asked by the agent"
+                elif isinstance(message, SaveRequest):
+                    self.asked |= {message.number}
                 elif isinstance(message, RestoreReply | Allocated):
                     self._reply = message
                 self._changed.notify_all()

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+from paddle_ft import policies
 from paddle_ft.config import Config, Loaded, load
 from paddle_ft.errors import EXIT_BUG, ConfigError, PaddleFTError
 
@@ -103,8 +104,8 @@ def build_parser() -> argparse.ArgumentParser:
          metavar="ENDPOINTS")
     flag(fault, "checkpoint", "where the state is kept: a directory, file:///dir or "
          "s3://bucket/prefix (checkpoints/<job_id>)", metavar="URL")
-    flag(fault, "checkpoint_every", "save every so often: 100 (steps) or 30s (30s)",
-         metavar="N|Ns")
+    flag(fault, "checkpoint_every", "when to save: 100 (steps), 30s, 10min, auto (the interval "
+         "that loses least), never, or several of them joined by commas (auto)", metavar="WHEN")
     flag(fault, "cache", "directory of a local SSD cache in front of the store", metavar="DIR")
     flag(fault, "max_restart", "worker failures within job.restart_window_s that are answered "
          "by a restart (3)", metavar="K")
@@ -146,7 +147,7 @@ def parse(arguments: Sequence[str], environ: dict[str, str]) -> Command:
         values["job.devices"] = devices
         values.setdefault("job.nproc_per_node", max(len(devices), 1))
     if given.checkpoint_every is not None:
-        values |= _every(given.checkpoint_every)
+        policies.parse(given.checkpoint_every)
     _master(given, values, notes)
     if not given.print_config:
         _check_script(given)
@@ -167,6 +168,7 @@ _DIRECT = {
     "max_restart": "job.max_restart",
     "spares": "job.spares",
     "checkpoint": "checkpoint.url",
+    "checkpoint_every": "checkpoint.when",
     "cache": "checkpoint.cache",
 }
 
@@ -195,19 +197,6 @@ def _nnodes(text: str) -> dict[str, object]:
     if high and int(high) < int(low):
         raise ConfigError(f"--nnodes {text}: the maximum is below the minimum")
     return {"job.nodes_min": int(low), "job.nodes_max": int(high or low)}
-
-
-def _every(text: str) -> dict[str, object]:
-    number = text.removesuffix("s")
-    try:
-        value = float(number)
-    except ValueError:
-        value = -1.0
-    if value <= 0 or (not text.endswith("s") and not text.isdigit()):
-        raise ConfigError(f"--checkpoint_every {text} is neither steps (100) nor seconds (30s)")
-    if text.endswith("s"):
-        return {"checkpoint.every_s": value, "checkpoint.every_n_steps": 0}
-    return {"checkpoint.every_n_steps": int(value), "checkpoint.every_s": 0.0}
 
 
 def _master(given: argparse.Namespace, values: dict[str, object], notes: list[str]) -> None:
@@ -303,6 +292,8 @@ def check(config: Config) -> None:
             f"--nproc_per_node {job.nproc_per_node} needs as many devices, but --devices names "
             f"{len(job.devices)}: give one for each process"
         )
+    if config.checkpoint.when:
+        policies.parse(config.checkpoint.when)
     if config.checkpoint.cache:
         cache = Path(config.checkpoint.cache)
         try:

@@ -123,8 +123,8 @@ NEVER = AnyOf()
 def parse(text: str) -> Rule:
     """The rule that ``text`` describes.
 
-    ``auto``; ``never``; or any of ``100`` and ``100 steps``, ``30s`` and ``10min``, ``preemption``,
-    ``SIGUSR1``, joined by commas. Raises ConfigError.
+    ``auto`` (``Automatic`` or SIGUSR1); ``never``; or any of ``100`` and ``100 steps``, ``30s``
+    and ``10min``, ``preemption``, ``SIGUSR1``, joined by commas. Raises ConfigError.
     """
     rules = [_parse_one(part.strip(), text) for part in text.split(",")]
     return rules[0] if len(rules) == 1 else AnyOf(*rules)
@@ -135,7 +135,7 @@ _UNITS_S = {"s": 1.0, "min": 60.0, "h": 3600.0}
 
 def _parse_one(part: str, text: str) -> Rule:
     if part == "auto":
-        return Automatic()
+        return AnyOf(Automatic(), OnSignal(signal.SIGUSR1))
     if part == "never":
         return NEVER
     if part == "preemption":

@@ -13,25 +13,41 @@ from typing import Any
 
 from paddle_ft import sampling
 from paddle_ft.errors import CheckpointMismatch, ConfigError
+from paddle_ft.policies import Facts, Rule
 
 
 @dataclass(slots=True)
-class Cadence:
-    """When a periodic checkpoint is due; 0 switches a rule off."""
+class Schedule:
+    """Asks ``rule`` whether a checkpoint is due, with what has been seen so far."""
 
-    every_n_steps: int
-    every_s: float
+    rule: Rule
+    mtbf_s: float = 0.0
     saved_step: int = 0
     saved_at_s: float = 0.0
+    cost_s: float = 0.0
 
-    def due(self, step: int, now_s: float) -> bool:
+    def due(self, step: int, now_s: float, asked: frozenset[int] = frozenset()) -> bool:
         """Whether ``step`` is to be saved; stays true until something is."""
-        n = self.every_n_steps
-        by_steps = n > 0 and step // n > self.saved_step // n
-        return by_steps or (self.every_s > 0 and now_s - self.saved_at_s >= self.every_s)
+        return self.rule(
+            Facts(
+                step=step,
+                now_s=now_s,
+                saved_step=self.saved_step,
+                saved_at_s=self.saved_at_s,
+                asked=asked,
+                cost_s=self.cost_s,
+                mtbf_s=self.mtbf_s,
+            )
+        )
 
     def saved(self, step: int, now_s: float) -> None:
         self.saved_step, self.saved_at_s = step, now_s
+
+    def held(self, seconds: float | None) -> None:
+        """Training waited so long for one snapshot; the mean over some ten of them counts."""
+        if seconds is None:
+            return
+        self.cost_s += (seconds - self.cost_s) * (0.1 if self.cost_s else 1.0)
 
 
 # ---------------------------------------------------------------- the vote

@@ -6,6 +6,7 @@ copies (``wait_copied``). What is published is whole: a copy that was disturbed 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -44,6 +45,7 @@ class Recorder:
         self._block_bytes = block_bytes
         self._beside = True
         self._snapshot: Snapshot | None = None
+        self._held_s = 0.0
 
     def take(self, step: int, position: Mapping[str, Any], *, wait: bool, beside: bool) -> bool:
         """Snapshots the state as that of ``step``; False if no buffer is free.
@@ -54,6 +56,7 @@ class Recorder:
         self.wait_copied()
         if self.published_step == step:
             return True
+        start_s = time.monotonic()
         entries = self._state.entries()
         pieces = self._pieces(entries)
         meta: dict[str, Any] = {}
@@ -71,13 +74,18 @@ class Recorder:
             source = Source.of(entry.tensor, piece.start, piece.nbytes, piece.offset)
             sources.append((source, beside and self._beside and entry.steady))
         self._snapshot = Snapshot(memory, sources, self._done(buffer, info))
+        self._held_s = time.monotonic() - start_s
         return True
 
-    def wait_copied(self) -> None:
-        """Returns once the copy that is on its way is complete."""
-        if self._snapshot is not None:
-            self._snapshot.wait()
-            self._snapshot = None
+    def wait_copied(self) -> float | None:
+        """Returns once the copy that is on its way is complete: for how many seconds training was
+        held for it in all; None if there was none."""
+        if self._snapshot is None:
+            return None
+        start_s = time.monotonic()
+        self._snapshot.wait()
+        self._snapshot = None
+        return self._held_s + time.monotonic() - start_s
 
     def abandon(self) -> None:
         """Throws the copy away that is on its way, if any."""

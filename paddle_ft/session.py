@@ -36,6 +36,7 @@ from paddle_ft.exits import Leave, install_hook, say
 from paddle_ft.feed import Feed
 from paddle_ft.gradients import Gradients
 from paddle_ft.keeper import Keeper, NullKeeper
+from paddle_ft.policies import Rule, parse
 from paddle_ft.progress import Ballot, Position, Verdict
 from paddle_ft.recorder import Recorder
 from paddle_ft.state import TrainingState
@@ -51,8 +52,7 @@ def session(
     lr_scheduler: Any = None,
     lr_step: LrStep = "step",
     checkpoint: str | None = None,
-    every_n_steps: int = 0,
-    every_s: float = 0.0,
+    save: Rule | str | None = None,
 ) -> Session:
     """A session for one training loop, to be used as a context manager.
 
@@ -69,8 +69,8 @@ def session(
             steps it. Its state is saved in any case.
         checkpoint: directory or URL, for a script that runs without the launcher; None: nothing is
             saved then. Under the launcher its own ``--checkpoint`` counts.
-        every_n_steps, every_s: with ``checkpoint``: how often to save; 0 and 0: at the end and
-            when interrupted.
+        save: when to save, as a rule (``policies``) or as text (``"1000 steps, 10min"``); default:
+            ``"auto"``. ``--checkpoint_every`` wins over it.
 
     Raises (on entering) ConfigError, CheckpointMismatch, CollectiveFailed, StoreError.
     """
@@ -81,7 +81,7 @@ def session(
             "ReduceOnPlateau needs a metric that only the script knows: give lr_step='manual' and "
             "call its step yourself."
         )
-    context = Context(checkpoint, every_n_steps, every_s)
+    context = Context(checkpoint, parse(save) if isinstance(save, str) else save)
     return Session(model, optimizer, lr_scheduler, lr_step, context)
 
 
@@ -189,8 +189,8 @@ class Session:
             mode=context.mode,
             block_bytes=context.block_bytes,
         )
-        self._cadence = context.cadence()
-        self._cadence.saved(self.global_step, time.monotonic())
+        self._schedule = context.schedule()
+        self._schedule.saved(self.global_step, time.monotonic())
         self._teller = context.teller()
         self._teller.tell(self._position, None)
 
@@ -292,7 +292,7 @@ class Session:
         present = self._gradients.reduce(self._streams.weight) if self._reduces else []
         self._verdict = self._vote(present)
         if self._recorder is not None:
-            self._recorder.wait_copied()
+            self._schedule.held(self._recorder.wait_copied())
         if self._reduces:
             self._gradients.finish(self._verdict.present)
         self._optimizer.step()
@@ -311,7 +311,8 @@ class Session:
 
     def _vote(self, present: list[int]) -> Verdict:
         keeper, step = self._keeper, self.global_step + 1
-        due = keeper.saves and self.rank == 0 and self._cadence.due(step, time.monotonic())
+        due = keeper.saves and (self.rank == 0 or bool(keeper.asked))
+        due = due and self._schedule.due(step, time.monotonic(), keeper.asked)
         ballot = Ballot(
             step=step,
             due=due,
@@ -338,7 +339,8 @@ class Session:
         if self._keeper.saves and self._recorder is not None:
             position, pause = self._position.to_meta(), verdict.pause
             if self._recorder.take(self.global_step, position, wait=pause, beside=not pause):
-                self._cadence.saved(self.global_step, time.monotonic())
+                self._schedule.saved(self.global_step, time.monotonic())
+                self._keeper.asked = frozenset()
         if verdict.pause:
             self._leave_paused()
 

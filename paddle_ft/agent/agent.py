@@ -45,14 +45,15 @@ from paddle_ft.coordination import schema
 from paddle_ft.coordination.kv import Coordinator
 from paddle_ft.coordination.mirror import JobMirror
 from paddle_ft.errors import EXIT_SIGINT, EXIT_SIGTERM, CoordinationError
-from paddle_ft.types import CommitRef, Head, Part
+from paddle_ft.types import CommitRef, Head
 
 log = logging.getLogger("paddle_ft")
 
 TICK_S = 0.2
 """How long the loop sleeps when nothing happens; also how soon a signal is noticed."""
 EVENTS_MAX = 10_000
-PAUSE_S = 0.5
+ASK_TO_SAVE = (signal.SIGUSR1, signal.SIGUSR2)
+"""Passed on to the workers, whose rules decide what they mean."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +136,7 @@ class Agent:
 
     def run(self) -> int:
         """Runs until the job has ended or this node has left it; gives the exit code."""
-        numbers = (signal.SIGINT, signal.SIGTERM)
+        numbers = (signal.SIGINT, signal.SIGTERM, *ASK_TO_SAVE)
         previous = {number: signal.signal(number, self._on_signal) for number in numbers}
         try:
             self._mirror.start()
@@ -222,8 +223,11 @@ class Agent:
         elif isinstance(event, Said):
             self._group.said(event)
         elif isinstance(event, PartWritten):
-            revision = self._group.generation_revision
-            self._in_background(lambda: self._announce(event.part, revision), "part")
+            group, revision = self._group, self._group.generation_revision
+            self._in_background(
+                lambda: self._committer.announce(event.part, revision, lambda: group.generation),
+                "part",
+            )
         elif isinstance(event, RestoreFailed):
             self._restore_failed(event)
         elif isinstance(event, TransactionDone):
@@ -240,6 +244,9 @@ class Agent:
     def _take_signals(self) -> None:
         while self._signals:
             number = self._signals.pop(0)
+            if number in ASK_TO_SAVE:
+                self._group.ask_to_save(number)
+                continue
             if self._leaving_since_s is not None:
                 self._hurried = True
                 continue
@@ -311,16 +318,6 @@ class Agent:
         self._group.cannot_restore(event)
         if event.damaged and event.manifest not in self._damaged:
             self._damaged = (*self._damaged, event.manifest)
-
-    def _announce(self, part: Part, revision: int) -> None:
-        """Tells etcd of a written part until it has answered or the generation is over."""
-        txn = schema.add_part(self._keys, part, revision)
-        while part.generation == self._group.generation and not self._closed:
-            try:
-                self._coordinator.transact(txn)
-                return
-            except CoordinationError:
-                time.sleep(PAUSE_S)
 
     # ------------------------------------------------------------ the leader's part
 

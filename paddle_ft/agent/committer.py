@@ -25,7 +25,7 @@ from paddle_ft.coordination.kv import Coordinator, Transaction
 from paddle_ft.coordination.mirror import JobMirror
 from paddle_ft.errors import CheckpointError, CoordinationError, PaddleFTError, StoreError
 from paddle_ft.failpoints import failpoint
-from paddle_ft.types import CommitRef, Head
+from paddle_ft.types import CommitRef, Head, Part
 
 log = logging.getLogger("paddle_ft")
 
@@ -67,6 +67,19 @@ class Committer:
                 log.warning("the store cannot be read yet: %s", error)
                 time.sleep(STORE_PAUSE_S)
         return ()
+
+    def announce(self, part: Part, revision: int, generation: Callable[[], int]) -> None:
+        """Tells etcd of a written part until it has answered or the generation is over.
+
+        ``revision`` is that of the generation the part belongs to, ``generation`` the current one.
+        """
+        txn = schema.add_part(self._keys, part, revision)
+        while part.generation == generation() and not self._closed():
+            try:
+                self._coordinator.transact(txn)
+                return
+            except CoordinationError:
+                time.sleep(PAUSE_S)
 
     def commit(self, action: Commit) -> Head | None:
         """Makes ``action``'s parts the newest checkpoint; None if that did not come about."""

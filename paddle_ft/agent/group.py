@@ -6,6 +6,7 @@ dropped at the door.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -62,6 +63,7 @@ class WorkerGroup:
         self._ended: dict[int, WorkerEnded] = {}
         self._beacons: dict[int, Beacon] = {}
         self._pause_told = False
+        self._since_s = time.monotonic()
         self.generation = 0
         """Number of the generation whose workers were started last; 0 before the first."""
         self.generation_revision = 0
@@ -113,8 +115,10 @@ class WorkerGroup:
             beacon=str(path),
             mode=checkpoint.mode,
             block_bytes=checkpoint.block_bytes,
-            every_n_steps=checkpoint.every_n_steps,
-            every_s=checkpoint.every_s,
+            when=checkpoint.when,
+            mtbf_s=(time.monotonic() - self._since_s) / generation.restarts
+            if generation.restarts
+            else 0.0,
         )
         env = dict(worker_env(generation, me, slot, devices=self._config.job.devices))
         env[SESSION_VARIABLE] = encode(session).decode()
@@ -129,6 +133,11 @@ class WorkerGroup:
         self._pause_told = True
         for channel in self._channels.values():
             channel.send(ipc.PauseRequest(reason))
+
+    def ask_to_save(self, number: int) -> None:
+        """Passes a signal on to the workers, whose rules may want to save on it."""
+        for channel in self._channels.values():
+            channel.send(ipc.SaveRequest(number))
 
     def tell_committed(self, commit: CommitRef) -> None:
         if commit.generation == self.generation:

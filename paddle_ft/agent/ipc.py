@@ -13,6 +13,7 @@ through the beacon (``agent.beacon``), tensors through shared memory.
       SnapshotReady(buffer)  ->                       (the agent writes it, beside training)
                              <-   Released(buffer)    (may be overwritten)
                              <-   Committed(step)     (acknowledged: never lost from here on)
+                             <-   SaveRequest         (agree with all ranks, save, go on)
                              <-   PauseRequest        (agree with all ranks, save, leave)
       Farewell(…)            ->                       (why the process is about to end)
 """
@@ -99,6 +100,14 @@ class PauseRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class SaveRequest:
+    """The launcher was sent signal ``number``: a rule may want to save on it."""
+
+    number: int
+    type: Literal["save"] = "save"
+
+
+@dataclass(frozen=True, slots=True)
 class Farewell:
     """The last message of a worker that knows why it ends."""
 
@@ -112,7 +121,7 @@ class Farewell:
 
 
 ToAgent = Hello | RestoreRequest | Allocate | SnapshotReady | Farewell
-ToWorker = RestoreReply | Allocated | Released | Committed | PauseRequest
+ToWorker = RestoreReply | Allocated | Released | Committed | PauseRequest | SaveRequest
 _Message = Annotated[ToAgent | ToWorker, Field(discriminator="type")]
 _adapter: TypeAdapter[Any] = TypeAdapter(_Message)
 
@@ -163,6 +172,7 @@ class Channel:
             self._connection.shutdown(socket.SHUT_RDWR)
         except OSError:
             pass
+        self._reader.close()
         self._connection.close()
 
 

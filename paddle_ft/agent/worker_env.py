@@ -29,10 +29,10 @@ class SessionEnv:
     mode: str
     """``rank0`` or ``sharded``: who copies the replicated tensors."""
     block_bytes: int
-    every_n_steps: int
-    """Checkpoint after every so many steps; 0: not by steps."""
-    every_s: float
-    """Checkpoint after so many seconds since the last one; 0: not by time."""
+    when: str = ""
+    """When to save, as ``policies.parse`` reads it; empty: as the script says."""
+    mtbf_s: float = 0.0
+    """Mean time between failures so far; 0.0 if not known."""
 
 
 def worker_env(

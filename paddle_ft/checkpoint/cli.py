@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections import Counter
 from typing import Annotated, Any
@@ -14,11 +15,12 @@ from rich.progress import Progress
 from rich.table import Table
 
 from paddle_ft import config
-from paddle_ft.checkpoint import commit
-from paddle_ft.checkpoint.manifest import Manifest
+from paddle_ft.checkpoint import commit, layout
+from paddle_ft.checkpoint.collect import collect
+from paddle_ft.checkpoint.manifest import Manifest, Piece
 from paddle_ft.checkpoint.restore import verify as verify_blocks
 from paddle_ft.checkpoint.store import Store, open_store
-from paddle_ft.errors import CheckpointDamaged, CheckpointMismatch
+from paddle_ft.errors import CheckpointDamaged, CheckpointMismatch, ConfigError
 from paddle_ft.types import CommitRef
 
 ckpt_app = typer.Typer(
@@ -180,3 +182,95 @@ def verify(
         raise CheckpointDamaged(
             f"{len(bad)} faults were found in {store.url}; use a checkpoint that is intact."
         )
+
+
+@ckpt_app.command()
+def diff(
+    url: Url,
+    first: Annotated[int, typer.Argument(help="step")],
+    second: Annotated[int, typer.Argument(help="step")],
+    config_file: ConfigFile = None,
+    as_json: Json = False,
+) -> None:
+    """Show which tensors differ between two checkpoints, and by how many bytes of blocks."""
+    store = open_url(url, config_file)
+    one, other = (
+        commit.read_manifest(store, choose(store, step)).tensors for step in (first, second)
+    )
+    rows = differences(one, other)
+    if as_json:
+        _emit([{"name": n, "rank": r, "change": c, "bytes": b} for n, r, c, b in rows])
+        return
+    table = Table("tensor", "rank", "", "bytes in changed blocks", box=None)
+    for name, rank, change, nbytes in rows:
+        table.add_row(name, str(rank) if rank >= 0 else "all", change, size(nbytes))
+    Console(soft_wrap=True).print(table if rows else "no tensor differs")
+
+
+def differences(
+    first: tuple[Piece, ...], second: tuple[Piece, ...]
+) -> list[tuple[str, int, str, int]]:
+    """(name, rank, what changed, bytes of blocks that are not the same) of all that differ."""
+    old, new = ({(t.name, t.rank): t for t in side} for side in (first, second))
+    rows = []
+    for key in sorted(old.keys() | new.keys()):
+        before, after = old.get(key), new.get(key)
+        if before is None or after is None:
+            there = before or after
+            assert there is not None
+            rows.append((*key, "added" if before is None else "removed", there.nbytes))
+        elif (before.dtype, before.shape) != (after.dtype, after.shape):
+            rows.append((*key, "another dtype or shape", after.nbytes))
+        else:
+            pairs = zip(before.blocks, after.blocks, strict=True)
+            nbytes = sum(b.nbytes for a, b in pairs if a.digest != b.digest)
+            if nbytes:
+                rows.append((*key, "changed", nbytes))
+    return rows
+
+
+Who = Annotated[str, typer.Option(help="under this name (letters, digits and _)")]
+
+
+@ckpt_app.command()
+def pin(url: Url, step: Step = None, who: Who = "user", config_file: ConfigFile = None) -> None:
+    """Keep a checkpoint whatever retention says, until it is unpinned."""
+    store = open_url(url, config_file)
+    ref = choose(store, step)
+    if not re.fullmatch(r"[A-Za-z0-9_]{1,64}", who):
+        raise ConfigError(f"--who {who!r} must be letters, digits and _; use another name.")
+    commit.pin(store, ref, who)
+    typer.echo(f"step {ref.step} is pinned")
+
+
+@ckpt_app.command()
+def unpin(url: Url, step: Step = None, who: Who = "user", config_file: ConfigFile = None) -> None:
+    """Let retention decide about a checkpoint again."""
+    store = open_url(url, config_file)
+    ref = choose(store, step)
+    commit.unpin(store, ref.manifest, who)
+    others = commit.pins(store).get(ref.manifest, frozenset())
+    still = f", but still by {', '.join(sorted(others))}" if others else ""
+    typer.echo(f"step {ref.step} is no longer pinned by {who}{still}")
+
+
+@ckpt_app.command()
+def gc(
+    url: Url,
+    delete: Annotated[bool, typer.Option("--delete", help="do it; otherwise only tell")] = False,
+    config_file: ConfigFile = None,
+) -> None:
+    """Remove what no checkpoint refers to, by the newest writer's idea of what is kept.
+
+    Safe while jobs are writing: they do the same after each commit.
+    """
+    store = open_url(url, config_file)
+    head = commit.newest_head(store)
+    if head is None:
+        raise CheckpointMismatch(f"{store.url} holds no checkpoint; correct the URL.")
+    parsed = layout.parse(head.newest.manifest)
+    assert parsed is not None
+    names = collect(store, head, parsed.owner, dry_run=not delete)
+    for name in names:
+        typer.echo(name)
+    typer.echo(f"{len(names)} objects {'deleted' if delete else 'would be deleted (--delete)'}")

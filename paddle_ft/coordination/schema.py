@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from paddle_ft.coordination.kv import Compare, Delete, KeyValue, Put, Transaction
 from paddle_ft.types import (
@@ -178,13 +178,14 @@ def parse(keys: Keys, kvs: Iterable[KeyValue]) -> JobState:
 
 def _decoded(kind: type[T], kv: KeyValue) -> T:
     try:
-        return _value(kind, kv.value)
+        value: T = _value(kind, kv.value)  # type: ignore[arg-type]
+        return value
     except ValueError as error:
         raise ValueError(f"{kv.key} does not hold a {kind.__name__}: {error}") from error
 
 
 @lru_cache(maxsize=32_768)
-def _value(kind: type[T], data: bytes) -> T:
+def _value(kind: Any, data: bytes) -> Any:
     """As ``decode``; of thousands of keys most are as they were at the last look."""
     return decode(kind, data)
 

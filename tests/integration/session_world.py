@@ -78,8 +78,7 @@ class Agent:
 
     world_size: int
     start: Saved | None = None
-    every_n_steps: int = 0
-    every_s: float = 0.0
+    when: str = "never"
     mode: str = "sharded"
     block_bytes: int = 4096
     buffers: int = 2
@@ -102,6 +101,7 @@ class Agent:
         self._arrived: dict[int, dict[int, tuple[int, ImageInfo, bytes]]] = {}
         for rank in range(self.world_size):
             Beacon.create(self.directory / f"beacon-{rank}")
+        self._gone = threading.Semaphore(0)
         self._listener = ipc.Listener(str(self.directory / "socket"), self._on_message)
         return self
 
@@ -120,8 +120,7 @@ class Agent:
             beacon=str(self.directory / f"beacon-{rank}"),
             mode=self.mode,
             block_bytes=self.block_bytes,
-            every_n_steps=self.every_n_steps,
-            every_s=self.every_s,
+            when=self.when,
         )
         return {SESSION_VARIABLE: json.dumps(asdict(session))}
 
@@ -136,6 +135,11 @@ class Agent:
         with self._lock:
             for channel in self._channels.values():
                 channel.send(ipc.PauseRequest(reason))
+
+    def settle(self) -> None:
+        """Returns once everything that the workers have sent is dealt with; they have ended."""
+        for _ in range(len(self._channels)):
+            assert self._gone.acquire(timeout=20), "a worker is still connected"
 
     def let_go(self) -> None:
         with self._lock:
@@ -156,6 +160,8 @@ class Agent:
                 self._take(self._rank_of[id(channel)], message)
             elif isinstance(message, ipc.Farewell):
                 self.farewells[self._rank_of[id(channel)]] = message
+            elif message is None and id(channel) in self._rank_of:
+                self._gone.release()
 
     def _restored(self, rank: int) -> ipc.RestoreReply:
         if self.start is None:
@@ -289,9 +295,22 @@ class Workers:
         outputs: list[tuple[str, str]] = [("", "")] * len(self.processes)
 
         def collect(index: int) -> None:
-            outputs[index] = self.processes[index].communicate(timeout=timeout_s)
+            process = self.processes[index]
+            try:
+                outputs[index] = process.communicate(timeout=timeout_s)
+            except subprocess.TimeoutExpired:
+                pass
+
+        def end_group(process: subprocess.Popen[str]) -> None:
+            """As the agent does: what a worker has started ends with it."""
+            try:
+                process.wait(timeout_s)
+                os.killpg(process.pid, signal.SIGKILL)
+            except (subprocess.TimeoutExpired, ProcessLookupError):
+                pass
 
         threads = [threading.Thread(target=collect, args=(i,)) for i in range(len(self.processes))]
+        threads += [threading.Thread(target=end_group, args=(p,)) for p in self.processes]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -309,7 +328,10 @@ class Workers:
 def run(world_size: int, agent: Agent | None = None, **options: Any) -> list[Result]:
     """Runs the training script to its end on ``world_size`` ranks."""
     with Workers(world_size, agent, **options) as workers:
-        return workers.results()
+        results = workers.results()
+    if agent is not None:
+        agent.settle()
+    return results
 
 
 def succeeded(results: list[Result]) -> list[Result]:

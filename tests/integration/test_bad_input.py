@@ -1,4 +1,4 @@
-"""What is wrong is told in seconds, in one sentence, with its exit code; nothing is lost (A1, B6)."""
+"""What is wrong is told in seconds, in one sentence, with its exit code (A1, B6)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command line of the launcher: Paddle's flags, and one clear sentence for what is wrong (A1)."""
+"""The launcher's command line: Paddle's flags, one clear sentence for what is wrong (A1)."""
 
 from __future__ import annotations
 
@@ -51,11 +51,11 @@ def test_devices_give_the_number_of_processes(script: str) -> None:
         assert (job.devices, job.nproc_per_node) == (("0", "3"), 2)
 
 
-def test_checkpoints_by_steps_or_by_time(script: str) -> None:
-    steps = parse("--checkpoint_every", "100", script).loaded.config.checkpoint
-    assert (steps.every_n_steps, steps.every_s) == (100, 0.0)
-    time = parse("--checkpoint_every", "1.5s", script).loaded.config.checkpoint
-    assert (time.every_n_steps, time.every_s) == (0, 1.5)
+def test_when_to_save_is_passed_on(script: str) -> None:
+    command = parse("--checkpoint_every", "100 steps, 30s", script)
+    assert command.loaded.config.checkpoint.when == "100 steps, 30s"
+    with pytest.raises(ConfigError, match="does not say when to save"):
+        launch.check(parse(script, PADDLE_FT_CHECKPOINT__WHEN="soon").loaded.config)
 
 
 def test_paddles_etcd_master_is_understood(script: str) -> None:
@@ -97,7 +97,7 @@ def test_precedence_is_flag_environment_file_default(script: str, tmp_path: Path
         (["--module", "nosuch.thing"], "there is no module nosuch.thing"),
         (["--nnodes", "4:2", "{script}"], "--nnodes 4:2: the maximum is below the minimum"),
         (["--nnodes", "x", "{script}"], "--nnodes x is not N or N:M"),
-        (["--checkpoint_every", "soon", "{script}"], "--checkpoint_every soon is neither"),
+        (["--checkpoint_every", "soon", "{script}"], "'soon' does not say when to save"),
         (["--run_mode", "ps", "{script}"], "--run_mode ps is not supported"),
         (["--config", "/nosuch.toml", "{script}"], "cannot read the configuration /nosuch.toml"),
         (["--job_id", "a/b", "{script}"], "job.id = 'a/b' (command line)"),

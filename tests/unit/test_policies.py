@@ -80,7 +80,7 @@ def test_the_automatic_interval_is_bounded(
 @pytest.mark.parametrize(
     ("text", "rule"),
     [
-        ("auto", Automatic()),
+        ("auto", AnyOf(Automatic(), OnSignal(signal.SIGUSR1))),
         ("never", NEVER),
         ("100", EveryNSteps(100)),
         ("1 step", EveryNSteps(1)),

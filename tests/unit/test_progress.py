@@ -9,7 +9,8 @@ import pytest
 
 from paddle_ft import sampling
 from paddle_ft.errors import CheckpointMismatch, ConfigError
-from paddle_ft.progress import Ballot, Cadence, Position, Verdict
+from paddle_ft.policies import NEVER, EveryNSteps, EverySeconds
+from paddle_ft.progress import Ballot, Position, Schedule, Verdict
 
 
 def verdict(*ballots: Ballot) -> Verdict:
@@ -18,22 +19,22 @@ def verdict(*ballots: Ballot) -> Verdict:
 
 
 def test_by_steps_a_checkpoint_stays_due_until_one_is_taken() -> None:
-    cadence = Cadence(every_n_steps=3, every_s=0.0)
-    assert [cadence.due(step, 0.0) for step in range(1, 6)] == [False, False, True, True, True]
-    cadence.saved(4, 0.0)
-    assert [cadence.due(step, 0.0) for step in range(5, 8)] == [False, True, True]
+    schedule = Schedule(EveryNSteps(3))
+    assert [schedule.due(step, 0.0) for step in range(1, 6)] == [False, False, True, True, True]
+    schedule.saved(4, 0.0)
+    assert [schedule.due(step, 0.0) for step in range(5, 8)] == [False, True, True]
 
 
 def test_by_time() -> None:
-    cadence = Cadence(every_n_steps=0, every_s=10.0, saved_at_s=100.0)
-    assert not cadence.due(5, 109.9)
-    assert cadence.due(5, 110.0)
-    cadence.saved(5, 111.0)
-    assert not cadence.due(6, 120.0)
+    schedule = Schedule(EverySeconds(10.0), saved_at_s=100.0)
+    assert not schedule.due(5, 109.9)
+    assert schedule.due(5, 110.0)
+    schedule.saved(5, 111.0)
+    assert not schedule.due(6, 120.0)
 
 
 def test_nothing_is_due_without_a_rule() -> None:
-    assert not Cadence(0, 0.0).due(10**6, 1e9)
+    assert not Schedule(NEVER).due(10**6, 1e9)
 
 
 def test_one_rank_that_wants_to_save_is_enough_and_one_without_a_buffer_prevents_it() -> None:
