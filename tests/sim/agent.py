@@ -378,6 +378,8 @@ class SimAgent(WorkerOwner):
         self.keeper.committed(newest)
         if newest.generation == self.generation and self._workers:
             self.world.acknowledged(newest)
+            for worker in self._workers.values():
+                worker.committed(newest.step)
         self._wake()
 
     @property

@@ -269,8 +269,8 @@ def check_end(history: History) -> None:
     if not outcomes:
         return
     heads, code = history.heads(), outcomes[0].value.exit_code
-    if code == 0 and (not heads or heads[-1].newest.step != history.steps):
-        at = heads[-1].newest.step if heads else 0
+    at = heads[-1].newest.step if heads else 0
+    if code == 0 and at != history.steps:
         raise NoProgress(f"the job says that it is complete at step {at} of {history.steps}")
     if code == 5:
         refs = (heads[-1].newest, *heads[-1].lineage) if heads else ()

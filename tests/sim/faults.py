@@ -63,6 +63,12 @@ def _strike(world: World, fault: Fault) -> None:
     elif kind == "terminate" and agent is not None:
         agent.terminate()
         clock.after(fault.duration_s + 1.0, world.start_node, node)
+    elif kind == "terminate twice" and agent is not None:
+        agent.terminate()
+        clock.after(min(lasts_s, 1.0), agent.terminate)
+        clock.after(lasts_s + 1.0, world.start_node, node)
+    elif kind == "etcd elects":
+        world.network.etcd.restart_leases()
     elif kind == "terminate all":
         for each in list(world.agents.values()):
             each.terminate()

@@ -99,7 +99,7 @@ class History:
     batch: int
     """Samples of one step."""
     steps: int
-    """Steps of the whole training."""
+    """Of the whole training; 0 if the script saves nothing."""
     facts: list[Fact] = field(default_factory=list)
 
     def add(self, fact: Fact) -> None:

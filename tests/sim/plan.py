@@ -17,7 +17,8 @@ FAULTS = (
     "cut etcd", "cut etcd", "cut peers",
     "slow store", "failing store",
     "trap", "trap", "trap", "trap",
-    "terminate", "terminate all",
+    "terminate", "terminate all", "terminate twice",
+    "etcd elects",
     "damage",
 )  # fmt: skip
 TRAPS = (
@@ -34,7 +35,9 @@ class Fault:
     other: str
     duration_s: float
     detail: str = ""
+    """With ``trap``: before doing what it springs."""
     how: str = ""
+    """With ``trap``: ``freeze``, ``hold`` (freeze until the leader changes) or ``kill``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +48,10 @@ class Plan:
     slots: int
     embedded: bool
     """etcd belongs to the only launcher and dies with it, data and all."""
+    session: bool
+    """The script uses a session: it saves, and goes on where it stood."""
+    patient: bool
+    """Workers wait for their last checkpoint to be committed before they leave."""
     steps: int
     save_every: int
     max_restart: int
@@ -69,6 +76,8 @@ def make_plan(choose: random.Random) -> Plan:
         nodes_max=nodes_max,
         slots=choose.choice((1, 1, 2)),
         embedded=nodes == 1 and choose.random() < 0.7,
+        session=choose.random() < 0.95,
+        patient=choose.random() < 0.5,
         steps=choose.randint(15, 45),
         save_every=choose.randint(2, 6),
         max_restart=choose.choice((1000, 1000, 1000, 1000, 3)),
@@ -92,5 +101,5 @@ def _fault(choose: random.Random, names: list[str]) -> Fault:
         other=choose.choice(names),
         duration_s=choose.choice((choose.uniform(0.2, 1.5), choose.uniform(1.5, 6.0))),
         detail=choose.choice(TRAPS) if kind == "trap" else "",
-        how=choose.choice(("freeze", "freeze", "kill")) if kind == "trap" else "",
+        how=choose.choice(("freeze", "hold", "hold", "kill")) if kind == "trap" else "",
     )

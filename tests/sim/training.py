@@ -34,10 +34,9 @@ class Training:
     steps: int
     batch: int
     save_every: int
-
-    @property
-    def samples(self) -> int:
-        return self.steps * self.batch
+    session: bool
+    patient: bool
+    """The last checkpoint is waited for before the workers leave."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +87,7 @@ class SimWorker:
         self.phase: Phase = "starting"
         self.state = State()
         self.pause_asked = False
+        self.committed_step = -1
         self.group: RankGroup | None = None
 
     def start(self) -> None:
@@ -95,7 +95,10 @@ class SimWorker:
 
     def _hello(self) -> None:
         self.phase = "restoring"
-        self.owner.worker_said_hello(self)
+        if self.world.training.session:
+            self.owner.worker_said_hello(self)
+        else:
+            self._join(State())
 
     def restored(self, state: State) -> None:
         """The agent has the state to start from."""
@@ -106,7 +109,14 @@ class SimWorker:
             return
         self.phase = "joining"
         self.state = state
+        self.committed_step = state.step if state.origin else -1
         self.world.rendezvous(self)
+
+    def committed(self, step: int) -> None:
+        self.process.after(0.001, self._committed, step)
+
+    def _committed(self, step: int) -> None:
+        self.committed_step = step
 
     def ask_pause(self) -> None:
         self.process.after(0.001, self._pause)
@@ -224,24 +234,38 @@ class RankGroup:
             self.over = True
             return
         if workers[0].state.step >= last:
-            self._save(workers)
-            for worker in workers:
-                worker.end("done", 0, worker.state.step, self._clock.between(0, 0.05))
-            self.over = True
+            self._finish(workers, last)
             return
         for worker in workers:
             worker.state = worker.state.trained(self._training.batch)
         step = workers[0].state.step
-        if step % self._training.save_every == 0:
+        if self._due(step):
             self._save_due = True
         if self._save_due and all(w.owner.buffers_free(w.generation) for w in workers):
             self._save(workers)
         self._clock.after(self._clock.between(*STEP_S), self._step)
 
+    def _due(self, step: int) -> bool:
+        return self._training.session and step % self._training.save_every == 0
+
+    def _finish(self, workers: list[SimWorker], last: int) -> None:
+        self._save(workers)
+        waiting: list[SimWorker] = []
+        if self._training.session and self._training.patient:
+            waiting = [w for w in workers if w.committed_step < last and w.phase != "ended"]
+        step = last if self._training.session else -1
+        for worker in workers:
+            if worker not in waiting:
+                worker.end("done", 0, step, self._clock.between(0, 0.05))
+        if waiting:
+            self._clock.after(0.1, self._finish, waiting, last)
+        else:
+            self.over = True
+
     def _save(self, workers: list[SimWorker]) -> None:
         step = workers[0].state.step
         self._save_due = False
-        if step == self._saved_step:
+        if step == self._saved_step or not self._training.session:
             return
         self._saved_step = step
         for worker in workers:
@@ -260,7 +284,7 @@ class RankGroup:
             for worker in alive:
                 if self._clock.chance(0.5) and worker.state.step < self._training.steps:
                     worker.state = worker.state.trained(self._training.batch)
-                    if worker.state.step % self._training.save_every == 0:
+                    if self._due(worker.state.step):
                         worker.owner.snapshot(worker, worker.state)
         self._fail("a peer was lost")
 

@@ -62,8 +62,8 @@ class World:
             plan.nodes_min, plan.nodes_max, plan.slots, plan.max_restart, plan.keep_last
         )
         self.keys = schema.Keys("sim")
-        self.training = Training(plan.steps, batch=8, save_every=plan.save_every)
-        self.history = History(self.training.batch, plan.steps)
+        self.training = Training(plan.steps, 8, plan.save_every, plan.session, plan.patient)
+        self.history = History(self.training.batch, plan.steps if plan.session else 0)
         self.trace: list[tuple[Any, ...]] = []
         self.tracing = tracing
         self.network = Network(clock, self, self.keys.prefix)
@@ -81,6 +81,7 @@ class World:
         self._groups: dict[tuple[int, str], RankGroup] = {}
         self._manifests: dict[str, tuple[bytes, Manifest]] = {}
         self._told: set[str] = set()
+        self._held: list[SimAgent] = []
         self._tick_etcd()
 
     def _tick_etcd(self) -> None:
@@ -111,11 +112,13 @@ class World:
                 self.note("etcd", batch.revision, key, "is deleted")
                 if key == "leader":
                     self._leader = ("", 0)
+                    self._release_held()
                 continue
             value = event.kv.value
             parsed = value.decode() if key == "leader" else decode(KINDS[key], value)
             if key == "leader":
                 self._leader = (parsed, event.kv.create_revision)
+                self._release_held()
             if key == "outcome" and self.outcome_s is None:
                 self.outcome_s = self.clock.now
             self.note("etcd", batch.revision, key, describe(parsed), "by", sent and sent.sender)
@@ -283,10 +286,19 @@ class World:
         self.note("fault", how, agent.node, "before its", kind, round(duration_s, 2))
         if how == "freeze":
             self.freeze(agent, duration_s)
+        elif how == "hold":
+            agent.process.freeze()
+            self._held.append(agent)
         else:
             self.crash_node(agent.node)
             self.clock.after(duration_s, self.start_node, agent.node)
         return True
+
+    def _release_held(self) -> None:
+        """The leader has changed: the perfect moment for an earlier one to wake up."""
+        held, self._held = self._held, []
+        for agent in held:
+            self.clock.after(self.clock.between(0.0, 0.4), agent.process.wake)
 
     def freeze(self, agent: SimAgent, duration_s: float) -> None:
         agent.process.freeze()
