@@ -69,11 +69,15 @@ class Source:
         version = tensor.inplace_version
         return cls(keep, keep.data_ptr() + start, nbytes, offset, version, tensor)
 
-    def word(self, address: int) -> int:
-        """Eight bytes in the middle of the source's bytes, read at ``address``."""
+    def words(self, address: int) -> tuple[int, ...]:
+        """Four words of the source's bytes, evenly spread to the last one, read at ``address``."""
         if self.nbytes < 8:
-            return ctypes.c_uint8.from_address(address).value if self.nbytes else 0
-        return ctypes.c_uint64.from_address(address + (self.nbytes - 8) // 16 * 8).value
+            return tuple((ctypes.c_uint8 * self.nbytes).from_address(address))
+        last = (self.nbytes - 8) // 8
+        return tuple(
+            ctypes.c_uint64.from_address(address + last * part // 4 * 8).value
+            for part in (1, 2, 3, 4)
+        )
 
     def copy(self, target: int, stopped: Callable[[], bool]) -> None:
         for at in range(0, self.nbytes, CHUNK_BYTES):
@@ -167,7 +171,7 @@ class Snapshot:
             if not late:
                 source.copy(self._address, _never)
         self._late = [source for source, late in sources if late]
-        self._words = [source.word(source.address) for source in self._late]
+        self._words = [source.words(source.address) for source in self._late]
         self._thread: threading.Thread | None = None
         if self._late:
             self._thread = threading.Thread(target=self._copy, name="snapshot", daemon=True)
@@ -194,13 +198,13 @@ class Snapshot:
     def _unchanged(self) -> bool:
         """Whether nothing wrote to the tensors while they were copied.
 
-        Paddle counts in-place operations, but not ``set_value``; that would have changed the word
-        that was looked at before, in at least one of the tensors.
+        Paddle counts in-place operations, but not ``set_value``; that would have changed one of
+        the words that were looked at before.
         """
         return all(
-            source.word(self._address + source.offset) == word
+            source.words(self._address + source.offset) == words
             and (source.tensor is None or source.tensor.inplace_version == source.inplace_version)
-            for source, word in zip(self._late, self._words, strict=True)
+            for source, words in zip(self._late, self._words, strict=True)
         )
 
 

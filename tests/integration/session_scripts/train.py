@@ -99,6 +99,16 @@ def weights_hash(*things: Any) -> str:
     return digest.hexdigest()[:16]
 
 
+def swap_weights(net: Any) -> None:
+    """As an evaluation with averaged weights does it."""
+    own = [p.numpy() for p in net.parameters()]
+    for p in net.parameters():
+        p.set_value(paddle.zeros_like(p))
+    time.sleep(0.2)
+    for p, value in zip(net.parameters(), own, strict=True):
+        p.set_value(value)
+
+
 def make_optimizer(model: Any) -> Any:
     schedule = paddle.optimizer.lr.CosineAnnealingDecay(1e-2, T_max=20)
     kinds = paddle.optimizer
@@ -120,8 +130,6 @@ def main() -> None:
         paddle.distributed.init_parallel_env()
         model = paddle.DataParallel(net)
     schedule, optimizer = make_optimizer(model)
-    if OPTIONS["freeze_until"] >= 0:
-        net.first.weight.stop_gradient = True
     data = Data(OPTIONS["samples"])
     counter = Counter()
     with ft.session(
@@ -150,8 +158,7 @@ def main() -> None:
                 seed=OPTIONS["seed"] + number,
                 num_workers=OPTIONS["workers"],
             ):
-                if s.global_step == OPTIONS["freeze_until"]:
-                    net.first.weight.stop_gradient = False
+                net.first.weight.stop_gradient = s.global_step < OPTIONS["freeze_until"]
                 loss = nn.functional.binary_cross_entropy_with_logits(model(x), y)
                 loss.backward()
                 used = ids.tolist() if s.weight else []
