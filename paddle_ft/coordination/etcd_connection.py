@@ -123,7 +123,7 @@ class Connection:
                     ) from None
                 if deadline - time.monotonic() <= 2 * PAUSE_BETWEEN_TRIES_S:
                     raise self._unavailable(failed.reason) from None
-            time.sleep(PAUSE_BETWEEN_TRIES_S)
+            _pause(member)
 
     def open_stream(self, member: Member, service: str, method: str, requests: Any) -> Any:
         """An endless bidirectional call to ``member``; give it back with ``close_stream``."""
@@ -253,6 +253,23 @@ class Connection:
 
 class _AuthenticationOff(Exception):
     """etcd knows no users: go on without a token."""
+
+
+def _pause(member: Member) -> None:
+    """Waits a moment, and lets grpc connect to ``member`` meanwhile.
+
+    grpc (1.60 to 1.74 were tried) works on a connection only while a request waits for it. One
+    that fails at once, as all do after a failed attempt, does not wait: with nothing but such
+    requests a server that has come back would never be reached.
+    """
+    until = time.monotonic() + PAUSE_BETWEEN_TRIES_S
+    try:
+        member.stubs["Maintenance"].Status(
+            etcd_stubs.load().StatusRequest(), timeout=PAUSE_BETWEEN_TRIES_S, wait_for_ready=True
+        )
+    except (grpc.RpcError, ValueError):  # not yet; the channel was closed
+        pass
+    time.sleep(max(0.0, until - time.monotonic()))
 
 
 def _connect(target: str, credentials: grpc.ChannelCredentials | None) -> Member:
