@@ -5,18 +5,12 @@ Follows ``paddle_ft.agent.committer``, with the product's own merging of parts.
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING
 
 from paddle_ft.checkpoint import layout, plan
-from paddle_ft.checkpoint.commit import adopt, mark_committed, pins
-from paddle_ft.checkpoint.manifest import (
-    Manifest,
-    PartListing,
-    decode_manifest,
-    encode_manifest,
-)
-from paddle_ft.checkpoint.retention import Roots, garbage
+from paddle_ft.checkpoint.collect import collect
+from paddle_ft.checkpoint.commit import adopt, mark_committed
+from paddle_ft.checkpoint.manifest import Manifest, PartListing, encode_manifest
 from paddle_ft.checkpoint.write import digest_of, read_part
 from paddle_ft.coordination import schema
 from paddle_ft.coordination.decide import Commit
@@ -167,33 +161,4 @@ class Committer:
             pass
 
     def _look(self, head: Head) -> list[str]:
-        """As ``checkpoint.collect``, which asks the store from many threads."""
-        world, owner = self._world, self._world.owner
-        store = world.store.store
-        mark_committed(store, head)
-        pinned = pins(store)
-        names = [info.name for info in store.find("")]
-        base = store.get(layout.owner_name(owner)) if layout.owner_name(owner) in store else b""
-        rivals = _rivals(names, owner, int(json.loads(base)["base"]) if base else None)
-        manifests = [world.manifest(ref) for ref in (head.newest, *head.lineage)]
-        for name in sorted((set(pinned) | rivals) - plan.kept(head)):
-            if name in store:
-                manifests.append(decode_manifest(store.get(name), name))
-        roots = Roots(
-            owner=owner,
-            sequence=head.newest.sequence,
-            manifests=plan.kept(head) | frozenset(pinned) | rivals,
-            objects=frozenset(name for m in manifests for name in m.objects),
-        )
-        return garbage(names, roots)
-
-
-def _rivals(names: list[str], owner: str, base: int | None) -> frozenset[str]:
-    return frozenset(
-        parsed.manifest
-        for name in names
-        if (parsed := layout.parse(name)) is not None
-        and parsed.kind == "commit"
-        and parsed.owner != owner
-        and (base is None or parsed.sequence > base)
-    )
+        return collect(self._world.store.store, head, self._world.owner, dry_run=True)

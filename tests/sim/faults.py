@@ -47,7 +47,7 @@ def _strike(world: World, fault: Fault) -> None:
         for worker in agent.workers()[:1]:
             worker.process.freeze()
             clock.after(lasts_s, worker.process.wake)
-    elif kind == "cut etcd" and not world.plan.embedded:
+    elif kind == "cut etcd":
         world.network.cut.add(node)
         clock.after(lasts_s, world.network.reconnect, node)
     elif kind == "cut peers" and node != fault.other:

@@ -18,6 +18,7 @@ from tests.sim.checkers import Broken, NoProgress, check_all
 from tests.sim.clock import Clock
 from tests.sim.faults import unleash
 from tests.sim.plan import PROGRESS_S, QUIET_S, Plan, make_plan
+from tests.sim.product import repeatable
 from tests.sim.world import World
 
 
@@ -46,7 +47,8 @@ def run(
         weaken(world)
     unleash(world)
     broken: Broken | None = None
-    clock.run(QUIET_S + PROGRESS_S, world.finished)
+    with repeatable(world.nonce):
+        clock.run(QUIET_S + PROGRESS_S, world.finished)
     try:
         check_all(world.history)
         if not world.finished():

@@ -1,4 +1,4 @@
-"""Each checker rejects a history in which its promise is broken, and accepts one in which it is not.
+"""Each checker rejects a history in which its promise is broken, and no other.
 
 ``good`` is a short history that is all right; each test spoils one thing in it.
 """
@@ -219,7 +219,7 @@ def test_head_never_names_what_is_not_stored() -> None:
 
 
 def test_complete_means_that_the_last_step_is_committed() -> None:
-    facts = good()[:6] + [FINISHED, Exited(0.0, "a", 0, 0, 0.0)]
+    facts = [*good()[:6], FINISHED, Exited(0.0, "a", 0, 0, 0.0)]
     assert verdict(facts) is NoProgress
 
 

@@ -6,7 +6,7 @@ import hashlib
 from functools import cache
 from typing import Any
 
-from paddle_ft.checkpoint import layout
+from paddle_ft.checkpoint.collect import release
 from paddle_ft.checkpoint.commit import read_manifest
 from paddle_ft.checkpoint.manifest import Manifest
 from paddle_ft.config import CheckpointConfig, Config, EtcdConfig, JobConfig
@@ -144,6 +144,9 @@ class World:
         self.history.add(Exited(self.clock.now, agent.node, code, asked, agent.registered_s))
         if self.agents.get(agent.node) is agent:
             del self.agents[agent.node]
+        if self.plan.embedded:
+            release(self.store.store, self.owner)
+            self._lose_etcd()
 
     # ------------------------------------------------------------ names and numbers
 
@@ -249,9 +252,12 @@ class World:
         self.note("fault", "kills", node)
         agent.kill()
         if self.plan.embedded:
-            self.network.restart_empty()
-            self._leader = ("", 0)
-            self.history.add(EtcdLost(self.clock.now))
+            self._lose_etcd()
+
+    def _lose_etcd(self) -> None:
+        self.network.restart_empty()
+        self._leader = ("", 0)
+        self.history.add(EtcdLost(self.clock.now))
 
     def connected(self, a: str, b: str) -> bool:
         return not self.cut_peers or frozenset((a, b)) not in self.cut_peers
@@ -324,6 +330,3 @@ def describe(value: object) -> str:
         newest = value.newest
         return f"#{newest.sequence} step {newest.step} generation {newest.generation} on {kept}"
     return str(value)
-
-
-__all__ = ["World", "layout", "make_config"]
