@@ -42,7 +42,8 @@ _REASONS = (
     ("CERTIFICATE_VERIFY_FAILED", "its certificate is not of the authority in etcd.ca_file"),
     ("WRONG_VERSION_NUMBER", "it does not speak TLS"),
     ("_ALERT_", "it refuses our client certificate, etcd.cert_file"),
-    ("Socket closed", "it closed the connection"),
+    ("Unwrap failed", "it refuses our client certificate, etcd.cert_file"),  # TLS 1.3
+    ("Socket closed", "it closed the connection; if it speaks TLS, write https://"),
     ("Connection reset", "it closed the connection"),
     ("Connection refused", "connection refused"),
     ("no leader", "it has no leader: a majority of its members must run"),
