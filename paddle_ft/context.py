@@ -51,6 +51,11 @@ class Context:
     def block_bytes(self) -> int:
         return self.env.block_bytes if self.env else plan.ALIGN_BYTES
 
+    @property
+    def writers(self) -> int:
+        """Ranks that save: without a launcher rank 0 does it for all, with its own statistics."""
+        return self.collective.world_size if self.env else 1
+
     def connect(self) -> Keeper:
         """Where snapshots go. Raises PaddleFTError if the agent does not answer, StoreError."""
         rank, world_size = self.collective.rank, self.collective.world_size

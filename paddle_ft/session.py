@@ -185,7 +185,7 @@ class Session:
             self._keeper,
             self._state,
             rank=self.rank,
-            world_size=self.world_size,
+            world_size=context.writers,
             mode=context.mode,
             block_bytes=context.block_bytes,
         )

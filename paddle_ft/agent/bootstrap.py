@@ -28,7 +28,13 @@ import zlib
 from types import TracebackType
 from typing import Any
 
-from paddle_ft.errors import EXIT_CONFIG, EXIT_SIGINT, EXIT_WORKER_FAILED, PaddleFTError
+from paddle_ft.errors import (
+    EXIT_CONFIG,
+    EXIT_SIGINT,
+    EXIT_WORKER_FAILED,
+    ConfigError,
+    PaddleFTError,
+)
 from paddle_ft.exits import Leave, end, say
 
 _PR_SET_PDEATHSIG = 1
@@ -69,11 +75,13 @@ def run(arguments: list[str]) -> None:
     try:
         if arguments[0] == "-m":
             if len(arguments) < 2:
-                raise PaddleFTError("-m needs the name of a module.")
+                raise ConfigError("-m needs the name of a module.")
             sys.argv = arguments[1:]
             _search_first(os.getcwd())
             runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
         else:
+            if not os.path.exists(arguments[0]):
+                raise ConfigError(f"There is no script {arguments[0]}; correct its name.")
             sys.argv = list(arguments)
             # A directory or an archive is put there by runpy itself.
             _search_first(os.path.dirname(os.path.realpath(arguments[0])))

@@ -35,6 +35,7 @@ from paddle_ft.checkpoint import commit, layout, plan, retention, write
 from paddle_ft.checkpoint.collect import collect, release
 from paddle_ft.checkpoint.manifest import ITEM_BYTES, Manifest
 from paddle_ft.checkpoint.restore import fetch
+from paddle_ft.checkpoint.sign import Trust
 from paddle_ft.checkpoint.snapshot import Source, array_of, dtype_name, nbytes_of, write_tensor
 from paddle_ft.checkpoint.store import Store, open_store
 from paddle_ft.config import CheckpointConfig
@@ -99,6 +100,22 @@ def save(
     return handle
 
 
+def save_image(
+    url: str,
+    info: ImageInfo,
+    memory: memoryview,
+    *,
+    keep: retention.Keep | None = None,
+    config: CheckpointConfig | None = None,
+) -> SaveHandle:
+    """As ``save``, of an image that is in ``memory`` and stays as it is until it is written."""
+    writer = _writer(url, config or _config())
+    writer.slots.acquire()
+    handle = SaveHandle()
+    writer.start(handle, (info, memory), keep)
+    return handle
+
+
 def load(
     url: str,
     step: int | None = None,
@@ -119,10 +136,11 @@ def load(
         what = "no checkpoint" if step is None else f"no checkpoint of step {step}"
         raise CheckpointMismatch(f"{store.url} holds {what}; correct the URL or the step.")
     patterns = [names] if isinstance(names, str) else names
+    trust = Trust.of(config or _config())
     error: CheckpointDamaged | None = None
     for ref in refs:
         try:
-            return _load(store, ref, patterns)
+            return _load(store, ref, patterns, trust)
         except CheckpointDamaged as damage:
             _log.warning("%s", damage)
             error = error or damage
@@ -149,6 +167,7 @@ class _Writer:
 
     store: Store
     config: CheckpointConfig
+    trust: Trust
     slots: threading.BoundedSemaphore
     last: SaveHandle | None = None
     """Of the newest save; the next one is written after it."""
@@ -190,7 +209,8 @@ class _Writer:
         after = self._begin()
         head, parent = self.head, None
         if head is not None:
-            parent = (head.newest, self._manifest(head.newest))
+            with suppress(CheckpointDamaged):  # nothing of it can be referred to, then
+                parent = (head.newest, self._manifest(head.newest))
         part = write.write_part(
             self.store,
             [image],
@@ -207,6 +227,7 @@ class _Writer:
             [listing], head=head, parents=parents, created_s=time.time(), after=after
         )
         ref = write.store_manifest(self.store, manifest)
+        self.trust.sign(self.store, ref, manifest)
         self.manifests[ref.manifest] = manifest
         self.head = retention.next_head(
             head, ref, keep or retention.KeepAll(), commit.identify(self.store), self._metrics(keep)
@@ -240,7 +261,7 @@ class _Writer:
 
     def _manifest(self, ref: CommitRef) -> Manifest:
         if ref.manifest not in self.manifests:
-            self.manifests[ref.manifest] = commit.read_manifest(self.store, ref)
+            self.manifests[ref.manifest] = commit.read_manifest(self.store, ref, self.trust)
         return self.manifests[ref.manifest]
 
     def _metrics(self, keep: retention.Keep | None) -> dict[int, dict[str, float]]:
@@ -248,7 +269,8 @@ class _Writer:
         found: dict[int, dict[str, float]] = {}
         if keep is not None and self.head is not None:
             for ref in (self.head.newest, *self.head.lineage):
-                self._manifest(ref)
+                with suppress(CheckpointDamaged):
+                    self._manifest(ref)
         for manifest in self.manifests.values():
             metrics = manifest.meta.get("metrics")
             if isinstance(metrics, dict):
@@ -267,7 +289,7 @@ def _writer(url: str, config: CheckpointConfig) -> _Writer:
         key = (os.getpid(), store.url, config)
         if key not in _writers:
             slots = threading.BoundedSemaphore(SAVES_MAX)
-            _writers[key] = _Writer(store, config, slots)
+            _writers[key] = _Writer(store, config, Trust.of(config), slots)
         return _writers[key]
 
 
@@ -316,8 +338,10 @@ def _image_of(
 # ---------------------------------------------------------------- loading
 
 
-def _load(store: Store, ref: CommitRef, patterns: Sequence[str] | None) -> dict[str, Any]:
-    manifest = commit.read_manifest(store, ref)
+def _load(
+    store: Store, ref: CommitRef, patterns: Sequence[str] | None, trust: Trust
+) -> dict[str, Any]:
+    manifest = commit.read_manifest(store, ref, trust)
     wanted = plan.plan_read(manifest, [0], patterns)
     # Views of it are handed out; it goes when the last of them does.
     image = memoryview(mmap.mmap(-1, max(1, wanted.nbytes)))
