@@ -48,6 +48,7 @@ def test_several_live_side_by_side_and_clean_up_only_after_the_dead(tmp_path: Pa
     other.mkdir()
     with EmbeddedEtcd(tmp_path) as first, EmbeddedEtcd(tmp_path) as second:
         assert not leftover.exists()
+        assert len(list(tmp_path.glob(f"{DIR_PREFIX}*/data"))) == 2
         assert first.endpoint != second.endpoint
         for etcd in (first, second):
             client = client_of(etcd)
