@@ -266,7 +266,7 @@ def run(command: Command) -> int:
             coordinator,
             room,
             node=name.name,
-            host=config.job.host or address_towards(etcd.endpoints),
+            host=config.job.host or address_towards(coordinator.targets),
             run_dir=run_dir,
             shared_dir=shared_directory(config.job.id),
             console=console,

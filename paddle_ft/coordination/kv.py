@@ -96,7 +96,11 @@ class Coordinator(Protocol):
         ...
 
     def transact(self, txn: Transaction) -> TxnResult:
-        """Runs ``txn``. After EtcdUnavailable it may or may not have taken effect."""
+        """Runs ``txn``. After EtcdUnavailable it may or may not have taken effect.
+
+        Raises LeaseLost if it puts under a lease that has ended, ValueError if it touches a key
+        twice.
+        """
         ...
 
     def grant(self, ttl_s: int) -> int:
