@@ -106,6 +106,10 @@ class CheckpointConfig(_Group):
     and a requested stop save in any case."""
     mode: Literal["rank0", "sharded"] = "sharded"
     keep_last: int = Field(3, ge=1)
+    """How many checkpoints stay, if ``keep`` says nothing else."""
+    keep: str = ""
+    """Which checkpoints stay: ``last 3, every 1000 steps, best loss 1``; what any of the rules
+    wants is kept. Empty: the ``keep_last`` newest."""
     block_bytes: int = Field(4 * 2**20, ge=4096)
     buffers: int = Field(2, ge=1, le=4)
     """Snapshots of one worker in flight; host memory = buffers x its share of the state."""
@@ -119,6 +123,22 @@ class CheckpointConfig(_Group):
     """S3 endpoint, for stores other than AWS."""
     region: str = ""
     ca_file: str = ""
+    sse: Literal["", "AES256", "aws:kms"] = ""
+    """Server-side encryption asked of S3; empty: the bucket's own default."""
+    sse_kms_key_id: str = ""
+    """Key for ``aws:kms``; empty: the account's default key."""
+    sign_key: str = Field("", repr=False)
+    """ed25519 private key that signs checkpoints: path of a PEM file, or its content."""
+    trusted_keys: tuple[str, ...] = ()
+    """PEM files with the public keys of those whose checkpoints are loaded."""
+    verify: Literal["required", "if-present", "off"] = "if-present"
+    """Whether a checkpoint must be signed by a trusted key to be loaded."""
+
+    @model_validator(mode="after")
+    def _encryption(self) -> Self:
+        if self.sse_kms_key_id and self.sse != "aws:kms":
+            raise ValueError("sse_kms_key_id needs sse = aws:kms")
+        return self
 
 
 class Config(_Group):
@@ -202,7 +222,7 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, object]:
     return flat
 
 
-_LISTS = {"job.devices", "etcd.endpoints"}
+_LISTS = {"job.devices", "etcd.endpoints", "checkpoint.trusted_keys"}
 
 
 def _validate(values: Mapping[str, object], sources: Mapping[str, str]) -> Config:

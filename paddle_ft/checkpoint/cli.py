@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 import time
 from collections import Counter
 from typing import Annotated, Any
@@ -19,6 +20,7 @@ from paddle_ft.checkpoint import commit, layout
 from paddle_ft.checkpoint.collect import collect
 from paddle_ft.checkpoint.manifest import Manifest, Piece
 from paddle_ft.checkpoint.restore import verify as verify_blocks
+from paddle_ft.checkpoint.sign import Trust, make_keys, signed_manifests
 from paddle_ft.checkpoint.store import Store, open_store
 from paddle_ft.errors import CheckpointDamaged, CheckpointMismatch, ConfigError
 from paddle_ft.types import CommitRef
@@ -35,9 +37,10 @@ ConfigFile = Annotated[str | None, typer.Option("--config", help="TOML file with
 Json = Annotated[bool, typer.Option("--json", help="for programs")]
 
 
-def open_url(url: str, config_file: str | None) -> Store:
-    """The store at ``url`` with the settings of file and environment."""
-    return open_store(url, config.load({}, os.environ, config_file).config.checkpoint)
+def open_url(url: str, config_file: str | None) -> tuple[Store, Trust]:
+    """The store at ``url``, and who is trusted, by the settings of file and environment."""
+    settings = config.load({}, os.environ, config_file).config.checkpoint
+    return open_store(url, settings), Trust.of(settings)
 
 
 def choose(store: Store, step: int | None) -> CommitRef:
@@ -52,6 +55,11 @@ def choose(store: Store, step: int | None) -> CommitRef:
     raise CheckpointMismatch(f"{store.url} holds no checkpoint of step {step}; there are {steps}.")
 
 
+def screen() -> Console:
+    """Standard output; wide where nobody looks, so that tables keep one line for one row."""
+    return Console(soft_wrap=True, width=None if sys.stdout.isatty() else 200)
+
+
 def _emit(value: Any) -> None:
     typer.echo(json.dumps(value, indent=2))
 
@@ -59,13 +67,16 @@ def _emit(value: Any) -> None:
 @ckpt_app.command()
 def ls(url: Url, config_file: ConfigFile = None, as_json: Json = False) -> None:
     """List the checkpoints, newest first."""
-    store = open_url(url, config_file)
-    pinned = commit.pins(store)
+    store, trust = open_url(url, config_file)
+    pinned, signed = commit.pins(store), signed_manifests(store)
+    unchecked = trust.verify == "off" or not trust.keys
     rows = []
     for ref in commit.list_commits(store):
-        row: dict[str, Any] = {"step": ref.step, "sequence": ref.sequence}
+        row: dict[str, Any] = {"step": ref.step, "sequence": ref.sequence, "signed": "no"}
+        if ref.manifest in signed:
+            row["signed"] = "unchecked" if unchecked else "yes"
         try:
-            row |= _facts(commit.read_manifest(store, ref))
+            row |= _facts(commit.read_manifest(store, ref, trust))
         except CheckpointDamaged as error:
             row["damaged"] = str(error)
         row["pinned"] = sorted(pinned.get(ref.manifest, []))
@@ -73,10 +84,13 @@ def ls(url: Url, config_file: ConfigFile = None, as_json: Json = False) -> None:
     if as_json:
         _emit(rows)
         return
-    table = Table("step", "time", "age", "size", "new", "world", "pinned", "", box=None)
+    table = Table("step", "time", "age", "size", "new", "world", "signed", "pinned", "", box=None)
     for row in rows:
         table.add_row(*_line(row))
-    Console(soft_wrap=True).print(table if rows else f"{store.url} holds no checkpoint")
+    screen().print(table if rows else f"{store.url} holds no checkpoint")
+    for row in rows:
+        if "damaged" in row:
+            typer.echo(row["damaged"])
 
 
 def _facts(manifest: Manifest) -> dict[str, Any]:
@@ -92,7 +106,7 @@ def _facts(manifest: Manifest) -> dict[str, Any]:
 def _line(row: dict[str, Any]) -> list[str]:
     pinned = ", ".join(row["pinned"])
     if "damaged" in row:
-        return [str(row["step"]), "", "", "", "", "", pinned, "damaged"]
+        return [str(row["step"]), *[""] * 5, row["signed"], pinned, "not usable"]
     at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row["created_s"]))
     return [
         str(row["step"]),
@@ -101,6 +115,7 @@ def _line(row: dict[str, Any]) -> list[str]:
         size(row["bytes"]),
         size(row["bytes_new"]),
         str(row["world_size"]),
+        row["signed"],
         pinned,
         "",
     ]
@@ -131,9 +146,9 @@ def show(
     url: Url, step: Step = None, config_file: ConfigFile = None, as_json: Json = False
 ) -> None:
     """Show one checkpoint: what it holds, tensor by tensor."""
-    store = open_url(url, config_file)
+    store, trust = open_url(url, config_file)
     ref = choose(store, step)
-    manifest = commit.read_manifest(store, ref)
+    manifest = commit.read_manifest(store, ref, trust)
     tensors = [
         {"name": t.name, "dtype": t.dtype, "shape": t.shape, "bytes": t.nbytes}
         | ({"rank": t.rank} if t.rank >= 0 else {})
@@ -144,17 +159,17 @@ def show(
     if as_json:
         _emit(facts | {"objects": manifest.objects, "tensors": tensors, "meta": manifest.meta})
         return
-    screen = Console(soft_wrap=True)
+    out = screen()
     for name, value in facts.items():
         shown = size(value) if name.startswith("bytes") else value
-        screen.print(f"{name:12} {shown}", highlight=False)
+        out.print(f"{name:12} {shown}", highlight=False)
     table = Table("tensor", "dtype", "shape", "size", "rank", box=None)
     for t in manifest.tensors:
         rank = str(t.rank) if t.rank >= 0 else "all"
         table.add_row(t.name, t.dtype, str(list(t.shape)), size(t.nbytes), rank)
-    screen.print(table)
+    out.print(table)
     kinds = Counter(name.rpartition("/")[0] for name in manifest.objects)
-    screen.print(f"in {len(manifest.objects)} objects of {len(kinds)} writes", highlight=False)
+    out.print(f"in {len(manifest.objects)} objects of {len(kinds)} writes", highlight=False)
 
 
 @ckpt_app.command()
@@ -164,14 +179,14 @@ def verify(
     every: Annotated[bool, typer.Option("--all", help="all checkpoints, not one")] = False,
     config_file: ConfigFile = None,
 ) -> None:
-    """Read every byte of a checkpoint and compare it with its checksum."""
-    store = open_url(url, config_file)
+    """Read every byte of a checkpoint; check all checksums, and the signature if there is one."""
+    store, trust = open_url(url, config_file)
     refs = commit.list_commits(store) if every else [choose(store, step)]
     bad: list[CheckpointDamaged] = []
     with Progress(transient=True) as progress:
         for ref in progress.track(refs, description="verifying"):
             try:
-                found = verify_blocks(store, ref, commit.read_manifest(store, ref))
+                found = verify_blocks(store, ref, commit.read_manifest(store, ref, trust))
             except CheckpointDamaged as error:
                 found = [error]
             for fault in found:
@@ -193,9 +208,9 @@ def diff(
     as_json: Json = False,
 ) -> None:
     """Show which tensors differ between two checkpoints, and by how many bytes of blocks."""
-    store = open_url(url, config_file)
+    store, trust = open_url(url, config_file)
     one, other = (
-        commit.read_manifest(store, choose(store, step)).tensors for step in (first, second)
+        commit.read_manifest(store, choose(store, step), trust).tensors for step in (first, second)
     )
     rows = differences(one, other)
     if as_json:
@@ -204,7 +219,7 @@ def diff(
     table = Table("tensor", "rank", "", "bytes in changed blocks", box=None)
     for name, rank, change, nbytes in rows:
         table.add_row(name, str(rank) if rank >= 0 else "all", change, size(nbytes))
-    Console(soft_wrap=True).print(table if rows else "no tensor differs")
+    screen().print(table if rows else "no tensor differs")
 
 
 def differences(
@@ -235,7 +250,7 @@ Who = Annotated[str, typer.Option(help="under this name (letters, digits and _)"
 @ckpt_app.command()
 def pin(url: Url, step: Step = None, who: Who = "user", config_file: ConfigFile = None) -> None:
     """Keep a checkpoint whatever retention says, until it is unpinned."""
-    store = open_url(url, config_file)
+    store, _ = open_url(url, config_file)
     ref = choose(store, step)
     if not re.fullmatch(r"[A-Za-z0-9_]{1,64}", who):
         raise ConfigError(f"--who {who!r} must be letters, digits and _; use another name.")
@@ -246,7 +261,7 @@ def pin(url: Url, step: Step = None, who: Who = "user", config_file: ConfigFile 
 @ckpt_app.command()
 def unpin(url: Url, step: Step = None, who: Who = "user", config_file: ConfigFile = None) -> None:
     """Let retention decide about a checkpoint again."""
-    store = open_url(url, config_file)
+    store, _ = open_url(url, config_file)
     ref = choose(store, step)
     commit.unpin(store, ref.manifest, who)
     others = commit.pins(store).get(ref.manifest, frozenset())
@@ -264,7 +279,7 @@ def gc(
 
     Safe while jobs are writing: they do the same after each commit.
     """
-    store = open_url(url, config_file)
+    store, _ = open_url(url, config_file)
     head = commit.newest_head(store)
     if head is None:
         raise CheckpointMismatch(f"{store.url} holds no checkpoint; correct the URL.")
@@ -274,3 +289,16 @@ def gc(
     for name in names:
         typer.echo(name)
     typer.echo(f"{len(names)} objects {'deleted' if delete else 'would be deleted (--delete)'}")
+
+
+@ckpt_app.command()
+def keygen(
+    directory: Annotated[str, typer.Argument(help="where the two files go; made if need be")],
+) -> None:
+    """Make a key pair to sign checkpoints with.
+
+    checkpoint.sign_key is the private file, which only the trainer may read;
+    checkpoint.trusted_keys names the public one, for everybody who loads.
+    """
+    private, public, name = make_keys(directory)
+    typer.echo(f"private key: {private}\npublic key:  {public}\nid:          {name}")

@@ -25,6 +25,7 @@ from paddle_ft.checkpoint import layout
 from paddle_ft.checkpoint.crew import Crew
 from paddle_ft.checkpoint.manifest import FORMAT, Manifest, canonical, decode_manifest
 from paddle_ft.checkpoint.plan import kept
+from paddle_ft.checkpoint.sign import Trust
 from paddle_ft.checkpoint.store import Store
 from paddle_ft.checkpoint.write import digest_of
 from paddle_ft.errors import (
@@ -164,8 +165,11 @@ def _heads(store: Store, choose: Callable[[list[str]], list[str]]) -> list[Head]
     raise StoreUnavailable(f"The markers in {store.url} change all the time; try again.")
 
 
-def read_manifest(store: Store, ref: CommitRef) -> Manifest:
-    """The manifest ``ref`` speaks of; raises CheckpointDamaged if it is missing or altered."""
+def read_manifest(store: Store, ref: CommitRef, trust: Trust | None = None) -> Manifest:
+    """The manifest ``ref`` speaks of; raises CheckpointDamaged if it is missing or altered.
+
+    Its signature is looked at only if ``trust`` is given, as everybody does who loads.
+    """
     where = f"{store.url}/{ref.manifest}"
     try:
         content = store.get(ref.manifest)
@@ -175,6 +179,8 @@ def read_manifest(store: Store, ref: CommitRef) -> Manifest:
         raise CheckpointDamaged(
             f"{where} is damaged (its sha256 is not that of the commit); use an older checkpoint."
         )
+    if trust is not None:
+        trust.check(store, ref.manifest, content)
     manifest = decode_manifest(content, where)
     if (manifest.sequence, manifest.step) != (ref.sequence, ref.step):
         raise CheckpointDamaged(f"{where} is of another commit; use an older checkpoint.")

@@ -8,6 +8,7 @@ is ever overwritten and a write that arrives late can harm nobody:
     parts/<owner>/<sequence>-<generation>-<nonce>/<member>.json    what one member wrote
     manifests/<sequence>-<step>-<owner>-<nonce>.json       everything needed to load
     commits/<the same>.json                                the marker, written after head has moved
+    signatures/<the same>.json                             who vouches for the manifest (``sign``)
     pins/<the manifest's>~<who>-<nonce>.json               keeps a checkpoint beyond retention
     owners/<owner>.json, owners/<owner>.over.json          where a history began, that it is over
 
@@ -27,14 +28,24 @@ DATA = "data/"
 PARTS = "parts/"
 MANIFESTS = "manifests/"
 COMMITS = "commits/"
+SIGNATURES = "signatures/"
 PINS = "pins/"
 OWNERS = "owners/"
 
-Kind = Literal["data", "part", "manifest", "commit", "pin", "owner", "over"]
+Kind = Literal["data", "part", "manifest", "commit", "signature", "pin", "owner", "over"]
 
 _OWNER = r"[A-Za-z0-9_]{1,64}"
 _WRITE = re.compile(rf"(data|parts)/({_OWNER})/(\d{{10}})-(\d+)-([0-9a-f]+)/[^/]+\Z")
-_COMMIT = re.compile(rf"(manifests|commits)/(\d{{10}})-(\d{{12}})-({_OWNER})-([0-9a-f]+)\.json\Z")
+_COMMIT = re.compile(
+    rf"(manifests|commits|signatures)/(\d{{10}})-(\d{{12}})-({_OWNER})-([0-9a-f]+)\.json\Z"
+)
+_KINDS: dict[str, Kind] = {
+    "data": "data",
+    "parts": "part",
+    "manifests": "manifest",
+    "commits": "commit",
+    "signatures": "signature",
+}
 _PIN = re.compile(rf"pins/(\d{{10}}-\d{{12}}-{_OWNER}-[0-9a-f]+)~({_OWNER})-[0-9a-f]+\.json\Z")
 _OWNED = re.compile(rf"owners/({_OWNER})(\.over)?\.json\Z")
 
@@ -47,11 +58,11 @@ class Name:
     owner: str
     sequence: int
     step: int = -1
-    """Manifests, markers and pins only."""
+    """Manifests, markers, signatures and pins only."""
     generation: int = -1
     """Data and parts only."""
     manifest: str = ""
-    """Manifests, markers and pins: the manifest."""
+    """Manifests, markers, signatures and pins: the manifest."""
 
 
 def write_prefix(owner: str, sequence: int, generation: int, nonce: str) -> str:
@@ -66,6 +77,11 @@ def manifest_name(sequence: int, step: int, owner: str, nonce: str) -> str:
 def commit_name(manifest: str) -> str:
     """The marker of ``manifest``."""
     return COMMITS + manifest[len(MANIFESTS) :]
+
+
+def signature_name(manifest: str) -> str:
+    """The signature of ``manifest``."""
+    return SIGNATURES + manifest[len(MANIFESTS) :]
 
 
 def pin_name(manifest: str, who: str, nonce: str) -> str:
@@ -83,12 +99,10 @@ def over_name(owner: str) -> str:
 def parse(name: str) -> Name | None:
     """What ``name`` says; None if it is not one of ours, which nobody then touches."""
     if match := _WRITE.match(name):
-        kind: Kind = "data" if match[1] == "data" else "part"
-        return Name(kind, match[2], int(match[3]), generation=int(match[4]))
+        return Name(_KINDS[match[1]], match[2], int(match[3]), generation=int(match[4]))
     if match := _COMMIT.match(name):
-        kind = "manifest" if match[1] == "manifests" else "commit"
         manifest = MANIFESTS + name.partition("/")[2]
-        return Name(kind, match[4], int(match[2]), int(match[3]), manifest=manifest)
+        return Name(_KINDS[match[1]], match[4], int(match[2]), int(match[3]), manifest=manifest)
     if match := _PIN.match(name):
         manifest = f"{MANIFESTS}{match[1]}.json"
         parsed = parse(manifest)

@@ -10,8 +10,8 @@ the head's lineage never comes back. With W = IN_FLIGHT_SEQUENCES:
    to a parent the head still keeps (``plan.merge`` refuses all else; the fenced transaction sees
    to it that h is still the head).
 2. A collector that knows the head at h' (perhaps long past) deletes data and parts with a sequence
-   <= h' - W that no manifest kept at h' refers to, and manifests and markers with a sequence <= h'
-   that are not kept at h'.
+   <= h' - W that no manifest kept at h' refers to, and manifests, signatures and markers with a
+   sequence <= h' that are not kept at h'.
 
 Suppose the manifest of head h > h' refers to an object with sequence s <= h' - W. It came in with
 a commit c upon a head p < s + W <= h'; c is the first after p, so c <= h'. At every commit after c
@@ -27,8 +27,8 @@ owner began refers to it. An owner pins what it adopts before it relies on it, a
 markers again afterwards; a collector marks its head before it looks at the pins. So either the
 collector sees the pin, or the one who pins sees that he is too late (``commit.pin``).
 
-Markers go first, then manifests, parts and data: a crash in between leaves garbage, never a marker
-without its data.
+Markers go first, then manifests, signatures, parts and data: a crash in between leaves garbage,
+never a marker without its data.
 """
 
 from __future__ import annotations
@@ -41,7 +41,10 @@ from paddle_ft.checkpoint import layout
 from paddle_ft.checkpoint.plan import IN_FLIGHT_SEQUENCES
 from paddle_ft.types import CommitRef, Head
 
-_ORDER = {"commit": 0, "manifest": 1, "part": 2, "data": 3, "pin": 4, "owner": 5, "over": 6}
+_ORDER = {
+    "commit": 0, "manifest": 1, "signature": 2, "part": 3, "data": 4, "pin": 5, "owner": 6,
+    "over": 7,
+}  # fmt: skip
 
 
 # ---------------------------------------------------------------- which checkpoints are kept
@@ -179,7 +182,7 @@ def _dead(name: str, parsed: layout.Name, roots: Roots) -> bool:
         return False
     if parsed.kind == "pin":
         return not mine
-    if parsed.kind in ("manifest", "commit"):
+    if parsed.kind in ("manifest", "commit", "signature"):
         return parsed.manifest not in roots.manifests and (
             not mine or parsed.sequence <= roots.sequence
         )

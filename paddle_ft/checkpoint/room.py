@@ -12,9 +12,11 @@ from pathlib import Path
 
 from paddle_ft.checkpoint import commit as commits
 from paddle_ft.checkpoint.collect import collect, release
+from paddle_ft.checkpoint.deltas import Prints
 from paddle_ft.checkpoint.manifest import Manifest
 from paddle_ft.checkpoint.plan import merge
 from paddle_ft.checkpoint.restore import restore
+from paddle_ft.checkpoint.sign import Trust
 from paddle_ft.checkpoint.store import Store, open_store
 from paddle_ft.checkpoint.write import read_part, store_manifest, write_part
 from paddle_ft.config import Config
@@ -29,18 +31,24 @@ class CheckpointRoom:
     def __init__(self, store: Store, config: Config) -> None:
         self._store = store
         self._config = config.checkpoint
+        self._trust = Trust.of(config.checkpoint)
         self._owner = ""
         self._manifests: dict[str, Manifest] = {}
+        self._prints = Prints()
         self.identity = ""
         """Of the store; known after ``bind``."""
 
     @classmethod
     def open(cls, config: Config) -> CheckpointRoom:
-        """The room for ``config``, found usable: one object was written, read and removed."""
+        """The room for ``config``, found usable: one object was written, read and removed.
+
+        Raises ConfigError for a signing key that is none, StoreError.
+        """
         url = config.checkpoint.url or f"checkpoints/{config.job.id}"
         store = open_store(url, config.checkpoint)
+        room = cls(store, config)
         store.check()
-        return cls(store, config)
+        return room
 
     @property
     def url(self) -> str:
@@ -84,6 +92,7 @@ class CheckpointRoom:
             member=member,
             parent=known,
             config=self._config,
+            prints=self._prints,
         )
 
     def store_manifest(self, action: Commit) -> CommitRef:
@@ -101,6 +110,7 @@ class CheckpointRoom:
         }
         manifest = merge(listings, head=action.head, parents=parents, created_s=time.time())
         ref = store_manifest(self._store, manifest)
+        self._trust.sign(self._store, ref, manifest)
         self._manifests[ref.manifest] = manifest
         return ref
 
@@ -123,7 +133,8 @@ class CheckpointRoom:
         """The manifest of ``ref``; the few newest are remembered."""
         manifest = self._manifests.get(ref.manifest)
         if manifest is None:
-            manifest = self._manifests[ref.manifest] = commits.read_manifest(self._store, ref)
+            manifest = commits.read_manifest(self._store, ref, self._trust)
+            self._manifests[ref.manifest] = manifest
         for name in list(self._manifests)[:-4]:
             del self._manifests[name]
         return manifest
