@@ -6,12 +6,13 @@ copies (``wait_copied``). What is published is whole: a copy that was disturbed 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from paddle_ft.checkpoint import plan
-from paddle_ft.checkpoint.snapshot import Snapshot, Source
+from paddle_ft.checkpoint.snapshot import Snapshot, Source, in_place
 from paddle_ft.exits import say
 from paddle_ft.keeper import Keeper
 from paddle_ft.state import Entry, TrainingState
@@ -45,7 +46,15 @@ class Recorder:
         self._block_bytes = block_bytes
         self._beside = True
         self._snapshot: Snapshot | None = None
+        self._loss: Any = None
         self._held_s = 0.0
+        self._known: dict[int, tuple[Any, TensorSpec, bool]] = {}
+        """Tensor, spec, and whether it can be copied from where it lies, by id of the tensor.
+
+        Of tensors that only the optimizer changes, shape and place stay as they are.
+        """
+        self._specs: tuple[TensorSpec, ...] = ()
+        self._pieces: tuple[TensorSpec, ...] = ()
 
     def take(self, step: int, position: Mapping[str, Any], *, wait: bool, beside: bool) -> bool:
         """Snapshots the state as that of ``step``; False if no buffer is free.
@@ -58,24 +67,28 @@ class Recorder:
             return True
         start_s = time.monotonic()
         entries = self._state.entries()
-        pieces = self._pieces(entries)
+        pieces = self._divide(entries)
         meta: dict[str, Any] = {}
         if self._rank == 0:
             meta = {"position": dict(position), "state": self._state.meta()}
+            meta["metrics"] = metrics_of(self._loss)
         acquired = self._keeper.acquire(plan.image_bytes(pieces), wait)
         if acquired is None:
             return False
         buffer, memory = acquired
         info = ImageInfo(step, self._rank, self._world_size, pieces, meta)
-        by_name = {entry.name: entry for entry in entries}
-        sources = []
-        for piece in pieces:
-            entry = by_name[piece.name]
-            source = Source.of(entry.tensor, piece.start, piece.nbytes, piece.offset)
-            sources.append((source, beside and self._beside and entry.steady))
+        sources = self._sources(entries, beside and self._beside)
         self._snapshot = Snapshot(memory, sources, self._done(buffer, info))
         self._held_s = time.monotonic() - start_s
         return True
+
+    def before_step(self, loss: Any) -> float | None:
+        """To be called before the optimizer changes anything: as ``wait_copied``.
+
+        ``loss`` of the step (a number, a tensor or None) is kept with the snapshots by rank 0.
+        """
+        self._loss = loss
+        return self.wait_copied()
 
     def wait_copied(self) -> float | None:
         """Returns once the copy that is on its way is complete: for how many seconds training was
@@ -93,14 +106,36 @@ class Recorder:
             self._snapshot.abandon()
             self._snapshot = None
 
-    def _pieces(self, entries: list[Entry]) -> tuple[TensorSpec, ...]:
-        return plan.share(
-            [entry.spec() for entry in entries],
-            self._rank,
-            self._world_size,
-            self._block_bytes,
-            self._mode,
-        )
+    def _divide(self, entries: list[Entry]) -> tuple[TensorSpec, ...]:
+        """The pieces this rank copies; worked out anew only when something has changed."""
+        known: dict[int, tuple[Any, TensorSpec, bool]] = {}
+        specs = []
+        for entry in entries:
+            number = id(entry.tensor)
+            item = self._known.get(number)
+            if item is None or item[0] is not entry.tensor or item[1].name != entry.name:
+                item = entry.tensor, entry.spec(), in_place(entry.tensor)
+            if entry.steady:
+                known[number] = item
+            specs.append(item[1])
+        self._known = known
+        if self._specs != tuple(specs):
+            self._specs = tuple(specs)
+            self._pieces = plan.share(
+                specs, self._rank, self._world_size, self._block_bytes, self._mode
+            )
+        return self._pieces
+
+    def _sources(self, entries: list[Entry], beside: bool) -> list[tuple[Source, bool]]:
+        by_name = {entry.name: entry for entry in entries}
+        sources = []
+        for piece in self._pieces:
+            entry = by_name[piece.name]
+            item = self._known.get(id(entry.tensor))
+            make = Source.in_place if item is not None and item[2] else Source.of
+            source = make(entry.tensor, piece.start, piece.nbytes, piece.offset)
+            sources.append((source, beside and entry.steady))
+        return sources
 
     def _done(self, buffer: int, info: ImageInfo) -> Callable[[bool], None]:
         def done(intact: bool) -> None:
@@ -117,3 +152,11 @@ class Recorder:
                 )
 
         return done
+
+
+def metrics_of(loss: Any) -> dict[str, float]:
+    """What retention may look at: the loss, if it is a finite number."""
+    if loss is None:
+        return {}
+    value = float(loss.mean() if getattr(loss, "size", 1) != 1 else loss)
+    return {"loss": value} if math.isfinite(value) else {}

@@ -281,8 +281,8 @@ class Session:
     def step(self, loss: Any = None) -> None:
         """Ends a step: sums the gradients over the ranks, agrees, applies them, and clears them.
 
-        ``loss`` is for the progress display alone. Call it equally often on all ranks. Of several
-        batches since the last step the gradients add up, as without a session.
+        ``loss`` is shown, and rank 0's is kept with the checkpoint. Call this equally often on all
+        ranks. Of several batches since the last step the gradients add up, as without a session.
 
         Raises CollectiveFailed if a peer is lost; nothing was applied then.
         """
@@ -292,7 +292,7 @@ class Session:
         present = self._gradients.reduce(self._streams.weight) if self._reduces else []
         self._verdict = self._vote(present)
         if self._recorder is not None:
-            self._schedule.held(self._recorder.wait_copied())
+            self._schedule.held(self._recorder.before_step(loss))
         if self._reduces:
             self._gradients.finish(self._verdict.present)
         self._optimizer.step()

@@ -131,10 +131,18 @@ class TrainingState:
 
     def _other_entries(self) -> dict[str, Any]:
         """What else the optimizer's state_dict has, automatic names replaced."""
+        if self._is_paddles_own():
+            return {}
         known = {tensor.name for tensor in self._slots().values()}
         known |= {"LR_Scheduler", "master_weights"}
         state = self.optimizer.state_dict()
         return {self._portable(k): v for k, v in state.items() if k not in known}
+
+    def _is_paddles_own(self) -> bool:
+        """Whether the optimizer's state is what ``_slots`` and the scheduler give, and no more."""
+        from paddle.optimizer import Optimizer
+
+        return getattr(type(self.optimizer), "state_dict", None) is Optimizer.state_dict
 
     def _key(self, parameter_name: str) -> str:
         return self._key_of.get(parameter_name, parameter_name)

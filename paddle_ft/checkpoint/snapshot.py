@@ -25,6 +25,7 @@ from paddle_ft.types import ImageInfo, TensorSpec
 
 CHUNK_BYTES = 8 * 2**20
 """Copied in one go; a copy that is no longer wanted stops after it."""
+_LARGE_BYTES = 4096
 
 
 # ---------------------------------------------------------------- one tensor
@@ -39,6 +40,15 @@ def nbytes_of(tensor: Any) -> int:
     if isinstance(tensor, np.ndarray):
         return int(tensor.nbytes)
     return int(tensor.element_size()) * int(np.prod(tensor.shape, dtype=np.int64))
+
+
+def in_place(tensor: Any) -> bool:
+    """Whether the bytes of a Paddle tensor can be had from where it lies, in C order."""
+    return (
+        not isinstance(tensor, np.ndarray)
+        and bool(tensor.place.is_cpu_place())
+        and bool(tensor.is_contiguous())
+    )
 
 
 @dataclass(slots=True)
@@ -60,24 +70,25 @@ class Source:
         if isinstance(tensor, np.ndarray):
             keep = np.ascontiguousarray(tensor)
             return cls(keep, keep.ctypes.data + start, nbytes, offset, 0, None)
-        if not tensor.place.is_cpu_place():
-            keep = _host_copy(tensor)
-            return cls(keep, keep.data_ptr() + start, nbytes, offset, 0, None)
+        if in_place(tensor):
+            return cls.in_place(tensor, start, nbytes, offset)
+        keep = _host_copy(tensor)
+        return cls(keep, keep.data_ptr() + start, nbytes, offset, 0, None)
+
+    @classmethod
+    def in_place(cls, tensor: Any, start: int, nbytes: int, offset: int) -> Source:
+        """Of a tensor that ``in_place`` holds for; nothing is copied yet."""
         keep = tensor.detach()
-        if not keep.is_contiguous():
-            keep = keep.contiguous()
-        version = tensor.inplace_version
-        return cls(keep, keep.data_ptr() + start, nbytes, offset, version, tensor)
+        address = keep.data_ptr() + start
+        return cls(keep, address, nbytes, offset, tensor.inplace_version, tensor)
 
     def words(self, address: int) -> tuple[int, ...]:
-        """Four words of the source's bytes, evenly spread to the last one, read at ``address``."""
+        """Some of the source's bytes, read at ``address``: the last word, of a large one more."""
         if self.nbytes < 8:
             return tuple((ctypes.c_uint8 * self.nbytes).from_address(address))
         last = (self.nbytes - 8) // 8
-        return tuple(
-            ctypes.c_uint64.from_address(address + last * part // 4 * 8).value
-            for part in (1, 2, 3, 4)
-        )
+        at = (last,) if self.nbytes < _LARGE_BYTES else (last // 4, last // 2, last * 3 // 4, last)
+        return tuple(ctypes.c_uint64.from_address(address + 8 * word).value for word in at)
 
     def copy(self, target: int, stopped: Callable[[], bool]) -> None:
         for at in range(0, self.nbytes, CHUNK_BYTES):
@@ -88,10 +99,11 @@ class Source:
 
 
 def _host_copy(tensor: Any) -> Any:
-    """The tensor in pinned host memory if there is such, else in ordinary memory; not run here."""
+    """The tensor in C order and in host memory, pinned if there is such; not run on a GPU yet."""
+    tensor = tensor.detach().contiguous()
     if tensor.place.is_gpu_place():
-        return tensor.detach().pin_memory()
-    return tensor.detach().cpu()
+        return tensor.pin_memory()
+    return tensor.cpu()
 
 
 def write_tensor(tensor: Any, data: memoryview) -> None:
