@@ -1,10 +1,15 @@
 """From images in host memory to objects in the store: hash, drop what is known, pack, upload.
 
+Of a block that is not known, only the ranges that differ from the block which stood there before
+are written, if these are few (``deltas``); of an object of which little is still in use, what is
+left is written anew (``reclaim``).
+
 Invariant: a part is announced only after every object it refers to is stored, and the manifest is
 stored only after every part is. What a crash leaves behind in between refers to nothing and is
 referred to by nothing.
 
-Memory: nothing is copied but what the store copies; the objects are written from the images.
+Memory: the objects are written from the images, and nothing is copied but what the store copies
+and ranges of blocks that are written in part (at most half of such a block).
 """
 
 from __future__ import annotations
@@ -14,11 +19,21 @@ import os
 import secrets
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from paddle_ft.checkpoint import layout
 from paddle_ft.checkpoint.crew import Crew
+from paddle_ft.checkpoint.deltas import (
+    Print,
+    Prints,
+    Ranges,
+    changed,
+    grain_of,
+    overlaid,
+    worthwhile,
+)
 from paddle_ft.checkpoint.manifest import (
+    ITEM_BYTES,
     Block,
     Extent,
     Manifest,
@@ -29,6 +44,7 @@ from paddle_ft.checkpoint.manifest import (
     encode_part,
 )
 from paddle_ft.checkpoint.plan import cut
+from paddle_ft.checkpoint.reclaim import sparse
 from paddle_ft.checkpoint.store import Store
 from paddle_ft.config import CheckpointConfig
 from paddle_ft.errors import CheckpointDamaged, StoreMissing
@@ -58,24 +74,30 @@ def write_part(
     member: str,
     parent: tuple[CommitRef, Manifest] | None,
     config: CheckpointConfig,
+    prints: Prints | None = None,
 ) -> Part:
     """Stores the share of ``member``: the images of its ranks at one step.
 
     ``sequence`` is the head's plus one, ``parent`` a checkpoint that the head keeps (its newest,
-    usually), whose blocks are not written again. Blocks for as long as the store takes; raises
-    StoreError.
+    usually), whose blocks are not written again. ``prints`` is what this writer remembers from one
+    part to the next; without it, blocks are written as a whole. Blocks for as long as the store
+    takes; raises StoreError.
     """
     step, world_size = images[0][0].step, images[0][0].world_size
     assert all((i.step, i.world_size) == (step, world_size) for i, _ in images)
     prefix = layout.write_prefix(owner, sequence, generation, secrets.token_hex(4))
     name = layout.safe_member(member)
-    known = _blocks_of(parent[1]) if parent else {}
-    sizes = dict(parent[1].objects) if parent else {}
+    manifest = parent[1] if parent else None
+    sizes = dict(manifest.objects) if manifest else {}
     with Crew(UPLOAD_THREADS, "upload") as crew:
-        packer = _Packer(store, f"{layout.DATA}{prefix}{name}", crew)
-        pieces = tuple(_pieces(images, known, packer, config.block_bytes))
-        packer.finish()
-    sizes.update(packer.sizes)
+        fresh = _Packer(store, f"{layout.DATA}{prefix}{name}", crew)
+        # What has stayed unchanged for long is kept apart from what may change at once.
+        moved = _Packer(store, f"{layout.DATA}{prefix}{name}.kept", crew)
+        blocks = _Blocks(manifest, fresh, moved, prints or Prints())
+        pieces = tuple(_pieces(images, blocks, config.block_bytes, delta=prints is not None))
+        for packer in (fresh, moved):
+            packer.finish()
+            sizes.update(packer.sizes)
     failpoint("part.objects")
     used = {e.object for p in pieces for b in p.blocks for e in b.extents}
     listing = PartListing(
@@ -129,55 +151,159 @@ def store_manifest(store: Store, manifest: Manifest) -> CommitRef:
     )
 
 
-def _blocks_of(manifest: Manifest) -> dict[str, Block]:
-    return {block.digest: block for piece in manifest.tensors for block in piece.blocks}
+@dataclass(frozen=True, slots=True)
+class _Cut:
+    """The bytes of one block."""
+
+    view: memoryview
+    start: int
+    """In the tensor."""
+    before: Block | None
+    """What stood there in the parent."""
+    grain: int
+    """Of its print; 0: none is wanted."""
 
 
 def _pieces(
     images: Sequence[tuple[ImageInfo, memoryview]],
-    known: dict[str, Block],
-    packer: _Packer,
+    blocks: _Blocks,
     block_bytes: int,
+    *,
+    delta: bool,
 ) -> Iterator[Piece]:
-    work = [
-        (info.rank, spec, [view[at : at + n] for at, n in cut(spec, block_bytes)])
-        for info, view in images
-        for spec in info.tensors
-    ]
+    work = []
+    for info, view in images:
+        for spec in info.tensors:
+            rank = info.rank if spec.scope == "local" else -1
+            look = delta and blocks.prints.wanted((spec.name, rank))
+            grain = grain_of(spec.shape, ITEM_BYTES[spec.dtype]) if look else 0
+            before = blocks.before(spec.name, rank, block_bytes)
+            cuts = []
+            for at, nbytes in cut(spec, block_bytes):
+                start = spec.start + at - spec.offset
+                index = start // block_bytes
+                old = before[index] if index < len(before) else None
+                fine = grain if nbytes >= 4 * grain else 0
+                cuts.append(_Cut(view[at : at + nbytes], start, old, fine))
+            work.append((rank, spec, cuts))
     with Crew(HASH_THREADS, "hash") as pool:
-        digests = _hashed(pool, [view for _, _, pieces in work for view in pieces])
-        for rank, spec, pieces in work:
-            blocks = []
-            for view in pieces:
-                digest = next(digests)
-                block = known.get(digest)
-                if block is None:
-                    block = Block(digest, view.nbytes, (packer.add(view),))
-                    known[digest] = block
-                blocks.append(block)
+        hashed = _hashed(pool, [c for _, _, cuts in work for c in cuts], blocks)
+        for rank, spec, cuts in work:
             yield Piece(
                 name=spec.name,
                 dtype=spec.dtype,
                 shape=spec.shape,
                 scope=spec.scope,
-                rank=rank if spec.scope == "local" else -1,
+                rank=rank,
                 start=spec.start,
-                blocks=tuple(blocks),
+                blocks=blocks.of((spec.name, rank), [(c, *next(hashed)) for c in cuts]),
             )
+    blocks.remember()
 
 
-def _hashed(pool: Crew, items: Sequence[memoryview]) -> Iterator[str]:
-    """Digests in order; small blocks are handed over in batches."""
-    batches: list[list[memoryview]] = []
+def _hashed(
+    pool: Crew, cuts: Sequence[_Cut], blocks: _Blocks
+) -> Iterator[tuple[str, Print | None]]:
+    """Digests, and prints of what is not known, in order; small blocks go in batches."""
+    batches: list[list[_Cut]] = []
     room = 0
-    for view in items:
-        if room < view.nbytes or not batches:
+    for one in cuts:
+        if room < one.view.nbytes or not batches:
             batches.append([])
             room = _BATCH_BYTES
-        batches[-1].append(view)
-        room -= view.nbytes
-    for digests in pool.map(lambda batch: [digest_of(view) for view in batch], batches):
-        yield from digests
+        batches[-1].append(one)
+        room -= one.view.nbytes
+    for results in pool.map(lambda batch: [blocks.look(c) for c in batch], batches):
+        yield from results
+
+
+class _Blocks:
+    """Finds for each block where it is, or puts there what is new of it."""
+
+    def __init__(
+        self, parent: Manifest | None, fresh: _Packer, moved: _Packer, prints: Prints
+    ) -> None:
+        tensors = parent.tensors if parent else ()
+        self.prints = prints
+        self._old = {(p.name, p.rank): p.blocks for p in tensors}
+        self._old_bytes = parent.block_bytes if parent else 0
+        self._known = {b.digest: b for p in tensors for b in p.blocks}
+        self._sparse = sparse(parent) if parent else frozenset()
+        self._fresh, self._moved = fresh, moved
+        self._new: dict[str, Print] = {}
+
+    def before(self, name: str, rank: int, block_bytes: int) -> tuple[Block, ...]:
+        """The blocks of the tensor in the parent, if they were cut alike."""
+        return self._old.get((name, rank), ()) if block_bytes == self._old_bytes else ()
+
+    def look(self, cut: _Cut) -> tuple[str, Print | None]:
+        """Digest and, if it is needed, print. For any thread."""
+        digest = digest_of(cut.view)
+        if not cut.grain or digest in self._known:
+            return digest, None
+        return digest, self.prints.of(cut.view, cut.start, cut.grain)
+
+    def of(
+        self, tensor: tuple[str, int], cuts: Sequence[tuple[_Cut, str, Print | None]]
+    ) -> tuple[Block, ...]:
+        """The blocks of one piece, what is new of them on its way into the store."""
+        result = []
+        compared = useful = unknown = False
+        for one, digest, tags in cuts:
+            block = self._known.get(digest)
+            if block is None:
+                unknown = True
+                ranges = self._ranges(one, tags)
+                compared = compared or ranges is not None
+                if (
+                    ranges
+                    and one.before
+                    and worthwhile(ranges, one.before.extents, one.view.nbytes)
+                ):
+                    useful = True
+                    block = _replaced(replace(one.before, digest=digest), ranges, one, self._fresh)
+                else:
+                    block = Block(digest, one.view.nbytes, (self._fresh.add(one.view),))
+                if tags is not None:
+                    self._new[digest] = tags
+            self._known[digest] = block = self._rid(block, one)
+            result.append(block)
+        if compared:
+            self.prints.found(tensor, useful)
+        elif unknown and not self.prints.wanted(tensor):
+            self.prints.passed(tensor)
+        return tuple(result)
+
+    def _ranges(self, cut: _Cut, tags: Print | None) -> Ranges | None:
+        """Where the block differs from its predecessor, if that can be told."""
+        if tags is None or cut.before is None or cut.before.codec:
+            return None
+        old = self.prints.get(cut.before.digest) or self._new.get(cut.before.digest)
+        return changed(old, tags) if old is not None else None
+
+    def _rid(self, block: Block, cut: _Cut) -> Block:
+        """``block`` without the objects that are to be given up."""
+        if not any(e.object in self._sparse for e in block.extents):
+            return block
+        if block.codec:
+            return Block(block.digest, block.nbytes, (self._moved.add(cut.view),))
+        ranges, at = [], 0
+        for e in block.extents:
+            if e.object in self._sparse:
+                ranges.append((at, e.nbytes))
+            at += e.nbytes
+        return _replaced(block, ranges, cut, self._moved)
+
+    def remember(self) -> None:
+        """Keeps the prints that the next part may be compared with: of this one and its parent."""
+        self.prints.keep(self._new, self._known)
+
+
+def _replaced(block: Block, ranges: Ranges, cut: _Cut, packer: _Packer) -> Block:
+    """``block`` with ``ranges`` taken from the bytes of ``cut``, through ``packer``."""
+    views = [cut.view[start : start + nbytes] for start, nbytes in ranges]
+    joined = views[0] if len(views) == 1 else memoryview(b"".join(views))
+    return replace(block, extents=overlaid(block.extents, ranges, packer.add(joined), block.nbytes))
 
 
 @dataclass(slots=True)

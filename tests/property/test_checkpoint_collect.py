@@ -238,10 +238,20 @@ def something_is_lost(seed: int) -> bool:
     return False
 
 
+def objects_grow_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is moved out of objects of which little is used."""
+    monkeypatch.setattr("paddle_ft.checkpoint.write.sparse", lambda manifest: frozenset())
+
+
+@pytest.mark.parametrize("reclaim", [True, False])
 @pytest.mark.parametrize(
     ("first", "count"), [(0, 50), (50, 50), pytest.param(100, 1000, marks=pytest.mark.slow)]
 )
-def test_nothing_that_is_kept_is_ever_lost(first: int, count: int) -> None:
+def test_nothing_that_is_kept_is_ever_lost(
+    first: int, count: int, reclaim: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not reclaim:
+        objects_grow_old(monkeypatch)
     commits = deleted = 0
     for seed in range(first, first + count):
         world = World(seed)
@@ -260,6 +270,7 @@ def no_check(*_: object) -> None:
 def test_without_one_of_the_rules_something_is_lost(
     hole: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    objects_grow_old(monkeypatch)
     if hole == "window":  # the collector takes what was begun for the head it knows
         monkeypatch.setattr(retention, "IN_FLIGHT_SEQUENCES", -1)
     elif hole == "parent":  # a commit may build on what the head no longer keeps

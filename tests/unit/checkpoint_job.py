@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from paddle_ft.checkpoint import collect, commit, plan, retention, write
+from paddle_ft.checkpoint.deltas import Prints
 from paddle_ft.checkpoint.restore import restore
 from paddle_ft.checkpoint.store import Store
 from paddle_ft.config import CheckpointConfig
@@ -22,7 +23,12 @@ BLOCK = 4096
 
 
 def images(
-    state: State, local: State, step: int, world: int, mode: Any = "sharded"
+    state: State,
+    local: State,
+    step: int,
+    world: int,
+    mode: Any = "sharded",
+    block_bytes: int = BLOCK,
 ) -> list[tuple[ImageInfo, memoryview]]:
     """The images all ranks would make; ``local`` arrays have a first axis over the ranks."""
     specs = [
@@ -33,7 +39,7 @@ def images(
     ]
     result = []
     for rank in range(world):
-        share = plan.share(specs, rank, world, BLOCK, mode)
+        share = plan.share(specs, rank, world, block_bytes, mode)
         image = bytearray(plan.image_bytes(share))
         for piece in share:
             array = state[piece.name] if piece.name in state else local[piece.name][rank]
@@ -53,12 +59,13 @@ class SavingJob:
         self.config = CheckpointConfig.model_validate({"block_bytes": BLOCK, **settings})
         self.owner = commit.bound(store, commit.binding(store))
         self.head: Head | None = commit.adopt(store, self.owner)
+        self.prints: dict[int, Prints] = {}
 
     def save(
         self, step: int, state: State, local: State | None = None, world: int = 1, nodes: int = 1
     ) -> CommitRef:
         """One checkpoint, committed and marked; what is not kept any more is collected."""
-        made = images(state, local or {}, step, world)
+        made = images(state, local or {}, step, world, block_bytes=self.config.block_bytes)
         head, parent, parents = self.head, None, {}
         if head:
             parent = (head.newest, commit.read_manifest(self.store, head.newest))
@@ -73,6 +80,7 @@ class SavingJob:
                 member=f"n{node}.a",
                 parent=parent,
                 config=self.config,
+                prints=self.prints.setdefault(node, Prints()),
             )
             for node in range(min(nodes, world))
         ]
