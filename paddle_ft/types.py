@@ -99,6 +99,8 @@ class CommitRef:
     """Name of the manifest in the store."""
     digest: str
     """sha256 of the manifest's bytes, hex."""
+    metrics: tuple[tuple[str, float], ...] = ()
+    """What retention may look at, sorted by name; finite numbers only."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,12 +33,15 @@ never a marker without its data.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from paddle_ft.checkpoint import layout
 from paddle_ft.checkpoint.plan import IN_FLIGHT_SEQUENCES
+from paddle_ft.config import CheckpointConfig
+from paddle_ft.errors import ConfigError
 from paddle_ft.types import CommitRef, Head
 
 _ORDER = {
@@ -123,6 +126,45 @@ class KeepAny:
         return frozenset().union(*(rule(candidates) for rule in self.rules))
 
 
+def rule_of(config: CheckpointConfig) -> Keep:
+    """What ``checkpoint.keep`` says, or ``checkpoint.keep_last`` if it says nothing."""
+    return parse(config.keep) if config.keep else KeepLast(config.keep_last)
+
+
+def parse(text: str) -> Keep:
+    """The rule in ``text``: any of ``last 3``, ``every 1000 steps``, ``best loss 1`` (the lowest)
+    and ``highest accuracy 1``, joined by commas; raises ConfigError for anything else."""
+    rules = tuple(_parse_one(part.strip(), text) for part in text.split(","))
+    return rules[0] if len(rules) == 1 else KeepAny(rules)
+
+
+def _parse_one(part: str, text: str) -> Keep:
+    match part.split():
+        case ["last", count] if _positive(count):
+            return KeepLast(int(count))
+        case ["every", steps] | ["every", steps, "steps"] if _positive(steps):
+            return KeepEvery(int(steps))
+        case ["best" | "lowest" | "highest" as which, metric, count] if _positive(count):
+            return KeepBest(metric, int(count), highest=which == "highest")
+    raise ConfigError(
+        f"checkpoint.keep = {text!r}: {part!r} is not one of last 3, every 1000 steps, "
+        f"best loss 1 and highest accuracy 1; correct it."
+    )
+
+
+def _positive(text: str) -> bool:
+    return text.isdecimal() and 0 < int(text) < 2**31
+
+
+def metrics_of(meta: Mapping[str, Any]) -> tuple[tuple[str, float], ...]:
+    """The finite numbers in ``meta["metrics"]``, as a CommitRef has them."""
+    metrics = meta.get("metrics")
+    if not isinstance(metrics, Mapping):
+        return ()
+    numbers = ((n, float(v)) for n, v in metrics.items() if isinstance(v, int | float))
+    return tuple(sorted((n, v) for n, v in numbers if math.isfinite(v)))
+
+
 def next_head(
     head: Head | None,
     newest: CommitRef,
@@ -130,12 +172,36 @@ def next_head(
     store: str,
     metrics: Mapping[int, Mapping[str, float]] | None = None,
 ) -> Head:
-    """The head after committing ``newest``; ``metrics`` by sequence. The newest is always kept."""
+    """The head after committing ``newest``, which is always kept.
+
+    ``metrics`` by sequence, for those that do not carry them.
+    """
     known = metrics or {}
     before = (head.newest, *head.lineage) if head else ()
-    candidates = [Candidate(r, known.get(r.sequence, {})) for r in (newest, *before)]
+    candidates = [
+        Candidate(r, dict(r.metrics) or known.get(r.sequence, {})) for r in (newest, *before)
+    ]
     wanted = keep(candidates)
     return Head(newest, tuple(r for r in before if r in wanted), store)
+
+
+def kept_lineage(
+    head: Head | None, base: CommitRef | None, step: int, keep: Keep
+) -> tuple[CommitRef, ...]:
+    """Ancestors of the commit of ``step`` that stay, newest first, beginning with ``base``.
+
+    Commits that ``base`` does not continue (found damaged) fall out. ``base`` stays whatever the
+    rule says: parts that are being written refer to its blocks. The metrics of the commit itself
+    are not known yet, so what it outdoes stays until the next one.
+    """
+    if head is None or base is None:
+        return ()
+    chain = tuple(c for c in (head.newest, *head.lineage) if c.sequence <= base.sequence)
+    if not chain:
+        return ()
+    coming = CommitRef(head.newest.sequence + 1, step, 0, "", "")
+    kept = next_head(Head(chain[0], chain[1:]), coming, keep, head.store).lineage
+    return kept if chain[0] in kept else (chain[0], *kept)
 
 
 # ---------------------------------------------------------------- which objects are garbage

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from paddle_ft.checkpoint import commit as commits
@@ -16,6 +17,7 @@ from paddle_ft.checkpoint.deltas import Prints
 from paddle_ft.checkpoint.manifest import Manifest
 from paddle_ft.checkpoint.plan import merge
 from paddle_ft.checkpoint.restore import restore
+from paddle_ft.checkpoint.retention import metrics_of, rule_of
 from paddle_ft.checkpoint.sign import Trust
 from paddle_ft.checkpoint.store import Store, open_store
 from paddle_ft.checkpoint.write import read_part, store_manifest, write_part
@@ -32,6 +34,7 @@ class CheckpointRoom:
         self._store = store
         self._config = config.checkpoint
         self._trust = Trust.of(config.checkpoint)
+        rule_of(config.checkpoint)  # raises what decide would otherwise find out later
         self._owner = ""
         self._manifests: dict[str, Manifest] = {}
         self._prints = Prints()
@@ -42,7 +45,7 @@ class CheckpointRoom:
     def open(cls, config: Config) -> CheckpointRoom:
         """The room for ``config``, found usable: one object was written, read and removed.
 
-        Raises ConfigError for a signing key that is none, StoreError.
+        Raises ConfigError for a setting that cannot be followed, StoreError.
         """
         url = config.checkpoint.url or f"checkpoints/{config.job.id}"
         store = open_store(url, config.checkpoint)
@@ -111,6 +114,7 @@ class CheckpointRoom:
         manifest = merge(listings, head=action.head, parents=parents, created_s=time.time())
         ref = store_manifest(self._store, manifest)
         self._trust.sign(self._store, ref, manifest)
+        ref = replace(ref, metrics=metrics_of(manifest.meta))
         self._manifests[ref.manifest] = manifest
         return ref
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from paddle_ft.checkpoint.retention import Keep, kept_lineage, next_head, rule_of
 from paddle_ft.config import Config
 from paddle_ft.coordination.schema import Fences, JobState
 from paddle_ft.errors import (
@@ -248,8 +249,9 @@ def _lead(view: View, now_s: float, config: Config) -> Decision:
         if view.found is None:
             return Decision(ScanStore(), "looking for checkpoints in the store")
         if view.found:
-            keep = config.checkpoint.keep_last
-            head = Head(view.found[0], view.found[1:keep], view.store)
+            newest, *older = view.found
+            before = Head(older[0], tuple(older[1:])) if older else None
+            head = next_head(before, newest, rule_of(config.checkpoint), view.store)
             return Decision(ImportHead(head, fences), f"the store holds step {view.found[0].step}")
     if state.generation is None:
         return _regroup(view, None, now_s, config)
@@ -261,7 +263,7 @@ def _lead(view: View, now_s: float, config: Config) -> Decision:
     if fatal:
         status = fatal[0].status
         return Decision(Finish(Outcome(status.fatal, status.reason), fences), status.reason)
-    commit = next_commit(state, config.checkpoint.keep_last)
+    commit = next_commit(state, rule_of(config.checkpoint))
     if commit is not None and not view.commit_running:
         return Decision(commit, f"all parts of step {commit.step} are written")
     if _all_in(members, generation, "finished"):
@@ -293,20 +295,7 @@ def base_of(state: JobState) -> CommitRef | None:
     return generation.restore
 
 
-def kept_lineage(
-    head: Head | None, base: CommitRef | None, keep_last: int
-) -> tuple[CommitRef, ...]:
-    """Ancestors of the next commit that stay, newest first, beginning with ``base``.
-
-    Commits that ``base`` does not continue (found damaged) fall out.
-    """
-    if head is None or base is None:
-        return ()
-    chain = [c for c in (head.newest, *head.lineage) if c.sequence <= base.sequence]
-    return tuple(chain[: max(keep_last - 1, 1)])
-
-
-def next_commit(state: JobState, keep_last: int) -> Commit | None:
+def next_commit(state: JobState, keep: Keep) -> Commit | None:
     """The newest step that every member has written and that continues the chain."""
     if state.generation is None:
         return None
@@ -328,7 +317,7 @@ def next_commit(state: JobState, keep_last: int) -> Commit | None:
                 head=head,
                 sequence=(head.newest.sequence if head else 0) + 1,
                 base=base,
-                lineage=kept_lineage(head, base, keep_last),
+                lineage=kept_lineage(head, base, step, keep),
                 obsolete=tuple(p for p in state.parts if p.step <= step),
                 fences=state.fences(),
             )
