@@ -31,6 +31,8 @@ class FaultProxy:
         """Taken from the front, one a request; an empty string lets one pass."""
         self.requests: list[str] = []
         """``METHOD /path`` of all that came."""
+        self.headers: list[dict[str, str]] = []
+        """The headers of each, names in lower case."""
         parts = urlsplit(target)
         assert parts.hostname and parts.port
         self._target = (parts.hostname, parts.port)
@@ -77,6 +79,7 @@ class FaultProxy:
         body = _read_body(handler)
         with self._lock:
             self.requests.append(f"{handler.command} {handler.path}")
+            self.headers.append({n.lower(): v for n, v in handler.headers.items()})
             fault = self.faults.pop(0) if self.faults else ""
         if fault in _CODES:
             _answer(handler, int(fault), {}, _XML.format(_CODES[fault]).encode())

@@ -15,6 +15,7 @@ from pathlib import Path
 
 SCRIPTS = Path(__file__).parent / "scripts"
 TINY = SCRIPTS / "tiny.py"
+KNOWS_NOTHING = SCRIPTS / "knows_nothing.py"
 FAST_ETCD = {
     "PADDLE_FT_ETCD__LEASE_TTL_S": "2",
     "PADDLE_FT_ETCD__RENEW_INTERVAL_S": "0.3",
@@ -35,8 +36,14 @@ class Launcher:
         self.directory.mkdir(parents=True, exist_ok=True)
         self._out = (self.directory / "out.txt").open("wb")
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "paddle_ft.launch", "--log_dir", str(self.log_dir),
-             *self.arguments],
+            [
+                sys.executable,
+                "-m",
+                "paddle_ft.launch",
+                "--log_dir",
+                str(self.log_dir),
+                *self.arguments,
+            ],
             cwd=self.directory,
             env={**os.environ, "OMP_NUM_THREADS": "1", **self.environ},
             stdout=self._out,

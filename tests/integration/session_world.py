@@ -230,6 +230,28 @@ def free_ports(count: int) -> list[int]:
             s.close()
 
 
+def group_of(leader: int) -> list[int]:
+    """The processes of a process group."""
+    members = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[2]) == leader:
+            members.append(int(stat.parent.name))
+    return members
+
+
+def end_group_of(leader: int) -> None:
+    """Kills a process group, and removes what Paddle's loader processes leave in shared memory."""
+    members = group_of(leader)
+    os.killpg(leader, signal.SIGKILL)
+    for pid in members:
+        for path in Path("/dev/shm").glob(f"paddle_{pid}_*"):
+            path.unlink(missing_ok=True)
+
+
 class Workers:
     """The processes of one generation; ends what is left of them on leaving."""
 
@@ -285,7 +307,7 @@ class Workers:
     def __exit__(self, *_: object) -> None:
         for process in self.processes:
             try:
-                os.killpg(process.pid, signal.SIGKILL)
+                end_group_of(process.pid)
             except ProcessLookupError:
                 pass
             process.communicate()
@@ -305,7 +327,7 @@ class Workers:
             """As the agent does: what a worker has started ends with it."""
             try:
                 process.wait(timeout_s)
-                os.killpg(process.pid, signal.SIGKILL)
+                end_group_of(process.pid)
             except (subprocess.TimeoutExpired, ProcessLookupError):
                 pass
 

@@ -29,7 +29,8 @@ def the_error(launcher: Launcher) -> str:
     """The one sentence; there is no traceback."""
     assert "Traceback" not in launcher.output, launcher.output
     (line,) = [
-        line for line in launcher.output.splitlines()
+        line
+        for line in launcher.output.splitlines()
         if line.startswith("paddle_ft: error: ") or "ended with exit code" in line
     ]
     return line
@@ -74,9 +75,7 @@ def server() -> Iterator[S3Server]:
 class TestS3:
     def launch(self, directory: Path, server: S3Server, url: str, **environ: str) -> Launcher:
         where = {"PADDLE_FT_CHECKPOINT__ENDPOINT_URL": server.endpoint}
-        return run(
-            directory, "--checkpoint", url, **{**server.environment, **where, **environ}
-        )
+        return run(directory, "--checkpoint", url, **{**server.environment, **where, **environ})
 
     def test_a_bucket_that_is_not_there(self, tmp_path: Path, server: S3Server) -> None:
         launcher = self.launch(tmp_path, server, "s3://nosuch/x")
@@ -100,7 +99,9 @@ class TestS3:
 
     def test_a_server_that_is_not_there(self, tmp_path: Path, server: S3Server) -> None:
         launcher = self.launch(
-            tmp_path, server, "s3://there/x",
+            tmp_path,
+            server,
+            "s3://there/x",
             PADDLE_FT_CHECKPOINT__ENDPOINT_URL="http://127.0.0.1:1",
             PADDLE_FT_CHECKPOINT__ATTEMPTS="2",
         )
@@ -116,8 +117,12 @@ class TestCheckpoints:
     @pytest.fixture
     def store(self, tmp_path: Path) -> Path:
         launcher = run(
-            tmp_path / "before", "--checkpoint", str(tmp_path / "store"),
-            "--checkpoint_every", "10", script=self.script(tmp_path, epochs=2),
+            tmp_path / "before",
+            "--checkpoint",
+            str(tmp_path / "store"),
+            "--checkpoint_every",
+            "10",
+            script=self.script(tmp_path, epochs=2),
         )
         assert launcher.process.returncode == 0, launcher.output
         assert len(self.manifests(tmp_path / "store")) >= 2
@@ -125,8 +130,13 @@ class TestCheckpoints:
 
     def script(self, directory: Path, epochs: int = 3, width: int = 16) -> tuple[str, ...]:
         return (
-            str(TINY), "--record", str(directory / "record"),
-            "--epochs", str(epochs), "--width", str(width),
+            str(TINY),
+            "--record",
+            str(directory / "record"),
+            "--epochs",
+            str(epochs),
+            "--width",
+            str(width),
         )
 
     def manifests(self, store: Path) -> list[Path]:
@@ -167,9 +177,7 @@ class TestCheckpoints:
         assert "is damaged" in launcher.output, launcher.output
         assert "from the checkpoint of step 20" in launcher.output, launcher.output
 
-    def test_all_damaged_is_an_error_not_a_new_beginning(
-        self, tmp_path: Path, store: Path
-    ) -> None:
+    def test_all_damaged_is_an_error_not_a_new_beginning(self, tmp_path: Path, store: Path) -> None:
         before = {path: path.read_bytes() for path in store.rglob("*.json")}
         for path in self.manifests(store):
             path.write_bytes(b"{}")

@@ -17,6 +17,7 @@ from paddle_ft.coordination.embedded import EmbeddedEtcd
 from paddle_ft.coordination.etcd import EtcdCoordinator
 from tests.integration.jobs import (
     FAST_ETCD,
+    KNOWS_NOTHING,
     TINY,
     Launcher,
     final,
@@ -80,8 +81,7 @@ def exactly_once(record: Path) -> bool:
     assert len(used) == EPOCHS * SAMPLES, f"{len(used)} samples in {EPOCHS} epochs"
     assert per_epoch * EPOCHS == STEPS
     return all(
-        sorted(used[e * SAMPLES : (e + 1) * SAMPLES]) == list(range(SAMPLES))
-        for e in range(EPOCHS)
+        sorted(used[e * SAMPLES : (e + 1) * SAMPLES]) == list(range(SAMPLES)) for e in range(EPOCHS)
     )
 
 
@@ -92,15 +92,23 @@ def test_killed_workers_do_not_change_the_weights(
     seed = random.SystemRandom().randrange(2**32)
     chance = random.Random(seed)
     launcher = start(
-        "job", "--nproc_per_node", "2", "--checkpoint_every", "3", "--max_restart", "9",
+        "job",
+        "--nproc_per_node",
+        "2",
+        "--checkpoint_every",
+        "3",
+        "--max_restart",
+        "9",
         delay=0.06,
     )
     record = tmp_path / "record"
     killed: set[int] = set()
     for goal in sorted(chance.sample(range(2, STEPS - 2), 5)):
         wait_until(
-            lambda goal=goal: launcher.process.poll() is not None
-            or (steps_done(record) >= goal and not killed & set(launcher.workers().values()))
+            lambda goal=goal: (
+                launcher.process.poll() is not None
+                or (steps_done(record) >= goal and not killed & set(launcher.workers().values()))
+            )
         )
         time.sleep(chance.random() * 0.06)
         if launcher.process.poll() is None:
@@ -117,8 +125,16 @@ def test_the_leaders_launcher_is_killed_and_another_takes_its_place(
 ) -> None:
     """Two launchers of one rank each; a third stands by as a spare and takes over the rank."""
     flags = (
-        "--etcd", etcd.endpoint, "--nnodes", "2", "--job_id", "pair",
-        "--checkpoint", str(tmp_path / "store"), "--checkpoint_every", "3",
+        "--etcd",
+        etcd.endpoint,
+        "--nnodes",
+        "2",
+        "--job_id",
+        "pair",
+        "--checkpoint",
+        str(tmp_path / "store"),
+        "--checkpoint_every",
+        "3",
     )
     first = start("first", *flags, delay=0.1)
     wait_until(lambda: first.workers() or "node" in first.output)
@@ -141,8 +157,16 @@ def test_every_sample_is_used_once_when_the_world_changes(
 ) -> None:
     """2 ranks, then 1 (a launcher is killed), then 2 (another joins)."""
     flags = (
-        "--etcd", etcd.endpoint, "--nnodes", "1:2", "--job_id", "elastic",
-        "--checkpoint", str(tmp_path / "store"), "--checkpoint_every", "3",
+        "--etcd",
+        etcd.endpoint,
+        "--nnodes",
+        "1:2",
+        "--job_id",
+        "elastic",
+        "--checkpoint",
+        str(tmp_path / "store"),
+        "--checkpoint_every",
+        "3",
     )
     first, second = (start(name, *flags, delay=0.15) for name in ("first", "second"))
     record = tmp_path / "record"
@@ -164,8 +188,16 @@ def test_a_stop_saves_and_leaves_nothing(
 ) -> None:
     """The last step is saved, children and keys are gone, and the next run goes on from it."""
     flags = (
-        "--etcd", etcd.endpoint, "--nproc_per_node", "2", "--job_id", "stop",
-        "--checkpoint", str(tmp_path / "store"), "--checkpoint_every", "1000",
+        "--etcd",
+        etcd.endpoint,
+        "--nproc_per_node",
+        "2",
+        "--job_id",
+        "stop",
+        "--checkpoint",
+        str(tmp_path / "store"),
+        "--checkpoint_every",
+        "1000",
     )
     launcher = start("first", *flags, delay=0.05)
     wait_until(lambda: steps_done(tmp_path / "record") >= 5)
@@ -187,8 +219,14 @@ def test_a_private_etcd_is_not_needed_to_find_the_checkpoint_again(
     start: Start, tmp_path: Path, undisturbed: str
 ) -> None:
     """The launcher itself is killed, and its etcd with it; the store alone is left."""
-    flags = ("--nproc_per_node", "2", "--checkpoint", str(tmp_path / "store"),
-             "--checkpoint_every", "3")
+    flags = (
+        "--nproc_per_node",
+        "2",
+        "--checkpoint",
+        str(tmp_path / "store"),
+        "--checkpoint_every",
+        "3",
+    )
     launcher = start("first", *flags, delay=0.05)
     wait_until(lambda: any((tmp_path / "store" / "commits").glob("*.json")))
     workers = launcher.workers()
@@ -214,15 +252,54 @@ def test_a_finished_job_started_again_has_nothing_to_do(start: Start, tmp_path: 
     assert before == STEPS
 
 
-def test_a_bug_in_the_script_ends_the_job_with_its_traceback(
-    start: Start, tmp_path: Path
-) -> None:
+def test_a_bug_in_the_script_ends_the_job_with_its_traceback(start: Start, tmp_path: Path) -> None:
     script = (str(TINY), "--record", str(tmp_path / "record"), "--fail-at", "2")
     launcher = start("job", "--max_restart", "1", script=script)
     assert launcher.wait() == 1, launcher.output
     assert "ValueError: a bug in the script" in launcher.output
     assert "workers failed 2 times within 300 s (--max_restart 1)" in launcher.output
     assert "exit code 1" in launcher.output
+
+
+def test_a_script_that_knows_nothing_of_paddle_ft(start: Start, tmp_path: Path) -> None:
+    """fleet.init, DataParallel and dist work as under paddle.distributed.launch, and restart."""
+    launcher = start(
+        "job", "--nproc_per_node", "2", script=(str(KNOWS_NOTHING), str(tmp_path / "first"))
+    )
+    assert launcher.wait() == 0, launcher.output
+    assert "rank 1 was killed by SIGKILL" in launcher.output
+    for rank in (0, 1):
+        assert f"rank={rank} world=2 sum=3 local={rank}" in launcher.output
+        assert f"rank={rank} " in (launcher.log_dir / f"workerlog.{rank}").read_text()
+
+
+def test_spares_take_over(start: Start, tmp_path: Path, undisturbed: str) -> None:
+    """Workers that were started before anything failed go on with the same result."""
+    launcher = start(
+        "job", "--nproc_per_node", "2", "--spares", "2", "--checkpoint_every", "3", delay=0.1
+    )
+    wait_until(lambda: steps_done(tmp_path / "record") >= 10)
+    spares = set(children(launcher.process.pid)) - set(launcher.workers().values())
+    launcher.kill_worker(1)
+    assert launcher.wait() == 0, launcher.output
+    assert set(launcher.workers().values()) <= spares, "the new workers are the spares"
+    assert final(launcher.output)["weights"] == undisturbed
+
+
+def test_a_signal_saves_now(start: Start, tmp_path: Path) -> None:
+    launcher = start(
+        "job", "--checkpoint", str(tmp_path / "store"), "--checkpoint_every", "SIGUSR1", delay=0.1
+    )
+    wait_until(lambda: steps_done(tmp_path / "record") >= 3)
+    assert not list((tmp_path / "store" / "commits").glob("*"))
+    launcher.send(signal.SIGUSR1)
+    wait_until(lambda: list((tmp_path / "store" / "commits").glob("*.json")))
+    assert steps_done(tmp_path / "record") < STEPS, "it was saved while training went on"
+    assert launcher.wait() == 0, launcher.output
+
+
+def children(pid: int) -> list[int]:
+    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def members(etcd: EmbeddedEtcd, job: str) -> list[str]:

@@ -16,6 +16,7 @@ from tests.integration.session_world import (
     Result,
     Saved,
     Workers,
+    group_of,
     run,
     succeeded,
 )
@@ -145,6 +146,27 @@ def test_a_mistake_of_the_script_keeps_its_traceback_and_saves_nothing() -> None
     trace = result.errors[result.errors.index("Traceback") :].splitlines()
     assert trace[-1] == "ValueError: the script's own mistake"
     assert str(TRAIN) in trace[1]  # the first frame is the script's, not the bootstrap's
+
+
+@pytest.mark.parametrize("how", ["done", "paused", "failed", "peer lost"])
+def test_loader_processes_and_their_shared_memory_go_with_their_worker(
+    how: str, wait_for: Wait
+) -> None:
+    """The worker that is killed from outside is the agent's to clean up after."""
+    world_size = 2 if how == "peer lost" else 1
+    more = {"failed": {"fail_at": 5}, "peer lost": {"die_at": 5, "die_rank": 1}}.get(how, {})
+    agent = Agent(world_size, when="2 steps", pause_after=4 if how == "paused" else -1)
+    with agent, Workers(world_size, agent, workers=2, **more) as workers:
+        process = workers.processes[0]
+        wait_for(lambda: agent.beacon(0).step >= 2, 60)
+        members = group_of(process.pid)
+        assert process.wait(60) == {"done": 0, "paused": 76, "failed": 1, "peer lost": 75}[how]
+        # Before the rest of its process group is ended by Workers, as by the agent.
+        left = [p for pid in members for p in Path("/dev/shm").glob(f"paddle_{pid}_*")]
+        assert left == []
+        result = workers.results()[0]
+    if how == "failed":
+        assert result.errors.rstrip().endswith("ValueError: the script's own mistake")
 
 
 def test_who_loses_a_peer_says_so_and_leaves_without_a_traceback() -> None:

@@ -51,3 +51,33 @@ def test_gradients_on_paddle_26() -> None:
         for result in workers.results():
             assert result.code == 0, result.errors[-2000:]
             assert result.lines[-1]["ok"]
+
+
+MISUSES = {
+    "lr_step": "use 'step', 'epoch' or 'manual'",
+    "plateau": "lr_step='manual'",
+    "save": "does not say when to save",
+    "foreign parameters": "trains 2 parameters that are not the model's",
+    "endless dataset": "use a map-style paddle.io.Dataset",
+    "no dataset": "use a map-style paddle.io.Dataset",
+    "empty dataset": "the dataset is empty",
+    "batch size": "batch_size is 0",
+    "two loops": "Two loops over s.batches run at the same time",
+    "late register": "registered after the first batch",
+    "registered twice": "'a' is registered already",
+    "slash": "use a name without '/'",
+    "no state_dict": "object lacks state_dict or set_state_dict",
+    "not JSON": "registered/a/x/1 is a set, which cannot be kept",
+    "same path": "two tensors have the same path",
+}
+
+
+def test_misuse_is_told_in_one_sentence_that_names_the_way_out(python: str) -> None:
+    with Workers(1, command=[python, str(SCRIPTS / "misuse.py")]) as workers:
+        (result,) = workers.results()
+    assert result.code == 0, result.errors[-2000:]
+    said = {line["kind"]: line["said"] for line in result.lines}
+    assert said.keys() == MISUSES.keys()
+    wrong = {kind: said[kind] for kind, part in MISUSES.items() if part not in said[kind]}
+    assert wrong == {}
+    assert not [text for text in said.values() if "\n" in text]

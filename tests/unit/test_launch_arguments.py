@@ -72,8 +72,13 @@ def test_precedence_is_flag_environment_file_default(script: str, tmp_path: Path
     file = tmp_path / "job.toml"
     file.write_text("[job]\nspares = 1\nmax_restart = 1\njoin_window_s = 9.0\n")
     command = parse(
-        "--config", str(file), "--spares", "3", script,
-        PADDLE_FT_JOB__SPARES="2", PADDLE_FT_JOB__MAX_RESTART="2",
+        "--config",
+        str(file),
+        "--spares",
+        "3",
+        script,
+        PADDLE_FT_JOB__SPARES="2",
+        PADDLE_FT_JOB__MAX_RESTART="2",
     )
     job = command.loaded.config.job
     assert (job.spares, job.max_restart, job.join_window_s) == (3, 2, 9.0)
@@ -124,9 +129,7 @@ def test_bad_command_lines_are_one_sentence(
         ("[serving]\nx = 1\n", "there is no setting serving.x"),
     ],
 )
-def test_bad_files_are_one_sentence(
-    content: str, told: str, script: str, tmp_path: Path
-) -> None:
+def test_bad_files_are_one_sentence(content: str, told: str, script: str, tmp_path: Path) -> None:
     file = tmp_path / "bad.toml"
     file.write_text(content)
     with pytest.raises(ConfigError) as caught:

@@ -71,9 +71,7 @@ def test_the_automatic_interval_is_the_one_that_loses_least() -> None:
         (Facts(1, 0.0), math.sqrt(2 * 0.005 * 21600), math.sqrt(2 * 0.005 * 21600)),
     ],
 )
-def test_the_automatic_interval_is_bounded(
-    facts: Facts, least_s: float, most_s: float
-) -> None:
+def test_the_automatic_interval_is_bounded(facts: Facts, least_s: float, most_s: float) -> None:
     assert least_s <= Automatic().interval_s(facts) <= most_s
 
 
@@ -86,8 +84,10 @@ def test_the_automatic_interval_is_bounded(
         ("1 step", EveryNSteps(1)),
         ("30s", EverySeconds(30)),
         ("1.5 min", EverySeconds(90)),
-        ("2h, 1000 steps,SIGUSR1, preemption",
-         AnyOf(EverySeconds(7200), EveryNSteps(1000), OnSignal(signal.SIGUSR1), OnPreemption())),
+        (
+            "2h, 1000 steps,SIGUSR1, preemption",
+            AnyOf(EverySeconds(7200), EveryNSteps(1000), OnSignal(signal.SIGUSR1), OnPreemption()),
+        ),
     ],
 )
 def test_rules_can_be_written_as_text(text: str, rule: Rule) -> None:

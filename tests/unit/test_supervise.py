@@ -55,9 +55,7 @@ def view(
     return replace(base, **more)
 
 
-def acts(
-    local: LocalView, now_s: float = 100.0, config: JobConfig = CONFIG
-) -> tuple[object, ...]:
+def acts(local: LocalView, now_s: float = 100.0, config: JobConfig = CONFIG) -> tuple[object, ...]:
     published = Publish(status_of(local), local.leaving_since_s is not None)
     return supervise(local, published, now_s, config)
 
@@ -123,9 +121,7 @@ def test_workers_the_agent_ended_did_not_fail() -> None:
 
 
 def test_a_fatal_farewell_counts_whatever_else_happened() -> None:
-    local = view(
-        Worker(0, -9), Worker(1, 5, "fatal", "another model", fatal_code=5), state=state()
-    )
+    local = view(Worker(0, -9), Worker(1, 5, "fatal", "another model", fatal_code=5), state=state())
     assert (status_of(local).fatal, status_of(local).reason) == (5, "another model")
 
 
@@ -162,9 +158,7 @@ class TestLeaving:
     """A node that was asked to stop (SIGTERM, Ctrl-C)."""
 
     def leaving(self, *workers: Worker, state: JobState, **more: object) -> LocalView:
-        return view(
-            *workers, state=state, leaving_since_s=90.0, leaving_code=143, **more
-        )
+        return view(*workers, state=state, leaving_since_s=90.0, leaving_code=143, **more)
 
     def alone(self, **more: object) -> JobState:
         now = state(**more)
