@@ -13,10 +13,11 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.made-for
 VENV26 := .venv-2.6
 STAMP26 := $(VENV26)/.made-for
+STAMPTORCH := .venv-torch/.made-for
 PIP := install -qq --disable-pip-version-check --no-input
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-2.6 demo test lint test-slow test-2.6 sim clean
+.PHONY: help setup setup-2.6 setup-torch bench-checkpoint demo test lint test-slow test-2.6 sim clean
 
 help:
 	@sed -n 's/^\([a-z][a-z0-9.-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 12
@@ -45,6 +46,17 @@ $(STAMP26): pyproject.toml Makefile
 	@$(VENV26)/bin/python -m pip $(PIP) --editable ".[cpu,test]" "paddlepaddle==2.6.2"
 	@$(VENV26)/bin/python -m pip check
 	@touch $(STAMP26)
+
+setup-torch: $(STAMPTORCH) ## build .venv-torch, for the rows of PyTorch in the benchmark
+
+$(STAMPTORCH): Makefile
+	@echo "setup-torch: building .venv-torch with PyTorch for the CPU"
+	@test -x .venv-torch/bin/python || $(PYTHON) -m venv .venv-torch
+	@.venv-torch/bin/python -m pip $(PIP) "torch==2.13.0" numpy
+	@touch $(STAMPTORCH)
+
+bench-checkpoint: setup ## checkpoints against dd, boto3, memcpy, paddle.save and PyTorch, into docs/
+	@$(BIN)/python -m bench.checkpoint
 
 demo: setup ## train digits on two ranks, kill one worker, compare the weights
 	@$(BIN)/python examples/demo.py
