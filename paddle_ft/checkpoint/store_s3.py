@@ -140,7 +140,7 @@ class S3Store:
             nonlocal tries
             tries += 1
             try:
-                self._call("put_object", name, Body=body, **condition)
+                self._call("put_object", name, Body=body, **condition, **self._encryption())
             except _Exists:
                 # The answer to an earlier attempt that took effect may have been lost.
                 return tries > 1 and self.get(name) == body
@@ -149,7 +149,7 @@ class S3Store:
         return self._retry(attempt)
 
     def _put_parts(self, name: str, parts: list[list[memoryview]]) -> None:
-        answer = self._try("create_multipart_upload", name)
+        answer = self._try("create_multipart_upload", name, **self._encryption())
         upload = {"UploadId": answer["UploadId"]}
         try:
             done = []
@@ -180,6 +180,13 @@ class S3Store:
                     raise
 
         self._retry(attempt)
+
+    def _encryption(self) -> dict[str, str]:
+        asked = {
+            "ServerSideEncryption": self._config.sse,
+            "SSEKMSKeyId": self._config.sse_kms_key_id,
+        }
+        return {name: value for name, value in asked.items() if value}
 
     # ------------------------------------------------------------ one request
 
