@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import tempfile
@@ -69,6 +70,16 @@ def nothing_left_behind(own_temporary_directory: Path) -> Iterator[None]:
                 os.kill(pid, signal.SIGKILL)
         lines = "\n".join(f"{pid} {names.get(pid, '')}" for pid in sorted(left))
         pytest.fail(f"the test left processes behind:\n{lines}", pytrace=False)
+
+
+@pytest.fixture(autouse=True)
+def loggers_as_they_were() -> Iterator[None]:
+    """Undoes what a console or the simulator set for the loggers of the whole process."""
+    logger = logging.getLogger("paddle_ft")
+    before = logger.level, logger.propagate, logger.handlers[:]
+    yield
+    logger.setLevel(before[0])
+    logger.propagate, logger.handlers = before[1:]
 
 
 @pytest.fixture
