@@ -94,7 +94,9 @@ class TrainingState:
         lr = None
         if self._lr_at_start is not None:
             lr = [self._lr_at_start, float(self.optimizer.get_lr())]
-        return {"schedulers": schedulers, "registered": registered, "other": other, "lr": lr}
+        state = {"schedulers": schedulers, "registered": registered, "other": other, "lr": lr}
+        # Automatic names, which an exported .pdopt needs and nothing else does.
+        return state | {"names": {key: name for name, key in self._key_of.items()}}
 
     def _model_entries(self) -> Iterator[Entry]:
         buffers = {id(buffer) for _, buffer in self.model.named_buffers()}
@@ -368,6 +370,6 @@ def _check_registered(name: str, thing: Any, registered: Mapping[str, Any]) -> N
     setter = hasattr(thing, "set_state_dict") or hasattr(thing, "load_state_dict")
     if not setter or not hasattr(thing, "state_dict"):
         raise ConfigError(
-            f"{name!r} cannot be registered: a {type(thing).__name__} lacks state_dict and "
-            f"set_state_dict."
+            f"{name!r} cannot be registered: {type(thing).__name__} lacks state_dict or "
+            f"set_state_dict; give it both."
         )

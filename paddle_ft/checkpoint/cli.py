@@ -8,20 +8,23 @@ import re
 import sys
 import time
 from collections import Counter
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from paddle_ft import config
-from paddle_ft.checkpoint import commit, layout
+from paddle_ft.checkpoint import commit, layout, standalone
 from paddle_ft.checkpoint.collect import collect
+from paddle_ft.checkpoint.exchange import Form, export, image_of, read_files
 from paddle_ft.checkpoint.manifest import Manifest, Piece
+from paddle_ft.checkpoint.progress import bar, counted
 from paddle_ft.checkpoint.restore import verify as verify_blocks
 from paddle_ft.checkpoint.sign import Trust, make_keys, signed_manifests
 from paddle_ft.checkpoint.store import Store, open_store
+from paddle_ft.config import CheckpointConfig
 from paddle_ft.errors import CheckpointDamaged, CheckpointMismatch, ConfigError
 from paddle_ft.types import CommitRef
 
@@ -37,9 +40,13 @@ ConfigFile = Annotated[str | None, typer.Option("--config", help="TOML file with
 Json = Annotated[bool, typer.Option("--json", help="for programs")]
 
 
+def settings_of(config_file: str | None) -> CheckpointConfig:
+    return config.load({}, os.environ, config_file).config.checkpoint
+
+
 def open_url(url: str, config_file: str | None) -> tuple[Store, Trust]:
     """The store at ``url``, and who is trusted, by the settings of file and environment."""
-    settings = config.load({}, os.environ, config_file).config.checkpoint
+    settings = settings_of(config_file)
     return open_store(url, settings), Trust.of(settings)
 
 
@@ -183,16 +190,19 @@ def verify(
     store, trust = open_url(url, config_file)
     refs = commit.list_commits(store) if every else [choose(store, step)]
     bad: list[CheckpointDamaged] = []
-    with Progress(transient=True) as progress:
-        for ref in progress.track(refs, description="verifying"):
-            try:
-                found = verify_blocks(store, ref, commit.read_manifest(store, ref, trust))
-            except CheckpointDamaged as error:
-                found = [error]
-            for fault in found:
-                typer.echo(str(fault), err=True)
-            typer.echo(f"step {ref.step}: {'damaged' if found else 'intact'}")
-            bad += found
+    for ref in refs:
+        try:
+            manifest = commit.read_manifest(store, ref, trust)
+            with bar(
+                f"verifying step {ref.step}, {size(manifest.nbytes)}", manifest.nbytes
+            ) as tell:
+                found = verify_blocks(counted(store, tell), ref, manifest)
+        except CheckpointDamaged as error:
+            found = [error]
+        for fault in found:
+            typer.echo(str(fault), err=True)
+        typer.echo(f"step {ref.step}: {'damaged' if found else 'intact'}")
+        bad += found
     if bad:
         raise CheckpointDamaged(
             f"{len(bad)} faults were found in {store.url}; use a checkpoint that is intact."
@@ -285,7 +295,8 @@ def gc(
         raise CheckpointMismatch(f"{store.url} holds no checkpoint; correct the URL.")
     parsed = layout.parse(head.newest.manifest)
     assert parsed is not None
-    names = collect(store, head, parsed.owner, dry_run=not delete)
+    with bar(f"looking through {store.url}", None, unit="objects deleted") as tell:
+        names = collect(counted(store, tell), head, parsed.owner, dry_run=not delete)
     for name in names:
         typer.echo(name)
     typer.echo(f"{len(names)} objects {'deleted' if delete else 'would be deleted (--delete)'}")
@@ -302,3 +313,41 @@ def keygen(
     """
     private, public, name = make_keys(directory)
     typer.echo(f"private key: {private}\npublic key:  {public}\nid:          {name}")
+
+
+@ckpt_app.command("export")
+def export_command(
+    url: Url,
+    to: Annotated[Path, typer.Option(help="new directory for the files")],
+    step: Step = None,
+    form: Annotated[Form, typer.Option("--format", help="of the files")] = "paddle",
+    config_file: ConfigFile = None,
+) -> None:
+    """Write a checkpoint as files that Paddle, or whoever reads safetensors, can load."""
+    store, trust = open_url(url, config_file)
+    ref = choose(store, step)
+    manifest = commit.read_manifest(store, ref, trust)
+    with bar(f"exporting step {ref.step}, {size(manifest.nbytes)}", manifest.nbytes) as tell:
+        files = export(counted(store, tell), ref, manifest, to, form)
+    for file in files:
+        typer.echo(str(file))
+
+
+@ckpt_app.command("import")
+def import_command(
+    url: Url,
+    files: Annotated[
+        list[Path], typer.Argument(help="an exported directory, or .pdparams .pdopt .safetensors")
+    ],
+    step: Annotated[int | None, typer.Option(min=0, help="of the new checkpoint")] = None,
+    config_file: ConfigFile = None,
+) -> None:
+    """Make a new checkpoint of files; nothing in them is run. The others in the store stay."""
+    settings = settings_of(config_file)
+    tensors, meta, known_step = read_files(files)
+    at = known_step if step is None else step
+    nbytes = sum(raw.data.nbytes for raw in tensors.values())
+    with bar(f"importing {len(tensors)} tensors, {size(nbytes)}", nbytes) as tell:
+        info, image = image_of(tensors, meta, at, tell)
+        ref = standalone.save_image(url, info, image, config=settings).wait()
+    typer.echo(f"step {ref.step}: {ref.manifest}")

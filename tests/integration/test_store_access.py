@@ -107,9 +107,8 @@ def test_tls_with_a_private_authority(tmp_path: Path, bucket: Bucket) -> None:
         for ca_file in ("", str(stranger.file)):
             with pytest.raises(StoreDenied, match=r"TLS check .* checkpoint\.ca_file"):
                 open_store(url, server.config(ca_file=ca_file)).check()
-        wrong_name = server.config(
-            ca_file=str(authority.file), endpoint_url=server.endpoint.replace("127.0.0.1", "localhost")
-        )
+        by_name = server.endpoint.replace("127.0.0.1", "localhost")  # not in the certificate
+        wrong_name = server.config(ca_file=str(authority.file), endpoint_url=by_name)
         with pytest.raises(StoreDenied, match="TLS check"):
             open_store(url, wrong_name).check()
 
