@@ -11,7 +11,8 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from numbers import Number
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from paddle_ft import sampling
 from paddle_ft.errors import ConfigError
 from paddle_ft.sampling import Item
 
+_SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - Paddle's choice, its names hold the pid
 _WINDOW = 4096
 """Positions whose indices are computed together: a call costs as much as for one."""
 
@@ -46,6 +48,8 @@ class Feed:
         self._rank = rank
         self._world_size = world_size
         self._num_workers = num_workers
+        self._loading: Any = None
+        """Paddle's iterator over what loader processes give, while there are such."""
 
     def run(self, number: int, epoch: int, offset: int) -> Iterator[tuple[Item, Any]]:
         """From the position on; ``number`` is that of the first batch."""
@@ -55,6 +59,26 @@ class Feed:
             data = self._steps[item] if loaded is None else next(loaded)
             seed_all(sampling.step_seed(self.stream.seed, item.number, self._rank, "compute"))
             yield item, _to_tensors(data)
+        if loaded is not None:
+            next(loaded, None)  # at its end a loader ends its processes
+            self._loading = None
+
+    def kill(self) -> None:
+        """Ends the loader processes at once, before this process ends itself.
+
+        What they had ready lies in shared memory and would stay there.
+        """
+        if self._loading is None:
+            return
+        from paddle.base import core
+
+        core._erase_process_pids(id(self._loading))  # or Paddle takes their end for a failure
+        for process in self._loading._workers:
+            process.kill()
+            process.join(1.0)
+            for path in _SHARED_MEMORY.glob(f"paddle_{process.pid}_*"):
+                path.unlink(missing_ok=True)
+        self._loading = None
 
     def _items(self, number: int, epoch: int, offset: int) -> Iterator[Item]:
         for batch in sampling.batches(self.stream, epoch, offset):
@@ -70,7 +94,8 @@ class Feed:
             collate_fn=_only,
             num_workers=self._num_workers,
         )
-        return iter(loader)
+        self._loading = iter(loader)
+        return cast(Iterator[Any], self._loading)
 
 
 class _OneByOne:
@@ -131,7 +156,7 @@ def length_of(dataset: Any) -> int:
         )
     try:
         return len(dataset)
-    except TypeError:  # IterableDataset has the methods, and they refuse
+    except (TypeError, RuntimeError):  # IterableDataset has the methods, and they refuse
         raise ConfigError(
             f"s.batches needs a dataset with a length, and {type(dataset).__name__} has none; use "
             f"a map-style paddle.io.Dataset."

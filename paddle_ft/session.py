@@ -370,6 +370,7 @@ class Session:
             return
         if self._recorder is not None:
             self._recorder.abandon()
+        self._streams.kill()
         if isinstance(error, Leave):
             return
         if error is not None and is_peer_loss(error):

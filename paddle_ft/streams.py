@@ -31,6 +31,7 @@ class Streams:
         self._world_size = world_size
         self._weighted = weighted
         self._calls = 0
+        self._feed: Feed | None = None
         self._round: list[sampling.Item] = []
 
     @property
@@ -71,6 +72,7 @@ class Streams:
         if position.stream < number:
             position.turn_to(number)
         position.plan = feed.stream
+        self._feed = feed
         for item, data in feed.run(position.batch, position.epoch, position.offset):
             if position.stream != number:
                 raise ConfigError(
@@ -85,6 +87,11 @@ class Streams:
             finally:
                 self.in_loop = False
             between_rounds()
+
+    def kill(self) -> None:
+        """Ends what loads data beside this process, which is about to end."""
+        if self._feed is not None:
+            self._feed.kill()
 
     def close_round(self) -> bool:
         """Weighs the gradients of the batches since the last step; whether they end an epoch.

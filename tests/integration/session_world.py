@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -24,6 +23,7 @@ import pytest
 
 from paddle_ft.agent import ipc
 from paddle_ft.agent.beacon import Beacon
+from paddle_ft.agent.net import free_ports
 from paddle_ft.agent.worker_env import SESSION_VARIABLE, SessionEnv
 from paddle_ft.checkpoint.plan import aligned, image_bytes
 from paddle_ft.types import ImageInfo, TensorSpec
@@ -219,17 +219,6 @@ class Result:
         return line
 
 
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for s in sockets:
-            s.bind(("127.0.0.1", 0))
-        return [s.getsockname()[1] for s in sockets]
-    finally:
-        for s in sockets:
-            s.close()
-
-
 def group_of(leader: int) -> list[int]:
     """The processes of a process group."""
     members = []
@@ -246,7 +235,8 @@ def group_of(leader: int) -> list[int]:
 def end_group_of(leader: int) -> None:
     """Kills a process group, and removes what Paddle's loader processes leave in shared memory."""
     members = group_of(leader)
-    os.killpg(leader, signal.SIGKILL)
+    if members:
+        os.killpg(leader, signal.SIGKILL)
     for pid in members:
         for path in Path("/dev/shm").glob(f"paddle_{pid}_*"):
             path.unlink(missing_ok=True)
@@ -265,7 +255,7 @@ class Workers:
         env: Mapping[str, str] | None = None,
         **options: Any,
     ) -> None:
-        port, *ports = free_ports(world_size + 1)
+        port, *ports = free_ports("127.0.0.1", world_size + 1)
         endpoints = [f"127.0.0.1:{p}" for p in ports]
         self.processes = []
         for rank in range(world_size):

@@ -16,6 +16,7 @@ from tests.integration.session_world import (
     Result,
     Saved,
     Workers,
+    end_group_of,
     group_of,
     run,
     succeeded,
@@ -156,10 +157,13 @@ def test_loader_processes_and_their_shared_memory_go_with_their_worker(
     world_size = 2 if how == "peer lost" else 1
     more = {"failed": {"fail_at": 5}, "peer lost": {"die_at": 5, "die_rank": 1}}.get(how, {})
     agent = Agent(world_size, when="2 steps", pause_after=4 if how == "paused" else -1)
-    with agent, Workers(world_size, agent, workers=2, **more) as workers:
+    with agent, Workers(world_size, agent, workers=2, step_s=0.05, **more) as workers:
         process = workers.processes[0]
         wait_for(lambda: agent.beacon(0).step >= 2, 60)
         members = group_of(process.pid)
+        if how == "peer lost":  # its loader processes would hold its connections open
+            workers.processes[1].wait(60)
+            end_group_of(workers.processes[1].pid)
         assert process.wait(60) == {"done": 0, "paused": 76, "failed": 1, "peer lost": 75}[how]
         # Before the rest of its process group is ended by Workers, as by the agent.
         left = [p for pid in members for p in Path("/dev/shm").glob(f"paddle_{pid}_*")]
