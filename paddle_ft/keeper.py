@@ -26,6 +26,7 @@ from paddle_ft.agent.ipc import (
     Released,
     RestoreReply,
     RestoreRequest,
+    RestoreTaken,
     SaveRequest,
     SnapshotReady,
 )
@@ -130,7 +131,8 @@ class AgentKeeper:
         self._changed = threading.Condition()
         self._maps: list[mmap.mmap] = []
         self._nbytes = 0
-        self._free: set[int] = set()
+        self._free: list[int] = []
+        """The one used longest ago first, so that the newest snapshot stays for a restart."""
         self._reply: RestoreReply | Allocated | None = None
         self._no_memory_until_s = 0.0
         self._closing = False
@@ -152,7 +154,9 @@ class AgentKeeper:
         if reply.info is None:
             return None
         self.committed_step = reply.info.step
-        return Image.open(reply.path or os.devnull, reply.info)
+        image = Image.open(reply.path or os.devnull, reply.info)
+        self._channel.send(RestoreTaken(self._rank))
+        return image
 
     # ------------------------------------------------------------ buffers
 
@@ -171,7 +175,7 @@ class AgentKeeper:
                 self._wait_until(lambda: bool(self._free), "a free snapshot buffer")
             if not self._free:
                 return None
-            buffer = self._free.pop()
+            buffer = self._free.pop(0)
             return buffer, memoryview(self._maps[buffer])
 
     def _allocate(self, nbytes: int, wait: bool) -> bool:
@@ -186,7 +190,7 @@ class AgentKeeper:
             with self._changed:
                 self._nbytes = max(nbytes, 1)
                 self._maps = [_mapped(Path(path)) for path in reply.paths]
-                self._free = set(range(len(self._maps)))
+                self._free = list(range(len(self._maps)))
                 self._no_memory_until_s = time.monotonic() + _NO_MEMORY_RETRY_S
             if self._maps or not wait:
                 return bool(self._maps)
@@ -205,7 +209,7 @@ class AgentKeeper:
 
     def give_back(self, buffer: int) -> None:
         with self._changed:
-            self._free.add(buffer)
+            self._free.insert(0, buffer)
             self._changed.notify_all()
 
     def wait_committed(self, step: int) -> None:
@@ -265,8 +269,8 @@ class AgentKeeper:
                 break
             with self._changed:
                 if isinstance(message, Released):
-                    if message.buffer < len(self._maps):
-                        self._free.add(message.buffer)
+                    if message.buffer < len(self._maps) and message.buffer not in self._free:
+                        self._free.append(message.buffer)
                 elif isinstance(message, Committed):
                     self.committed_step = max(self.committed_step, message.step)
                 elif isinstance(message, PauseRequest):

@@ -136,9 +136,14 @@ def _count(number: int, noun: str) -> str:
 
 
 class _LogHandler(logging.Handler):
+    """Warnings, and what is marked ``tell`` though nothing is wrong."""
+
     def __init__(self, console: Console) -> None:
-        super().__init__(logging.WARNING)
+        super().__init__(logging.INFO)
         self._console = console
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.WARNING or getattr(record, "tell", False)
 
     def emit(self, record: logging.LogRecord) -> None:
         self._console.say(self.format(record))

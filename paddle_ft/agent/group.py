@@ -211,6 +211,8 @@ class WorkerGroup:
             reply = self._snapshots.wait_restored(generation, rank)
             if reply is not None:
                 channel.send(reply)
+        elif isinstance(message, ipc.RestoreTaken):
+            self._snapshots.taken(generation, rank)
         elif isinstance(message, ipc.Allocate):
             channel.send(self._snapshots.allocate(generation, rank, message.nbytes))
         elif isinstance(message, ipc.SnapshotReady):

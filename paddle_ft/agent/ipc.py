@@ -8,6 +8,7 @@ through the beacon (``agent.beacon``), tensors through shared memory.
       Hello                  ->
       RestoreRequest         ->
                              <-   RestoreReply        (the state to start from, or none)
+      RestoreTaken           ->                       (mapped: its file may go)
       Allocate(nbytes)       ->
                              <-   Allocated(paths)    (snapshot buffers the agent owns)
       SnapshotReady(buffer)  ->                       (the agent writes it, beside training)
@@ -57,6 +58,12 @@ class RestoreReply:
     """All replicated tensors and this rank's local ones, with their place in the file."""
     sequence: int = -1
     type: Literal["restored"] = "restored"
+
+
+@dataclass(frozen=True, slots=True)
+class RestoreTaken:
+    rank: int
+    type: Literal["taken"] = "taken"
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +127,7 @@ class Farewell:
     type: Literal["farewell"] = "farewell"
 
 
-ToAgent = Hello | RestoreRequest | Allocate | SnapshotReady | Farewell
+ToAgent = Hello | RestoreRequest | RestoreTaken | Allocate | SnapshotReady | Farewell
 ToWorker = RestoreReply | Allocated | Released | Committed | PauseRequest | SaveRequest
 _Message = Annotated[ToAgent | ToWorker, Field(discriminator="type")]
 _adapter: TypeAdapter[Any] = TypeAdapter(_Message)

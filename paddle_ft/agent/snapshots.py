@@ -5,29 +5,45 @@ Invariants:
   still written;
 - a step is written once the images of all ranks of this node are there, and its buffers are given
   back after that, never before;
-- at most ``buffers`` snapshots of a rank are in flight, so host memory is bounded by
-  buffers x share of the state, plus one image of the whole state while workers restore. Who finds
-  no free buffer does not wait: the workers agree to try again at the next step.
+- at most ``buffers`` snapshots of a rank are in flight. Who finds no free buffer does not wait: the
+  workers agree to try again at the next step;
+- buffers of workers that are gone stay until the next ones have their state: blocks of the restore
+  point that are still in them are copied from there (``near``), verified like all others.
+
+Memory, for S bytes of state on W ranks of which R are here, local tensors counted with each rank:
+
+    while training       buffers x S x R / W
+    while restarting     buffers x S x R / W  +  S        (the image all ranks here start from)
+
+The old buffers go before the workers are told of the image, the image once each of them has mapped
+it (they drop it when they have copied it); new buffers are made for the first snapshot. Beside
+that: 16 bytes for each sub-block that differs (``checkpoint.deltas``), and the manifests.
 """
 
 from __future__ import annotations
 
 import logging
-import mmap
-import os
 import queue
 import shutil
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from paddle_ft.agent.buffers import Buffers, remove_leftovers, shared_directory
 from paddle_ft.agent.ipc import Allocated, Channel, Released, RestoreReply, SnapshotReady
 from paddle_ft.checkpoint.room import CheckpointRoom
 from paddle_ft.errors import CheckpointDamaged, PaddleFTError, StoreError
 from paddle_ft.types import CommitRef, ImageInfo, Part
+
+__all__ = [
+    "PartWritten",
+    "RestoreFailed",
+    "SnapshotKeeper",
+    "remove_leftovers",
+    "shared_directory",
+]
 
 log = logging.getLogger("paddle_ft")
 
@@ -65,84 +81,6 @@ class _Job:
     images: tuple[_Image, ...]
 
 
-class Buffers:
-    """Snapshot buffers as files on shared memory, by generation, rank and index."""
-
-    def __init__(self, directory: Path, each: int) -> None:
-        self._directory = directory
-        self._each = each
-        self._files: dict[tuple[int, int], list[tuple[Path, mmap.mmap]]] = {}
-        self._lock = threading.Lock()
-
-    def allocate(self, generation: int, rank: int, nbytes: int) -> tuple[str, ...]:
-        """Paths of the buffers of one worker; empty if there is not enough shared memory."""
-        with self._lock:
-            self._drop((generation, rank))
-            files: list[tuple[Path, mmap.mmap]] = []
-            self._files[generation, rank] = files
-            for index in range(self._each):
-                path = self._directory / f"snapshot-{generation}-{rank}-{index}"
-                try:
-                    files.append((path, _reserve(path, max(nbytes, 1))))
-                except OSError as error:
-                    log.error(
-                        "no shared memory for a snapshot of %.0f MB (%s): checkpoints are off "
-                        "until there is more; enlarge /dev/shm or lower checkpoint.buffers",
-                        nbytes / 1e6,
-                        error.strerror,
-                    )
-                    self._drop((generation, rank))
-                    return ()
-            return tuple(str(path) for path, _ in files)
-
-    def view(self, generation: int, rank: int, index: int) -> memoryview:
-        with self._lock:
-            return memoryview(self._files[generation, rank][index][1])
-
-    def drop_before(self, generation: int) -> None:
-        """Frees the buffers of earlier generations."""
-        with self._lock:
-            for key in [k for k in self._files if k[0] < generation]:
-                self._drop(key)
-
-    def _drop(self, key: tuple[int, int]) -> None:
-        for path, mapped in self._files.pop(key, []):
-            path.unlink(missing_ok=True)
-            try:
-                mapped.close()
-            except BufferError:
-                pass  # a view is still being written from; freed with it
-
-
-def _reserve(path: Path, nbytes: int) -> mmap.mmap:
-    """A file of ``nbytes`` whose pages exist, so that a later write cannot fail with SIGBUS."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
-    try:
-        os.posix_fallocate(descriptor, 0, nbytes)
-        return mmap.mmap(descriptor, nbytes)
-    except OSError:
-        path.unlink(missing_ok=True)
-        raise
-    finally:
-        os.close(descriptor)
-
-
-def shared_directory(job: str) -> Path:
-    """A private directory on shared memory (or the temporary one) for this launcher."""
-    shared = Path("/dev/shm")  # noqa: S108  the directory made there is private
-    parent = shared if os.access(shared, os.W_OK) else Path(tempfile.gettempdir())
-    remove_leftovers(parent)
-    return Path(tempfile.mkdtemp(prefix=f"paddle_ft-{os.getpid()}-{job}-", dir=parent))
-
-
-def remove_leftovers(parent: Path) -> None:
-    """Removes what launchers left there that were killed: their name holds their pid."""
-    for path in parent.glob("paddle_ft-*-*"):
-        pid = path.name.split("-")[1]
-        if pid.isdigit() and path.is_dir() and not Path(f"/proc/{pid}").exists():
-            shutil.rmtree(path, ignore_errors=True)
-
-
 class SnapshotKeeper:
     """Args:
     room: the checkpoint store of the job.
@@ -171,6 +109,8 @@ class SnapshotKeeper:
         self._base: CommitRef | None = None
         self._sequence = 0
         self._restored: dict[int, RestoreReply] = {}
+        self._untaken: set[int] = set()
+        """Ranks that have not mapped the restored image yet."""
         self._restore_done = True
         self._closed = False
         self.trouble = ""
@@ -199,13 +139,15 @@ class SnapshotKeeper:
             self._ranks = frozenset(ranks)
             self._arrived.clear()
             self._restored.clear()
+            self._untaken.clear()
             self._restore_done = restore is None
             self._base, self._sequence = restore, sequence
             self._lock.notify_all()
-        self._buffers.drop_before(generation)
         for path in self._directory.glob("restore-*"):
             path.unlink(missing_ok=True)
-        if restore is not None:
+        if restore is None:
+            self._buffers.drop_before(generation)
+        else:
             threading.Thread(
                 target=self._restore,
                 args=(generation, restore, tuple(ranks), world_size),
@@ -241,6 +183,15 @@ class SnapshotKeeper:
                 if self._restore_done:
                     return self._restored.get(rank, RestoreReply(None, None))
                 self._lock.wait(timeout=1.0)
+
+    def taken(self, generation: int, rank: int) -> None:
+        """``rank`` has mapped the restored image; once all have, its file is removed."""
+        with self._lock:
+            if generation != self._generation or rank not in self._untaken:
+                return
+            self._untaken.remove(rank)
+            if not self._untaken:
+                (self._directory / f"restore-{generation}").unlink(missing_ok=True)
 
     def arrived(self, generation: int, channel: Channel, message: SnapshotReady) -> None:
         """A rank has copied its share; the step is written once all ranks here have."""
@@ -285,17 +236,20 @@ class SnapshotKeeper:
                 try:
                     with self._lock:
                         member, base, sequence = self._member, self._base, self._sequence
+                    places: dict[str, tuple[int, int]] = {}
                     part = self._room.write_part(
                         images,
                         sequence=sequence + 1,
                         generation=job.generation,
                         member=member,
                         parent=base,
+                        places=places,
                     )
                 except StoreError as error:
                     self._complain(job.step, error)
                     time.sleep(RETRY_INTERVAL_S)
                     continue
+                self._hold(job, places)
                 self._emit(PartWritten(part))
                 return
         finally:
@@ -303,6 +257,15 @@ class SnapshotKeeper:
                 view.release()
             for image in job.images:
                 image.channel.send(Released(image.message.buffer))
+
+    def _hold(self, job: _Job, places: Mapping[str, tuple[int, int]]) -> None:
+        """Notes where the blocks are that were just written, for a restart from memory."""
+        found: dict[int, dict[str, int]] = {}
+        for digest, (rank, offset) in places.items():
+            found.setdefault(rank, {})[digest] = offset
+        for image in job.images:
+            rank = image.message.info.rank
+            self._buffers.hold(job.generation, rank, image.message.buffer, found.get(rank, {}))
 
     def _over(self, generation: int) -> bool:
         with self._lock:
@@ -330,7 +293,13 @@ class SnapshotKeeper:
         complained = ""
         while not self._over(generation):
             try:
-                infos = self._room.restore(ref, ranks=ranks, world_size=world_size, path=path)
+                infos = self._room.restore(
+                    ref,
+                    ranks=ranks,
+                    world_size=world_size,
+                    path=path,
+                    near=self._buffers.copies,
+                )
                 break
             except CheckpointDamaged as error:
                 self._emit(RestoreFailed(generation, ref.manifest, True, str(error), 0))
@@ -351,6 +320,9 @@ class SnapshotKeeper:
                 return
         with self._lock:
             if generation == self._generation:
+                # Before the workers go on: their new buffers must not come on top of these.
+                self._buffers.drop_before(generation)
+                self._untaken = set(infos)
                 self._restored = {
                     rank: RestoreReply(str(path), info, ref.sequence)
                     for rank, info in infos.items()

@@ -14,7 +14,8 @@ import mmap
 import os
 import threading
 import zlib
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -38,6 +39,9 @@ READ_THREADS = 8
 _BATCH_BYTES = 16 * 2**20
 _GAP_BYTES = 64 * 2**10
 
+Near = Callable[[Block], Iterable[memoryview]]
+"""Copies of a block in this machine's memory, that are there or once were; they are verified."""
+
 
 def restore(
     store: Store,
@@ -47,23 +51,33 @@ def restore(
     ranks: Sequence[int],
     world_size: int,
     path: str | Path,
+    near: Near | None = None,
 ) -> dict[int, ImageInfo]:
     """Writes one image for all ``ranks`` of a node to the new file ``path``; what is in it.
 
-    ``path`` should be on shared memory; it is complete when this returns and removed when this
-    raises: CheckpointDamaged, StoreError (StoreFull if the file does not fit).
+    ``near`` is asked for each block before the store is. ``path`` should be on shared memory; it is
+    complete when this returns and removed when this raises: CheckpointDamaged, StoreError
+    (StoreFull if the file does not fit).
     """
     plan = plan_read(manifest, ranks)
     assert all(0 <= rank < world_size for rank in ranks)
     path = Path(path)
     try:
         # Unmapped when the last view of it is gone, which after an error is not here.
-        fetch(store, ref.manifest, plan.targets, memoryview(_mapped(path, plan.nbytes)))
+        image = memoryview(_mapped(path, plan.nbytes))
+        came = fetch(store, ref.manifest, plan.targets, image, near=near)
+        del image
         failpoint("restore.image")
     except BaseException:
         with suppress(OSError):
             path.unlink()
         raise
+    _log.info(
+        "restored step %d: %.6g MB from memory, %.6g from the cache, %.6g from the store",
+        manifest.step,
+        *(came[tier] / 1e6 for tier in ("memory", "cache", "store")),
+        extra={"tell": True},
+    )
     return infos(manifest, plan, world_size)
 
 
@@ -98,44 +112,74 @@ def fetch(
     targets: Sequence[Target],
     image: memoryview,
     threads: int = READ_THREADS,
-) -> None:
+    near: Near | None = None,
+) -> Counter[str]:
     """Reads every block of ``targets`` to its place in ``image`` and verifies it.
 
-    ``manifest`` names the checkpoint in errors. Raises CheckpointDamaged, StoreError.
+    Gives the bytes that came from ``memory``, ``cache`` and ``store``. ``manifest`` names the
+    checkpoint in errors. Raises CheckpointDamaged, StoreError.
     """
     stop = threading.Event()
 
-    def work(batch: list[Target]) -> None:
+    def work(batch: list[Target]) -> Counter[str]:
         if stop.is_set():
-            return
+            return Counter()
         try:
-            _fetch_batch(store, manifest, batch, image)
+            rest = [t for t in batch if near is None or not _copied(near, t, image)]
+            came = _fetch_batch(store, manifest, rest, image)
+            came["memory"] = _nbytes(batch) - _nbytes(rest)
+            return came
         except BaseException:
             stop.set()
             raise
 
+    total: Counter[str] = Counter()
     with Crew(threads, "restore") as pool:
-        for _ in pool.map(work, batches(targets, _BATCH_BYTES)):
-            pass
+        for came in pool.map(work, batches(targets, _BATCH_BYTES)):
+            total += came
+    return total
 
 
-def _fetch_batch(store: Store, manifest: str, batch: list[Target], image: memoryview) -> None:
+def _nbytes(targets: Iterable[Target]) -> int:
+    return sum(t.block.nbytes for t in targets)
+
+
+def _copied(near: Near, target: Target, image: memoryview) -> bool:
+    """Whether a copy of the block was at hand and still is what it was."""
+    place = _place(target, image)
+    for view in near(target.block):
+        if view.nbytes == place.nbytes:
+            place[:] = view
+            if _intact(target, image):
+                return True
+    return False
+
+
+def _fetch_batch(
+    store: Store, manifest: str, batch: list[Target], image: memoryview
+) -> Counter[str]:
+    """Brings ``batch`` to its places from the nearest tiers that have it; from where it came."""
     missing = list(batch)
     reason = "altered"
+    came: Counter[str] = Counter()
     *nearer, last = tiers_of(store)
     for tier in nearer:
+        held = _held(tier, missing)
         try:
             _read(tier, missing, image)
         except StoreError as error:
             # Whatever is wrong with a nearer tier, the last one has everything.
             _log.info("%s", error)
             continue
-        missing = [t for t in missing if not _intact(t, image)]
+        total, missing = _nbytes(missing), [t for t in missing if not _intact(t, image)]
+        came["cache"] = min(held, total - _nbytes(missing))
+        came["store"] = total - _nbytes(missing) - came["cache"]
         if not missing:
-            return
+            return came
         bad = {e.object for t in missing for e in t.block.extents}
         _log.warning("Dropped from %s, being altered: %s.", tier.url, ", ".join(sorted(bad)))
         tier.delete(bad)
+    came["store"] += _nbytes(missing)
     try:
         _read(last, missing, image)
     except StoreMissing:
@@ -151,6 +195,13 @@ def _fetch_batch(store: Store, manifest: str, batch: list[Target], image: memory
             f"{store.url}/{manifest} is damaged: {bad_one.block.nbytes} bytes of tensor "
             f"{bad_one.tensor} are {reason} in {', '.join(names)}; use an older checkpoint."
         )
+    return came
+
+
+def _held(tier: Store, targets: Iterable[Target]) -> int:
+    """Bytes of ``targets`` that ``tier`` has and need not fetch from the one behind."""
+    holds: Callable[[str], bool] = getattr(tier, "holds", lambda name: True)
+    return _nbytes(t for t in targets if all(holds(e.object) for e in t.block.extents))
 
 
 def _place(target: Target, image: memoryview) -> memoryview:

@@ -94,6 +94,10 @@ class Cache(DirectoryStore):
         with suppress(OSError):
             os.utime(path)
 
+    def holds(self, name: str) -> bool:
+        """Whether it need not be fetched first."""
+        return (self.root / name).exists()
+
     def keep(self, name: str, data: Buffers) -> None:
         """Keeps a copy if it can."""
         nbytes = sum(view.nbytes for view in views(data))

@@ -75,13 +75,15 @@ def write_part(
     parent: tuple[CommitRef, Manifest] | None,
     config: CheckpointConfig,
     prints: Prints | None = None,
+    places: dict[str, tuple[int, int]] | None = None,
 ) -> Part:
     """Stores the share of ``member``: the images of its ranks at one step.
 
     ``sequence`` is the head's plus one, ``parent`` a checkpoint that the head keeps (its newest,
     usually), whose blocks are not written again. ``prints`` is what this writer remembers from one
-    part to the next; without it, blocks are written as a whole. Blocks for as long as the store
-    takes; raises StoreError.
+    part to the next; without it, blocks are written as a whole. ``places`` is told where each block
+    lies: digest -> (rank, offset in its image). Blocks for as long as the store takes; raises
+    StoreError.
     """
     step, world_size = images[0][0].step, images[0][0].world_size
     assert all((i.step, i.world_size) == (step, world_size) for i, _ in images)
@@ -94,7 +96,7 @@ def write_part(
         # What has stayed unchanged for long is kept apart from what may change at once.
         moved = _Packer(store, f"{layout.DATA}{prefix}{name}.kept", crew)
         blocks = _Blocks(manifest, fresh, moved, prints or Prints())
-        pieces = tuple(_pieces(images, blocks, config.block_bytes, delta=prints is not None))
+        pieces = tuple(_pieces(images, blocks, config.block_bytes, prints is not None, places))
         for packer in (fresh, moved):
             packer.finish()
             sizes.update(packer.sizes)
@@ -156,6 +158,8 @@ class _Cut:
     """The bytes of one block."""
 
     view: memoryview
+    place: tuple[int, int]
+    """Rank, offset in its image."""
     start: int
     """In the tensor."""
     before: Block | None
@@ -168,8 +172,8 @@ def _pieces(
     images: Sequence[tuple[ImageInfo, memoryview]],
     blocks: _Blocks,
     block_bytes: int,
-    *,
     delta: bool,
+    places: dict[str, tuple[int, int]] | None,
 ) -> Iterator[Piece]:
     work = []
     for info, view in images:
@@ -184,11 +188,14 @@ def _pieces(
                 index = start // block_bytes
                 old = before[index] if index < len(before) else None
                 fine = grain if nbytes >= 4 * grain else 0
-                cuts.append(_Cut(view[at : at + nbytes], start, old, fine))
+                cuts.append(_Cut(view[at : at + nbytes], (info.rank, at), start, old, fine))
             work.append((rank, spec, cuts))
     with Crew(HASH_THREADS, "hash") as pool:
         hashed = _hashed(pool, [c for _, _, cuts in work for c in cuts], blocks)
         for rank, spec, cuts in work:
+            found = [(c, *next(hashed)) for c in cuts]
+            if places is not None:
+                places.update({digest: c.place for c, digest, _ in found})
             yield Piece(
                 name=spec.name,
                 dtype=spec.dtype,
@@ -196,7 +203,7 @@ def _pieces(
                 scope=spec.scope,
                 rank=rank,
                 start=spec.start,
-                blocks=blocks.of((spec.name, rank), [(c, *next(hashed)) for c in cuts]),
+                blocks=blocks.of((spec.name, rank), found),
             )
     blocks.remember()
 

@@ -117,6 +117,7 @@ def test_killed_workers_do_not_change_the_weights(
     told = final(launcher.output)
     assert told["weights"] == undisturbed, f"seed {seed}\n{launcher.output}"
     assert int(told["restarts"]) >= 3, launcher.output
+    assert re.search(r"0\.\d+ MB from memory, 0 from the cache, 0 from the store", launcher.output)
     assert exactly_once(record)
 
 

@@ -1,0 +1,117 @@
+"""Shared memory that belongs to the agent: the snapshots of its workers, and blocks found in them.
+
+A snapshot stays in its buffer after it was written, until the worker takes the next one there. So
+blocks of the newest checkpoint can be copied from here when the workers restart; whoever does so
+compares digests, since a buffer may be overwritten at any time.
+"""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import os
+import shutil
+import tempfile
+import threading
+from pathlib import Path
+
+from paddle_ft.checkpoint.manifest import Block
+
+log = logging.getLogger("paddle_ft")
+
+
+class Buffers:
+    """Snapshot buffers as files on shared memory, by generation, rank and index."""
+
+    def __init__(self, directory: Path, each: int) -> None:
+        self._directory = directory
+        self._each = each
+        self._files: dict[tuple[int, int], list[tuple[Path, mmap.mmap]]] = {}
+        self._places: dict[tuple[int, int, int], dict[str, int]] = {}
+        """What was last written from a buffer: digest of each block -> offset."""
+        self._lock = threading.Lock()
+
+    def allocate(self, generation: int, rank: int, nbytes: int) -> tuple[str, ...]:
+        """Paths of the buffers of one worker; empty if there is not enough shared memory."""
+        with self._lock:
+            self._drop((generation, rank))
+            files: list[tuple[Path, mmap.mmap]] = []
+            self._files[generation, rank] = files
+            for index in range(self._each):
+                path = self._directory / f"snapshot-{generation}-{rank}-{index}"
+                try:
+                    files.append((path, _reserve(path, max(nbytes, 1))))
+                except OSError as error:
+                    log.error(
+                        "no shared memory for a snapshot of %.0f MB (%s): checkpoints are off "
+                        "until there is more; enlarge /dev/shm or lower checkpoint.buffers",
+                        nbytes / 1e6,
+                        error.strerror,
+                    )
+                    self._drop((generation, rank))
+                    return ()
+            return tuple(str(path) for path, _ in files)
+
+    def view(self, generation: int, rank: int, index: int) -> memoryview:
+        with self._lock:
+            return memoryview(self._files[generation, rank][index][1])
+
+    def hold(self, generation: int, rank: int, index: int, places: dict[str, int]) -> None:
+        """Notes where in a buffer the blocks are that were written from it."""
+        with self._lock:
+            if (generation, rank) in self._files:
+                self._places[generation, rank, index] = places
+
+    def copies(self, block: Block) -> list[memoryview]:
+        """Where ``block`` has been; a worker may have overwritten it since."""
+        with self._lock:
+            return [
+                memoryview(self._files[generation, rank][index][1])[at : at + block.nbytes]
+                for (generation, rank, index), places in self._places.items()
+                if (at := places.get(block.digest)) is not None
+            ]
+
+    def drop_before(self, generation: int) -> None:
+        """Frees the buffers of earlier generations."""
+        with self._lock:
+            for key in [k for k in self._files if k[0] < generation]:
+                self._drop(key)
+
+    def _drop(self, key: tuple[int, int]) -> None:
+        for place in [p for p in self._places if p[:2] == key]:
+            del self._places[place]
+        for path, mapped in self._files.pop(key, []):
+            path.unlink(missing_ok=True)
+            try:
+                mapped.close()
+            except BufferError:
+                pass  # a view is still being written from; freed with it
+
+
+def _reserve(path: Path, nbytes: int) -> mmap.mmap:
+    """A file of ``nbytes`` whose pages exist, so that a later write cannot fail with SIGBUS."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+    try:
+        os.posix_fallocate(descriptor, 0, nbytes)
+        return mmap.mmap(descriptor, nbytes)
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
+    finally:
+        os.close(descriptor)
+
+
+def shared_directory(job: str) -> Path:
+    """A private directory on shared memory (or the temporary one) for this launcher."""
+    shared = Path("/dev/shm")  # noqa: S108  the directory made there is private
+    parent = shared if os.access(shared, os.W_OK) else Path(tempfile.gettempdir())
+    remove_leftovers(parent)
+    return Path(tempfile.mkdtemp(prefix=f"paddle_ft-{os.getpid()}-{job}-", dir=parent))
+
+
+def remove_leftovers(parent: Path) -> None:
+    """Removes what launchers left there that were killed: their name holds their pid."""
+    for path in parent.glob("paddle_ft-*-*"):
+        pid = path.name.split("-")[1]
+        if pid.isdigit() and path.is_dir() and not Path(f"/proc/{pid}").exists():
+            shutil.rmtree(path, ignore_errors=True)
