@@ -16,7 +16,7 @@ from paddle_ft.checkpoint.collect import collect, release
 from paddle_ft.checkpoint.deltas import Prints
 from paddle_ft.checkpoint.manifest import Manifest
 from paddle_ft.checkpoint.plan import merge
-from paddle_ft.checkpoint.restore import restore
+from paddle_ft.checkpoint.restore import Near, restore
 from paddle_ft.checkpoint.retention import metrics_of, rule_of
 from paddle_ft.checkpoint.sign import Trust
 from paddle_ft.checkpoint.store import Store, open_store
@@ -80,8 +80,12 @@ class CheckpointRoom:
         generation: int,
         member: str,
         parent: CommitRef | None,
+        places: dict[str, tuple[int, int]] | None = None,
     ) -> Part:
-        """Stores one node's share of a step; ``sequence`` is the head's plus one."""
+        """Stores one node's share of a step; ``sequence`` is the head's plus one.
+
+        ``places`` is told where each block lies: digest -> (rank, offset in its image).
+        """
         try:
             known = (parent, self._manifest(parent)) if parent else None
         except CheckpointDamaged:
@@ -96,6 +100,7 @@ class CheckpointRoom:
             parent=known,
             config=self._config,
             prints=self._prints,
+            places=places,
         )
 
     def store_manifest(self, action: Commit) -> CommitRef:
@@ -123,11 +128,27 @@ class CheckpointRoom:
         commits.mark_committed(self._store, head)
 
     def restore(
-        self, ref: CommitRef, *, ranks: Sequence[int], world_size: int, path: Path
+        self,
+        ref: CommitRef,
+        *,
+        ranks: Sequence[int],
+        world_size: int,
+        path: Path,
+        near: Near | None = None,
     ) -> Mapping[int, ImageInfo]:
-        """Loads what ``ranks`` need into the new file ``path``; what is in it, by rank."""
-        manifest = self._manifest(ref)
-        return restore(self._store, ref, manifest, ranks=ranks, world_size=world_size, path=path)
+        """Loads what ``ranks`` need into the new file ``path``; what is in it, by rank.
+
+        ``near`` finds blocks in memory.
+        """
+        return restore(
+            self._store,
+            ref,
+            self._manifest(ref),
+            ranks=ranks,
+            world_size=world_size,
+            path=path,
+            near=near,
+        )
 
     def collect(self, head: Head) -> None:
         """Removes what no checkpoint that is kept refers to."""
