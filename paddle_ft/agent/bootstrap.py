@@ -24,6 +24,7 @@ import socket
 import stat
 import sys
 import traceback
+import warnings
 import zlib
 from types import TracebackType
 from typing import Any
@@ -49,6 +50,8 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # Paddle reports its connections at level INFO.
     os.environ.setdefault("GLOG_minloglevel", "1")
+    # Said by Paddle at each import, of a compiler cache that training has no use for.
+    warnings.filterwarnings("ignore", message="No ccache found")
     arguments = sys.argv[1:]
     if arguments[:1] == ["--spare"]:
         arguments = wait_as_spare(arguments[1:])
