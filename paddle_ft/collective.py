@@ -72,6 +72,26 @@ class Collective:
         except RuntimeError as error:
             raise peer_loss(error, self.rank, "an all-reduce") from error
 
+    def sum(self, numbers: list[int]) -> list[int]:
+        """``numbers`` summed over all ranks, each for itself. Raises CollectiveFailed."""
+        if self.world_size == 1:
+            return numbers
+        import paddle
+
+        tensor = paddle.to_tensor(numbers, dtype="int64")
+        self.all_reduce(tensor)
+        result: list[int] = tensor.tolist()
+        return result
+
+    def check_same(self, number: int, what: str) -> None:
+        """Raises CollectiveFailed unless ``number`` is the same on all ranks."""
+        world_size = self.world_size
+        if self.sum([number, number**2]) != [world_size * number, world_size * number**2]:
+            raise CollectiveFailed(
+                f"The ranks do not have the same {what} ({number} on rank {self.rank}); the "
+                f"workers start again from one checkpoint."
+            )
+
     def broadcast(self, tensor: Any, root: int = 0) -> None:
         """Overwrites ``tensor`` with that of ``root``. Raises CollectiveFailed."""
         if self.world_size == 1:

@@ -78,6 +78,16 @@ class Gradients:
         for bucket in self._buckets:
             _empty(bucket, used)
 
+    def clear(self) -> None:
+        """Removes all gradients.
+
+        They are not set to zero, as ``Optimizer.clear_grad`` does by default: whether a parameter
+        had a gradient earlier must not matter after a restart.
+        """
+        for parameter in self._all:
+            if parameter.grad is not None:
+                parameter.clear_gradient(False)
+
 
 def _buckets_of(parameters: Sequence[Any]) -> list[_Bucket]:
     """From the last parameter to the first, as a backward pass produces them."""

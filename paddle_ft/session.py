@@ -178,7 +178,7 @@ class Session:
             self._position = Position.from_meta(info.meta.get("position", {}), info.step)
         elif self.world_size > 1:
             self._collective.broadcast_all(self._model.state_dict().values())
-        self._check_same_start()
+        self._collective.check_same(self.global_step, "step to start from")
         self._gradients = Gradients(self._model.parameters(), self._collective)
         self._streams = Streams(self.rank, self.world_size, not parallel, self._position)
         self._recorder = Recorder(
@@ -193,17 +193,6 @@ class Session:
         self._schedule.saved(self.global_step, time.monotonic())
         self._teller = context.teller()
         self._teller.tell(self._position, None)
-
-    def _check_same_start(self) -> None:
-        if self.world_size == 1:
-            return
-        step = self.global_step
-        total = self._sum([step, step * step])
-        if total != [step * self.world_size, step * step * self.world_size]:
-            raise CollectiveFailed(
-                f"Rank {self.rank} starts from step {step} and others do not; the workers start "
-                f"again from one checkpoint."
-            )
 
     def register(self, name: str, thing: Any) -> None:
         """Saves and restores ``thing`` too, from its ``state_dict`` and by its ``set_state_dict``.
@@ -278,11 +267,12 @@ class Session:
             self._state.check_all_registered(self._image)
             self._image = None
 
-    def step(self, loss: Any = None) -> None:
+    def step(self, loss: Any = None, *, scaler: Any = None) -> None:
         """Ends a step: sums the gradients over the ranks, agrees, applies them, and clears them.
 
         ``loss`` is shown, and rank 0's is kept with the checkpoint. Call this equally often on all
         ranks. Of several batches since the last step the gradients add up, as without a session.
+        With a ``paddle.amp.GradScaler`` as ``scaler`` (to be registered, too) it applies the step.
 
         Raises CollectiveFailed if a peer is lost; nothing was applied then.
         """
@@ -295,19 +285,19 @@ class Session:
             self._schedule.held(self._recorder.before_step(loss))
         if self._reduces:
             self._gradients.finish(self._verdict.present)
-        self._optimizer.step()
-        if self._lr_step == "step" or (self._lr_step == "epoch" and ends_epoch):
-            self._step_scheduler()
-        # Not set to zero: whether a gradient was there before must not matter after a restart.
-        self._optimizer.clear_grad(set_to_zero=False)
+        if scaler is None:
+            self._optimizer.step()
+        else:
+            scaler.step(self._optimizer)
+            scaler.update()
+        steps_lr = self._lr_step == "step" or (self._lr_step == "epoch" and ends_epoch)
+        if steps_lr and self._lr_scheduler is not None:
+            self._lr_scheduler.step()
+        self._gradients.clear()
         self._position.step += 1
         self._teller.tell(self._position, loss)
         if not self._streams.in_loop:
             self._between_rounds()
-
-    def _step_scheduler(self) -> None:
-        if self._lr_scheduler is not None:
-            self._lr_scheduler.step()
 
     def _vote(self, present: list[int]) -> Verdict:
         keeper, step = self._keeper, self.global_step + 1
@@ -320,16 +310,7 @@ class Session:
             pause=bool(keeper.pause_reason),
             present=tuple(present),
         )
-        votes = ballot.to_numbers()
-        return Verdict.of(self._sum(votes) if self.world_size > 1 else votes, self.world_size, step)
-
-    def _sum(self, numbers: list[int]) -> list[int]:
-        import paddle
-
-        tensor = paddle.to_tensor(numbers, dtype="int64")
-        self._collective.all_reduce(tensor)
-        result: list[int] = tensor.tolist()
-        return result
+        return Verdict.of(self._collective.sum(ballot.to_numbers()), self.world_size, step)
 
     def _between_rounds(self) -> None:
         """Takes the snapshot that the last vote asked for."""
@@ -349,7 +330,7 @@ class Session:
         reason = keeper.pause_reason or "another rank was asked to"
         if self._context.env is None:  # nobody else waits for the checkpoint
             keeper.wait_committed(self.global_step)
-            self._sum([0])  # who leaves first may take the others with it
+            self._collective.sum([0])  # who leaves first may take the others with it
         keeper.close("paused", reason, EXIT_PAUSED, self.global_step)
         raise Leave(keeper.pause_exit_code or EXIT_PAUSED)
 

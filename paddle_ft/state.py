@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from paddle_ft.checkpoint.manifest import ITEM_BYTES
 from paddle_ft.checkpoint.snapshot import Image, array_of, dtype_name, nbytes_of, write_tensor
 from paddle_ft.errors import CheckpointMismatch, ConfigError
 from paddle_ft.plain import from_plain, to_plain
@@ -324,9 +325,9 @@ def _taken_from(name: str, state: object) -> tuple[Any, list[Entry]]:
     entries: list[Entry] = []
 
     def take(where: str, value: object) -> dict[str, Any] | None:
-        if not _is_tensor(value) or (isinstance(value, np.ndarray) and value.dtype.hasobject):
+        if not _is_tensor(value) or dtype_name(value) not in ITEM_BYTES:
             return None
-        entries.append(Entry(f"{where}", value, "replicated", steady=False))
+        entries.append(Entry(where, value, "replicated", steady=False))
         return {"name": where, "array": isinstance(value, np.ndarray)}
 
     plain = to_plain(state, name, take)

@@ -68,6 +68,7 @@ MISUSES = {
     "slash": "use a name without '/'",
     "no state_dict": "object lacks state_dict or set_state_dict",
     "not JSON": "registered/a/x/1 is a set, which cannot be kept",
+    "array of texts": "registered/a/x is a ndarray, which cannot be kept",
     "same path": "two tensors have the same path",
 }
 

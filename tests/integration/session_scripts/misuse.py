@@ -83,6 +83,7 @@ MISUSES: dict[str, Callable[[], Any]] = {
     "slash": in_session(lambda s: s.register("a/b", Holds({}))),
     "no state_dict": in_session(lambda s: s.register("a", object())),
     "not JSON": in_session(lambda s: s.register("a", Holds({"x": [1, {2, 3}]}))),
+    "array of texts": in_session(lambda s: s.register("a", Holds({"x": np.array(["a", "b"])}))),
     "same path": in_session(
         lambda s: s.register("a", Holds({"x/y": np.ones(1), "x": {"y": np.ones(1)}}))
     ),

@@ -132,6 +132,7 @@ def main() -> None:
     schedule, optimizer = make_optimizer(model)
     data = Data(OPTIONS["samples"])
     counter = Counter()
+    scaler = paddle.amp.GradScaler(enable=False) if OPTIONS["register"] else None
     with ft.session(
         model=model,
         optimizer=optimizer,
@@ -149,6 +150,7 @@ def main() -> None:
         )
         if OPTIONS["register"]:
             s.register("counter", counter)
+            s.register("scaler", scaler)
         for number in range(OPTIONS["streams"]):
             for x, y, ids in s.batches(
                 data,
@@ -166,7 +168,7 @@ def main() -> None:
                     raise ValueError("the script's own mistake")
                 if s.global_step == OPTIONS["die_at"] and s.rank == OPTIONS["die_rank"]:
                     os.kill(os.getpid(), signal.SIGKILL)
-                s.step(loss)
+                s.step(loss, scaler=scaler)
                 counter.seen["steps"] += 1
                 counter.seen["mean"] += 0.5
                 tell(
