@@ -17,7 +17,7 @@ STAMPTORCH := .venv-torch/.made-for
 PIP := install -qq --disable-pip-version-check --no-input
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-2.6 setup-torch bench-checkpoint demo test lint test-slow test-2.6 sim clean
+.PHONY: help setup setup-2.6 setup-torch bench-checkpoint demo test lint test-slow test-2.6 sim chaos-checkpoint clean
 
 help:
 	@sed -n 's/^\([a-z][a-z0-9.-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 12
@@ -80,6 +80,11 @@ sim: setup ## SEEDS=20000 runs of the simulated cluster, on two cores
 	$(BIN)/python -m tests.sim.run --seeds $$half & first=$$!; \
 	$(BIN)/python -m tests.sim.run --from $$half --seeds $$(( $(SEEDS) - half )); second=$$?; \
 	wait $$first && exit $$second
+
+chaos-checkpoint: setup ## every fault of the store, 50 times at random moments; some ten minutes
+	@rows=$$(mktemp -d -t paddle_ft-chaos-XXXXXX); \
+	CHAOS_REPORT=$$rows $(BIN)/python -m pytest -n $(JOBS) -m slow tests/chaos/test_checkpoint_store.py; \
+	result=$$?; $(BIN)/python -m tests.chaos.report $$rows; rm -rf $$rows; exit $$result
 
 clean: ## remove what builds and runs left, but not the environments
 	@rm -rf .demo .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist log checkpoints

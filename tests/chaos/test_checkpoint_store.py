@@ -144,48 +144,51 @@ def test_the_writer_is_killed(tmp_path: Path) -> None:
 
 @pytest.mark.s3
 def test_the_server_of_the_store_is_killed(tmp_path: Path) -> None:
-    with repeated("SIGKILL of the store's server") as (tally, choose):
-        with S3Server() as server, pytest.MonkeyPatch.context() as patch:
-            for name, value in server.environment.items():
-                patch.setenv(name, value)
-            config = server.config(attempts=12, connect_timeout_s=1.0, read_timeout_s=2.0)
-            store = open_store(server.bucket("checkpoints") + "/a", config)
-            leader = Leader(store, tmp_path / "register")
-            stop, failures = threading.Event(), []
+    with (
+        repeated("SIGKILL of the store's server") as (tally, choose),
+        S3Server() as server,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        for name, value in server.environment.items():
+            patch.setenv(name, value)
+        config = server.config(attempts=12, connect_timeout_s=1.0, read_timeout_s=2.0)
+        store = open_store(server.bucket("checkpoints") + "/a", config)
+        leader = Leader(store, tmp_path / "register")
+        stop, failures = threading.Event(), []
 
-            def save() -> None:
-                for step in itertools.count(1):
-                    if stop.is_set():
-                        return
-                    try:
-                        assert leader.save(step)
-                    except StoreError:
-                        tally.refused += 1
-                    except BaseException as error:  # noqa: BLE001  told by the test
-                        failures.append(error)
-                        return
+        def save() -> None:
+            for step in itertools.count(1):
+                if stop.is_set():
+                    return
+                try:
+                    assert leader.save(step)
+                except StoreError:
+                    tally.refused += 1
+                except BaseException as error:  # noqa: BLE001  told by the test
+                    failures.append(error)
+                    return
 
-            saver = threading.Thread(target=save)
-            saver.start()
-            try:
-                for _ in range(RUNS):
-                    before = leader.step
-                    time.sleep(choose.uniform(0, 0.3))
-                    server.kill()
-                    server.start()
-                    _wait_until(lambda before=before: leader.step > before, failures)
-                    head = commit.newest_head(store)
-                    assert head
-                    assert head.newest.step >= before
-                    assert _holds_or_is_gone(store, head.newest)
-                    tally.loads += 1
-                    tally.runs += 1
-            finally:
-                stop.set()
-                saver.join()
-            assert not failures
-            tally.check(store, leader.step, leader.step)
-            tally.saves = leader.step
+        saver = threading.Thread(target=save)
+        saver.start()
+        try:
+            for _ in range(RUNS):
+                before = leader.step
+                time.sleep(choose.uniform(0, 0.3))
+                server.kill()
+                server.start()
+                _wait_until(lambda before=before: leader.step > before, failures)
+                head = commit.newest_head(store)
+                assert head
+                assert head.newest.step >= before
+                assert _holds_or_is_gone(store, head.newest)
+                tally.loads += 1
+                tally.runs += 1
+        finally:
+            stop.set()
+            saver.join()
+        assert not failures
+        tally.check(store, leader.step, leader.step)
+        tally.saves = leader.step
 
 
 def _wait_until(condition: Callable[[], bool], failures: list[BaseException]) -> bool:
