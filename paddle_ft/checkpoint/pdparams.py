@@ -54,7 +54,7 @@ def write_paddle(path: Path, state: Any) -> None:
     try:
         with paddle.base.dygraph.guard(paddle.CPUPlace()):
             paddle.save(map_leaves(state, make), str(path))
-    except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         first = str(error).strip().partition("\n")[0]
         raise ConfigError(
             f"Paddle cannot save {path.name} ({first}); export with --format safetensors."
