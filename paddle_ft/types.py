@@ -194,6 +194,16 @@ Scope = Literal["replicated", "local"]
 
 
 @dataclass(frozen=True, slots=True)
+class ShardOf:
+    """Which part of a tensor that is divided among ranks one rank has."""
+
+    start: tuple[int, ...]
+    """Index of its first element, on each axis."""
+    whole: tuple[int, ...]
+    """Shape of the tensor."""
+
+
+@dataclass(frozen=True, slots=True)
 class TensorSpec:
     """One tensor, or a contiguous piece of one, inside an image.
 
@@ -205,11 +215,13 @@ class TensorSpec:
     dtype: str
     """numpy name, or ``bfloat16``."""
     shape: tuple[int, ...]
-    """Shape of the whole tensor."""
+    """Shape of the whole tensor, or of the shard."""
     scope: Scope
     offset: int
     nbytes: int
     start: int = 0
+    shard: ShardOf | None = None
+    """With ``local``: this is a shard, to be put together with those of the other ranks."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,9 +8,21 @@ from __future__ import annotations
 
 from typing import Any
 
+from paddle_ft.checkpoint.boxes import Box
 from paddle_ft.checkpoint.retention import KeepAll, KeepAny, KeepBest, KeepEvery, KeepLast
 
-__all__ = ["KeepAll", "KeepAny", "KeepBest", "KeepEvery", "KeepLast", "load", "save", "steps"]
+__all__ = [
+    "Box",
+    "KeepAll",
+    "KeepAny",
+    "KeepBest",
+    "KeepEvery",
+    "KeepLast",
+    "load",
+    "load_shards",
+    "save",
+    "steps",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -19,4 +31,8 @@ def __getattr__(name: str) -> Any:
         from paddle_ft.checkpoint import standalone
 
         return getattr(standalone, name)
+    if name == "load_shards":
+        from paddle_ft.checkpoint import shards
+
+        return shards.load_shards
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -20,10 +20,11 @@ from functools import cache
 from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, TypeAdapter
-from typing_extensions import TypedDict
+from typing_extensions import NotRequired, TypedDict
 
+from paddle_ft.checkpoint.boxes import Box, PartOf, unfit, whole_of
 from paddle_ft.errors import CheckpointDamaged
-from paddle_ft.types import Scope
+from paddle_ft.types import Scope, ShardOf
 
 FORMAT = 1
 
@@ -70,6 +71,16 @@ class Piece:
     rank: int
     start: int
     blocks: tuple[Block, ...]
+    shard: ShardOf | None = None
+    """What the local tensor of this rank is of one that is divided among them."""
+
+    @property
+    def part(self) -> PartOf:
+        """Which elements of which tensor these are."""
+        if self.shard is None:
+            return PartOf(self.name, self.dtype, self.shape, whole_of(self.shape), shard=False)
+        box = Box(self.shard.start, self.shape)
+        return PartOf(self.name, self.dtype, self.shard.whole, box, shard=True)
 
     @property
     def nbytes(self) -> int:
@@ -147,6 +158,8 @@ class _WirePiece(TypedDict):
     scope: Scope
     rank: Annotated[int, Field(ge=-1, lt=2**31)]
     start: _Count
+    shard: NotRequired[tuple[list[_Count], list[_Count]]]
+    """first element and shape of the whole, for shards only"""
     blocks: list[tuple[_Digest, _Count, str, list[_Count]]]
     """digest, bytes, codec, and (index of the object, offset, bytes) of every extent in a row"""
 
@@ -218,6 +231,7 @@ def _wire_pieces(pieces: Iterable[Piece], index: Mapping[str, int]) -> list[dict
                 for b in p.blocks
             ],
         }
+        | ({"shard": (p.shard.start, p.shard.whole)} if p.shard else {})
         for p in pieces
     ]
 
@@ -252,6 +266,8 @@ def decode_manifest(data: bytes, where: str) -> Manifest:
         replicated = {t.name for t in tensors if t.rank < 0}
         mixed = {t.name for t in tensors if t.rank >= 0} & replicated
         _require(not mixed, f"tensors {sorted(mixed)} are both replicated and local")
+        wrong = unfit(t.part for t in tensors)
+        _require(not wrong, f"the shards of {', '.join(wrong)} do not make up a tensor")
     except _Malformed as error:
         raise _damaged(where, str(error)) from None
     return Manifest(**wire, objects=objects, tensors=tensors)
@@ -335,6 +351,7 @@ def _piece(wire: _WirePiece, objects: list[tuple[str, int]], block_bytes: int) -
         rank=wire["rank"],
         start=wire["start"],
         blocks=blocks,
+        shard=_shard(wire),
     )
     end = piece.start + piece.nbytes
     _require(end <= piece.nbytes_whole, f"tensor {name} has more bytes than its shape")
@@ -346,6 +363,15 @@ def _piece(wire: _WirePiece, objects: list[tuple[str, int]], block_bytes: int) -
         f"tensor {name} is not cut at multiples of {block_bytes} bytes",
     )
     return piece
+
+
+def _shard(wire: _WirePiece) -> ShardOf | None:
+    if "shard" not in wire:
+        return None
+    shard = ShardOf(*map(tuple, wire["shard"]))
+    fits = Box(shard.start, tuple(wire["shape"])).inside(shard.whole)
+    _require(fits and wire["scope"] == "local", f"tensor {wire['name']} has a wrong shard")
+    return shard
 
 
 def _block(

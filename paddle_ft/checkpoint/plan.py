@@ -15,6 +15,7 @@ from fnmatch import fnmatchcase
 from typing import Literal
 
 from paddle_ft.checkpoint import layout
+from paddle_ft.checkpoint.boxes import unfit
 from paddle_ft.checkpoint.manifest import Block, Extent, Manifest, PartListing, Piece
 from paddle_ft.errors import CheckpointDamaged, CheckpointMismatch
 from paddle_ft.types import Head, TensorSpec
@@ -201,7 +202,7 @@ def _assemble(what: str, pieces: Iterable[Piece]) -> tuple[Piece, ...]:
     whole: list[Piece] = []
     for (name, _), group in sorted(groups.items()):
         group.sort(key=lambda p: (p.start, p.nbytes))
-        if len({(p.dtype, p.shape, p.scope) for p in group}) != 1:
+        if len({(p.dtype, p.shape, p.scope, p.shard) for p in group}) != 1:
             raise CheckpointDamaged(
                 f"{what}: the ranks disagree about the shape or dtype of {name}; save again."
             )
@@ -220,6 +221,11 @@ def _assemble(what: str, pieces: Iterable[Piece]) -> tuple[Piece, ...]:
             )
         blocks = tuple(block for piece in group for block in piece.blocks)
         whole.append(replace(group[0], blocks=blocks))
+    if unfitting := unfit(p.part for p in whole):
+        raise CheckpointDamaged(
+            f"{what}: the shards of {', '.join(unfitting)} are not all of it, or overlap; save "
+            f"again."
+        )
     return tuple(whole)
 
 
@@ -252,13 +258,15 @@ def plan_read(
     """What has to be read so that ``ranks`` (of a world of any size) have their state.
 
     Replicated tensors are read once. Where the world size has changed, rank r takes the local
-    tensors of rank r mod the old world size. ``names``: only tensors that match one of these
-    patterns (``backbone.*``).
+    tensors of rank r mod the old world size; shards are left to ``reshard``. ``names``: only
+    tensors that match one of these patterns (``backbone.*``).
     """
     tensors: dict[int, list[TensorSpec]] = {rank: [] for rank in ranks}
     targets: list[Target] = []
     offset = 0
     for piece in manifest.tensors:
+        if piece.shard is not None:
+            continue
         takers = [r for r in ranks if piece.rank < 0 or r % manifest.world_size == piece.rank]
         if not takers or not (names is None or any(fnmatchcase(piece.name, n) for n in names)):
             continue

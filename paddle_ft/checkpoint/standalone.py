@@ -33,6 +33,7 @@ import numpy as np
 from paddle_ft import config as settings
 from paddle_ft.checkpoint import commit, layout, plan, retention, write
 from paddle_ft.checkpoint.collect import collect, release
+from paddle_ft.checkpoint.deltas import Prints
 from paddle_ft.checkpoint.manifest import ITEM_BYTES, Manifest
 from paddle_ft.checkpoint.restore import fetch
 from paddle_ft.checkpoint.sign import Trust
@@ -174,6 +175,7 @@ class _Writer:
     owner: str = ""
     head: Head | None = None
     manifests: dict[str, Manifest] = field(default_factory=dict)
+    prints: Prints = field(default_factory=Prints)
 
     def start(
         self, handle: SaveHandle, image: tuple[ImageInfo, memoryview], keep: retention.Keep | None
@@ -220,6 +222,7 @@ class _Writer:
             member="alone",
             parent=parent,
             config=self.config,
+            prints=self.prints,
         )
         listing = write.read_part(self.store, part)
         parents = {parent[0].manifest: parent[1]} if parent else {}

@@ -203,6 +203,7 @@ def _pieces(
                 scope=spec.scope,
                 rank=rank,
                 start=spec.start,
+                shard=spec.shard,
                 blocks=blocks.of((spec.name, rank), found),
             )
     blocks.remember()
