@@ -224,6 +224,8 @@ class SnapshotKeeper:
                     self.trouble = ""
 
     def _write(self, job: _Job) -> None:
+        if self._over(job.generation):
+            return  # its buffers may be gone
         images = [
             (
                 image.message.info,
