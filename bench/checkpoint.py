@@ -22,7 +22,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.checkpoint")
     parser.add_argument("--mbytes", type=float, default=400.0, help="size of the state")
     parser.add_argument("--rounds", type=int, default=2, help="how often each job is run")
-    parser.add_argument("--repeat", type=int, default=7, help="how often all else is run")
+    parser.add_argument("--repeat", type=int, default=5, help="how often all else is run")
     parser.add_argument("--only", default=",".join(PARTS), help="parts, separated by commas")
     parser.add_argument("--folder", type=Path, help="where to write (the temporary directory)")
     parser.add_argument("--out", type=Path, default=HERE.parent / "docs")

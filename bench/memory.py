@@ -28,7 +28,8 @@ def measure(folder: Path, mbytes: float, say: Callable[[str], None]) -> list[Row
              "--every", "2"],
         )  # fmt: skip
         job.start()
-        job.wait(INTERVAL_S)
+        done = len(job.wait(INTERVAL_S)[0]["iterations"])
+        assert done == 20, f"{done} steps: the job did not go on from its checkpoint"
         runs[name] = job.memory
     rows = []
     for name, images in (("training", 0), ("after a restart", 1)):

@@ -12,6 +12,7 @@ from typing import Any
 
 from bench.drive import Job, Line
 from bench.report import Row
+from bench.storage import settle
 
 GROUP = "Stall of the training loop"
 EVERY = 20
@@ -103,7 +104,7 @@ def measure(
             say(f"stall, round {number + 1} of {rounds}: {case.name}")
             for report in run_job(folder / "job", case, mbytes):
                 add(case, report)
-            _ask_torch(torch, peers)
+            _ask_torch(torch, peers, int(mbytes * 1e6))
             if case is long_one:
                 say(f"stall, round {number + 1} of {rounds}: the same without checkpoints")
                 flags = ("--checkpoint_every", "never")
@@ -116,10 +117,12 @@ def measure(
     return rows
 
 
-def _ask_torch(torch: Line | None, peers: dict[str, list[float]]) -> None:
+def _ask_torch(torch: Line | None, peers: dict[str, list[float]], nbytes: int) -> None:
     if torch is None:
         return
+    settle(2 * nbytes)
     peers["torch.save"].append(1e3 * torch.ask(do="torch_save")["blocked_s"])
+    settle(2 * nbytes)
     peers["DCP async_save"].append(1e3 * torch.ask(do="dcp", stager="plain")["blocked_s"])
 
 
@@ -147,7 +150,7 @@ def rows_of(case: Case, peers: dict[str, list[float]]) -> list[Row]:
         case.goal, note=note,
     )  # fmt: skip
     held = Row(GROUP, f"{case.name}: of it, stood still", "ms", [1e3 * s for s in case.held],
-               copies, "memcpy")  # fmt: skip
+               copies, "memcpy", goal=case.goal)  # fmt: skip
     lost = Row(
         GROUP, f"{case.name}: share of training time lost, every {EVERY} steps", "%", case.lost,
         goal=0.5 if case.goal < 1 else None,

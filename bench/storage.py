@@ -27,6 +27,8 @@ from paddle_ft.types import CommitRef, Head, ImageInfo, TensorSpec
 TENSORS = 50
 DURABLE = "From call to durable on disk"
 THROUGHPUT = "Throughput"
+WARM_UP = 2
+"""Checkpoints after which the writer knows that everything changes each time."""
 
 
 def tensors(nbytes: int, count: int = TENSORS) -> list[TensorSpec]:
@@ -102,9 +104,21 @@ class Writer:
         self._rooms[0].restore(ref, ranks=[0], world_size=1, path=path)
 
 
-def timed(action: Callable[[], Any]) -> float:
-    """Seconds; what was left to be written before is written first."""
+def settle(nbytes: int) -> None:
+    """Brings the machine to the same state before each measurement.
+
+    What is left to be written is written. Then memory is taken and given back: on a virtual machine
+    the host takes free pages away after a while, and the first use of such a page costs several
+    times what a copy does, so that whoever comes first would pay for the page cache of all.
+    """
     os.sync()
+    with mmap.mmap(-1, nbytes) as memory:
+        np.frombuffer(memory, np.uint8)[::4096] = 1
+
+
+def timed(action: Callable[[], Any], nbytes: int) -> float:
+    """Seconds that ``action`` takes, which is about ``nbytes``."""
+    settle(nbytes + nbytes // 4)
     start_s = time.perf_counter()
     action()
     return time.perf_counter() - start_s
@@ -113,7 +127,8 @@ def timed(action: Callable[[], Any]) -> float:
 def dd(source: Path, target: Path) -> float:
     target.unlink(missing_ok=True)
     command = ["dd", f"if={source}", f"of={target}", "bs=4M", "conv=fsync"]
-    return timed(lambda: subprocess.run(command, check=True, capture_output=True))
+    run = lambda: subprocess.run(command, check=True, capture_output=True)  # noqa: E731
+    return timed(run, source.stat().st_size)
 
 
 # ---------------------------------------------------------------- from call to disk
@@ -125,22 +140,23 @@ def measure_durable(
     ours: list[float] = []
     limit: list[float] = []
     peers: dict[str, list[float]] = {"torch.save + fsync": [], "DCP async_save": []}
+    nbytes = int(mbytes * 1e6)
     with (
-        shared_memory(int(mbytes * 1e6)) as (source, _),
+        shared_memory(nbytes) as (source, _),
         driven_job(folder / "driven", mbytes) as job,
     ):
         job.ask()  # the first one in each buffer
         job.ask()
         for number in range(rounds):
             say(f"from call to disk, {number + 1} of {rounds}")
-            os.sync()
+            settle(nbytes + nbytes // 4)
             ours.append(job.ask()["durable_s"])
             limit.append(dd(source, folder / "dd.bin"))
             if torch is not None:
-                os.sync()
+                settle(2 * nbytes)
                 answer = torch.ask(do="torch_save_fsync")
                 peers["torch.save + fsync"].append(answer["durable_s"])
-                os.sync()
+                settle(2 * nbytes)
                 answer = torch.ask(do="dcp", stager="plain")
                 peers["DCP async_save"].append(answer["durable_s"])
     shutil.rmtree(folder / "driven")
@@ -179,18 +195,21 @@ def _rate(nbytes: int, seconds: list[float]) -> list[float]:
 def _directory(
     folder: Path, source: Path, image: Any, rounds: int, say: Callable[[str], None]
 ) -> Row:
+    nbytes = image[1].nbytes
+    writer = Writer(open_store(str(folder / "store")), CheckpointConfig())
     ours, limit = [], []
-    for number in range(rounds):
+    for number in range(-WARM_UP, rounds):
         say(f"directory, {number + 1} of {rounds}")
         touch(image[1])
-        writer = Writer(open_store(str(folder / "store")), CheckpointConfig())
-        ours.append(timed(lambda w=writer: w.write([image])))
-        shutil.rmtree(folder / "store")
+        ours.append(timed(lambda: writer.write([image]), nbytes))
         limit.append(dd(source, folder / "dd.bin"))
+    shutil.rmtree(folder / "store")
     (folder / "dd.bin").unlink()
-    nbytes = image[1].nbytes
-    return Row(THROUGHPUT, "write to a directory", "MB/s", _rate(nbytes, ours),
-               _rate(nbytes, limit), "dd conv=fsync", goal=0.8, sense=">=")  # fmt: skip
+    first = nbytes / 1e6 / ours[0]
+    note = f"the first one, which also looks for what may change in part, {first:.0f} MB/s"
+    return Row(THROUGHPUT, "write to a directory", "MB/s", _rate(nbytes, ours[WARM_UP:]),
+               _rate(nbytes, limit[WARM_UP:]), "dd conv=fsync", goal=0.8, sense=">=",
+               note=note)  # fmt: skip
 
 
 def _reading(
@@ -203,18 +222,23 @@ def _reading(
     os.sync()
     target = Path(f"/dev/shm/paddle_ft-{os.getpid()}-bench-restore")
 
+    nbytes = image[1].nbytes
     rows = []
     for warm in (True, False):
+        forget(folder)
+        if warm:  # objects are written past the page cache
+            writer.restore(ref, target)
+            target.unlink()
+            read_file(plain)
         ours, limit = [], []
         for number in range(rounds):
             say(f"restore {'warm' if warm else 'cold'}, {number + 1} of {rounds}")
             if not warm:
                 forget(folder)
-            ours.append(timed(lambda: writer.restore(ref, target)))
+            ours.append(timed(lambda: writer.restore(ref, target), nbytes))
             target.unlink()
-            limit.append(timed(lambda: read_file(plain)))
+            limit.append(timed(lambda: read_file(plain), nbytes))
         name = f"restore from a directory, page cache {'warm' if warm else 'cold'} for both"
-        nbytes = image[1].nbytes
         note = "restore verifies the sha256 of every byte, reading a file verifies nothing"
         rows.append(Row(THROUGHPUT, name, "MB/s", _rate(nbytes, ours), _rate(nbytes, limit),
                         "read the file", goal=0.8, sense=">=", note=note))  # fmt: skip
@@ -258,9 +282,11 @@ def _s3(source: Path, image: Any, rounds: int, say: Callable[[str], None]) -> Ro
                 say(f"S3, {number + 1} of {rounds}")
                 touch(image[1])
                 writer = Writer(open_store(f"{url}/{number}", config), config)
-                ours.append(timed(lambda w=writer: w.write([image])))
+                ours.append(timed(lambda w=writer: w.write([image]), nbytes))
                 writer.store.delete([info.name for info in writer.store.find("")])
-                limit.append(timed(lambda: client.upload_file(str(source), "bench", "one-file")))
+                limit.append(
+                    timed(lambda: client.upload_file(str(source), "bench", "one-file"), nbytes)
+                )
                 client.delete_object(Bucket="bench", Key="one-file")
     return Row(THROUGHPUT, "write to an S3 server", "MB/s", _rate(nbytes, ours),
                _rate(nbytes, limit), "boto3 upload_file", goal=0.9, sense=">=")  # fmt: skip
