@@ -9,12 +9,14 @@ all; everything else that is there must have been acknowledged.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import itertools
 import json
 import os
 import random
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -27,6 +29,7 @@ import pytest
 from paddle_ft.agent.tether import tethered
 from paddle_ft.checkpoint import commit
 from paddle_ft.checkpoint.store import Store, open_store
+from paddle_ft.config import CheckpointConfig
 from paddle_ft.errors import CheckpointDamaged, StoreError
 from paddle_ft.types import CommitRef
 from tests.chaos.checkpoint_leader import Leader, holds, state_of
@@ -218,6 +221,10 @@ def small_tmpfs(tmp_path: Path) -> Iterator[Path]:
     yield from _mounted(tmp_path / "small", ["-t", "tmpfs", "-o", "size=4m", "tmpfs"])
 
 
+_ONCE = CheckpointConfig(attempts=1)
+"""Or a fault would be over by the time the last attempt is made."""
+
+
 def _mounted(place: Path, what: list[str]) -> Iterator[Path]:
     place.mkdir()
     subprocess.run(["mount", *what, place], check=True, timeout=20)
@@ -261,7 +268,7 @@ def test_the_disk_of_the_store_is_full(small_tmpfs: Path, tmp_path: Path) -> Non
     with repeated("ENOSPC on the store") as (tally, choose):
         url = str(small_tmpfs / "store")
         store = open_store(url)
-        leader = Leader(open_store(url), tmp_path / "register", attempts=1)
+        leader = Leader(open_store(url, _ONCE), tmp_path / "register")
         assert leader.save(1)
         filler = small_tmpfs / "filler"
         for step in range(2, RUNS + 2):
@@ -287,29 +294,75 @@ def test_the_disk_of_the_cache_is_full(small_tmpfs: Path, tmp_path: Path) -> Non
             tally.saves, tally.runs = step, tally.runs + 1
 
 
+class Loop:
+    """A block device on a file, which can lose its end and get it back."""
+
+    _GET, _SET, _LIMIT_AT, _SIZE = 0x4C05, 0x4C04, 32, 232
+
+    def __init__(self, file: Path) -> None:
+        argv = ["losetup", "--find", "--show", str(file)]
+        done = subprocess.run(argv, capture_output=True, text=True, check=True, timeout=20)
+        self.device = done.stdout.strip()
+
+    def limit(self, nbytes: int) -> None:
+        """What lies beyond answers with EIO; 0: nothing does."""
+        with open(self.device, "rb") as stream:
+            status = bytearray(self._SIZE)
+            fcntl.ioctl(stream, self._GET, status)
+            struct.pack_into("<Q", status, self._LIMIT_AT, nbytes)
+            for _ in range(100):
+                try:
+                    fcntl.ioctl(stream, self._SET, status)
+                    return
+                except BlockingIOError:  # pages of it are in use
+                    time.sleep(0.01)
+        raise AssertionError(f"{self.device} does not take another size")
+
+    def close(self) -> None:
+        subprocess.run(["losetup", "--detach", self.device], check=True, timeout=20)
+
+
+@pytest.fixture
+def failing_disk(tmp_path: Path) -> Iterator[tuple[Path, Loop]]:
+    """An ext4 of 64 MiB, its inodes all in the first two."""
+    file = tmp_path / "disk.img"
+    with file.open("wb") as stream:
+        stream.truncate(64 * 2**20)
+    options = [
+        "-q",
+        "-F",
+        "-b",
+        "4096",
+        "-O",
+        "^has_journal",
+        "-N",
+        "4000",
+        "-E",
+        "lazy_itable_init=0",
+    ]
+    subprocess.run(["mkfs.ext4", *options, file], check=True, timeout=60)
+    loop = Loop(file)
+    try:
+        for place in _mounted(tmp_path / "disk", ["-o", "errors=continue", loop.device]):
+            yield place, loop
+    finally:
+        loop.close()
+
+
 @pytest.mark.root
 @pytest.mark.skipif(not shutil.which("mkfs.ext4"), reason="needs mkfs.ext4")
-def test_the_disk_fails(small_tmpfs: Path, tmp_path: Path) -> None:
-    """ext4 on a loop device whose file cannot grow any more: writes to it end with EIO."""
-    disk = small_tmpfs / "disk"
-    with disk.open("wb") as stream:
-        stream.truncate(64 * 2**20)
-    options = ["-q", "-F", "-b", "4096", "-O", "^has_journal", "-N", "4000"]
-    subprocess.run(["mkfs.ext4", *options, disk], check=True, timeout=60)
-    subprocess.run(["mount", "-o", "remount,size=16m", small_tmpfs], check=True, timeout=20)
+def test_the_disk_fails(failing_disk: tuple[Path, Loop], tmp_path: Path) -> None:
+    place, loop = failing_disk
     with repeated("EIO on the store") as (tally, choose):
-        mounting = _mounted(tmp_path / "disk", ["-o", "loop,errors=continue,discard", str(disk)])
-        with contextlib.contextmanager(lambda: mounting)() as place:
-            url = str(place / "store")
-            store = open_store(url)
-            leader = Leader(open_store(url), tmp_path / "register", attempts=1)
-            assert leader.save(1)
-            filler = small_tmpfs / "filler"
-            for step in range(2, RUNS + 2):
-                _fill(small_tmpfs, choose.randrange(0, 150_000))
-                _save_on_a_disk(tally, leader, store, step, lambda: filler.unlink(missing_ok=True))
-                subprocess.run(["fstrim", place], timeout=20, capture_output=True)
-            assert any("Input/output error" in sentence for sentence in tally.said), tally.said
+        url = str(place / "store")
+        store = open_store(url)
+        leader = Leader(open_store(url, _ONCE), tmp_path / "register")
+        assert leader.save(1)
+        for step in range(2, RUNS + 2):
+            loop.limit(choose.choice((300, 600, 1200, 2400, 4800, 9600, 12_000, 16_000)) * 4096)
+            _save_on_a_disk(tally, leader, store, step, lambda: loop.limit(0))
+        assert any("Input/output error" in sentence for sentence in tally.said), tally.said
+        assert tally.saves > 0
 
 
 # ---------------------------------------------------------------- a network that fails
