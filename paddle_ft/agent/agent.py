@@ -363,9 +363,9 @@ class Agent:
     def _follow_head(self, state: schema.JobState) -> None:
         """Lets the workers know of a commit; the leader's own after the marker is written."""
         head = state.head.value if state.head else None
-        if head is None or head.newest.manifest == self._told_manifest:
-            return
-        if state.leader is None or state.leader.value != self._membership.me:
+        if head is None or head.newest.manifest == self._told_manifest or state.leader is None:
+            return  # without a leader nobody has seen to the marker yet
+        if state.leader.value != self._membership.me:
             self._tell_committed(head)
         elif self._committer.acknowledged != head.newest.manifest and not self._commit_running:
             self._commit_running = True  # the leader before may have died before its marker

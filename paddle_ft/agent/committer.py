@@ -55,8 +55,8 @@ class Committer:
         self._closed = closed
         self.acknowledged = ""
         """Manifest of the newest commit whose marker is known to be written."""
-        self.failed: tuple[int, str] | None = None
-        """Generation whose parts do not make a checkpoint, and why."""
+        self.failed: tuple[schema.Fences, str] | None = None
+        """What a commit was decided upon whose parts do not make a checkpoint, and why."""
 
     def scan(self) -> tuple[CommitRef, ...]:
         """Commits in the store, newest first; tries until the store answers."""
@@ -94,7 +94,7 @@ class Committer:
             failpoint("after_head_before_marker")
         except CheckpointError as error:
             log.warning("step %d cannot be committed: %s", action.step, error)
-            self.failed = (action.generation, f"step {action.step} cannot be committed: {error}")
+            self.failed = (action.fences, f"step {action.step} cannot be committed: {error}")
             return None
         except PaddleFTError as error:
             log.warning("step %d is not committed yet: %s", action.step, error)

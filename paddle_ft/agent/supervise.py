@@ -255,14 +255,14 @@ def _ending(
         return Leave(view.leaving_code, "left the job; the others go on")
     assert state.generation is not None
     generation = state.generation.value
-    over = status.generation == generation.number and status.state in ("paused", "idle")
+    over = status.generation == generation.number and status.state in ("paused", "idle", "failed")
     never_ran = view.launched < generation.number
     if not over and not never_ran:
         return None
     if _others_can_go_on(state, config):
         return None  # they, or this node as their leader, form a generation without it
     committed = state.head.value.newest.step if state.head else -1
-    if status.saved_step > committed:
+    if max(status.saved_step, status.pending_step) > committed:
         return None
     saved = f" after saving step {committed}" if committed >= 0 else ""
     return Leave(view.leaving_code, f"stopped{saved}")

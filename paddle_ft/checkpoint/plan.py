@@ -118,8 +118,9 @@ def merge(
 ) -> Manifest:
     """The checkpoint that ``parts`` make up, to be committed upon ``head``.
 
-    ``parents`` holds the manifest of every ``part.parent``. The sequence is the head's plus one,
-    or ``after`` plus one if that is more. Raises CheckpointMismatch when the
+    ``parents`` holds the manifest of every ``part.parent`` that the head keeps; where one is kept
+    no longer, all that are, since they most likely hold what the part refers to. The sequence is
+    the head's plus one, or ``after`` plus one if that is more. Raises CheckpointMismatch when the
     parts do not belong together or are too old to be committed upon this head (write them anew),
     CheckpointDamaged when bytes are missing or covered twice.
     """
@@ -130,8 +131,14 @@ def merge(
     same = {(p.owner, p.generation, p.step, p.world_size, p.block_bytes) for p in parts}
     if len(same) != 1:
         raise CheckpointMismatch(f"{what} has parts of different origin; save again.")
+    held = {
+        name: size
+        for manifest, parent in parents.items()
+        if manifest in kept(head)
+        for name, size in parent.objects.items()
+    }
     for part in parts:
-        _check_age(what, part, head, parents)
+        _check_age(what, part, head, held)
     ranks = sorted(rank for part in parts for rank in part.ranks)
     if ranks != list(range(first.world_size)):
         raise CheckpointDamaged(
@@ -165,21 +172,14 @@ def kept(head: Head | None) -> frozenset[str]:
     return frozenset(r.manifest for r in (head.newest, *head.lineage)) if head else frozenset()
 
 
-def _check_age(
-    what: str, part: PartListing, head: Head | None, parents: Mapping[str, Manifest]
-) -> None:
+def _check_age(what: str, part: PartListing, head: Head | None, held: Mapping[str, int]) -> None:
+    """Refuses a part that is too old, or refers to what is not ``held`` by a kept checkpoint."""
     sequence = head.newest.sequence if head else 0
     if not sequence - IN_FLIGHT_SEQUENCES < part.sequence <= sequence + 1:
         raise CheckpointMismatch(
             f"{what}: the part of {part.member} was begun for commit {part.sequence} and the head "
             f"is at {sequence}; save again."
         )
-    if part.parent and part.parent not in kept(head):
-        raise CheckpointMismatch(
-            f"{what}: the part of {part.member} builds upon {part.parent}, which is no longer "
-            f"kept; save again."
-        )
-    parent = parents[part.parent].objects if part.parent else {}
     for name, size in part.objects.items():
         parsed = layout.parse(name)
         mine = (
@@ -187,11 +187,17 @@ def _check_age(
             and (parsed.kind, parsed.owner) == ("data", part.owner)
             and (parsed.sequence, parsed.generation) == (part.sequence, part.generation)
         )
-        if not mine and parent.get(name) != size:
+        if mine or held.get(name) == size:
+            continue
+        if part.parent not in kept(head):
             raise CheckpointMismatch(
-                f"{what}: the part of {part.member} refers to {name}, which is not in the "
-                f"checkpoint it builds upon; save again."
+                f"{what}: the part of {part.member} builds upon {part.parent}, which is no "
+                f"longer kept, nor is {name}; save again."
             )
+        raise CheckpointMismatch(
+            f"{what}: the part of {part.member} refers to {name}, which is not in the "
+            f"checkpoint it builds upon; save again."
+        )
 
 
 def _assemble(what: str, pieces: Iterable[Piece]) -> tuple[Piece, ...]:

@@ -7,7 +7,7 @@ be committed, refers to** — whoever runs the collector, however old its view i
 the head's lineage never comes back. With W = IN_FLIGHT_SEQUENCES:
 
 1. A commit upon head h takes only parts begun for a sequence > h - W, whose other objects belong
-   to a parent the head still keeps (``plan.merge`` refuses all else; the fenced transaction sees
+   to a manifest the head still keeps (``plan.merge`` refuses all else; the fenced transaction sees
    to it that h is still the head).
 2. A collector that knows the head at h' (perhaps long past) deletes data and parts with a sequence
    <= h' - W that no manifest kept at h' refers to, and manifests, signatures and markers with a
@@ -15,7 +15,7 @@ the head's lineage never comes back. With W = IN_FLIGHT_SEQUENCES:
 
 Suppose the manifest of head h > h' refers to an object with sequence s <= h' - W. It came in with
 a commit c upon a head p < s + W <= h'; c is the first after p, so c <= h'. At every commit after c
-it was taken over from a parent kept by the head, that is from a manifest which at h' either was
+it was taken over from a manifest kept by the head, that is from one which at h' either was
 kept itself, or came later and took the object over in its turn; so by induction some manifest kept
 at h' refers to it, and the collector leaves it. A manifest that is still to be committed has a
 sequence > h'. Hence a leader that wakes up after its successor has committed collects only garbage.

@@ -111,11 +111,10 @@ class CheckpointRoom:
             if (action.head)
             else {}
         )
-        parents = {
-            part.parent: self._manifest(refs[part.parent])
-            for part in action.parts
-            if part.parent in refs  # else merge refuses the part and says why
-        }
+        wanted = {part.parent for part in action.parts if part.parent}
+        if not wanted <= refs.keys():
+            wanted = set(refs)
+        parents = {name: self._manifest(refs[name]) for name in sorted(wanted)}
         manifest = merge(listings, head=action.head, parents=parents, created_s=time.time())
         ref = store_manifest(self._store, manifest)
         self._trust.sign(self._store, ref, manifest)

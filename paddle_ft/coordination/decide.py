@@ -114,7 +114,8 @@ class Decision:
 class Marks:
     """Since when something has been so, by the clock of the observer. 0: no such generation."""
 
-    live: frozenset[str] = frozenset()
+    staying: frozenset[str] = frozenset()
+    """Members that are there and were not asked to leave."""
     members_since_s: float = 0.0
     trouble: int = 0
     trouble_since_s: float = 0.0
@@ -137,8 +138,8 @@ class View:
     """Seconds since 1970, for the failure window only."""
     commit_running: bool = False
     """A Commit decided here has not come back yet."""
-    commit_failed: tuple[int, str] | None = None
-    """Generation whose parts, tried here, do not make a checkpoint, and why."""
+    commit_failed: tuple[Fences, str] | None = None
+    """What a Commit was decided upon whose parts do not make a checkpoint, and why."""
     found: tuple[CommitRef, ...] | None = None
     """Commits found in the store, newest first; None: not looked yet."""
     store: str = ""
@@ -203,9 +204,9 @@ def find_trouble(state: JobState) -> Trouble | None:
 
 def observe(marks: Marks, state: JobState, now_s: float) -> Marks:
     """``marks`` brought up to date with ``state``."""
-    live = frozenset(state.live)
-    if live != marks.live:
-        marks = replace(marks, live=live, members_since_s=now_s)
+    staying = frozenset(m for m, r in state.live.items() if not r.value.leaving)
+    if staying != marks.staying:
+        marks = replace(marks, staying=staying, members_since_s=now_s)
     generation = state.generation.value if state.generation else None
     trouble = generation.number if generation and find_trouble(state) else 0
     if trouble != marks.trouble:
@@ -256,7 +257,7 @@ def _lead(view: View, now_s: float, config: Config) -> Decision:
     if state.generation is None:
         return _regroup(view, None, now_s, config)
     generation = state.generation.value
-    if view.commit_failed is not None and view.commit_failed[0] == generation.number:
+    if view.commit_failed is not None and view.commit_failed[0] == fences:
         return _regroup(view, Trouble(uncommittable=view.commit_failed[1]), now_s, config)
     members = _statuses(state, generation)
     fatal = [r for r in members if r.status.fatal and r.status.generation == generation.number]
@@ -269,9 +270,14 @@ def _lead(view: View, now_s: float, config: Config) -> Decision:
     if _all_in(members, generation, "finished"):
         return _finished(view, members, commit, now_s, config)
     trouble = find_trouble(state)
-    if trouble is not None:
+    if trouble is not None and not (trouble.collateral_only and _pausing(state, generation)):
         return _recover(view, trouble, commit, now_s, config)
     return _rearrange(view, commit, now_s, config)
+
+
+def _pausing(state: JobState, generation: Generation) -> bool:
+    """Workers were asked to leave. Those who hear of it late only see that their peers go."""
+    return state.pause is not None and state.pause.value.generation == generation.number
 
 
 def _statuses(state: JobState, generation: Generation) -> list[NodeRecord]:
@@ -370,7 +376,7 @@ def _rearrange(view: View, commit: Commit | None, now_s: float, config: Config) 
     assert state.generation is not None
     generation = state.generation.value
     members = _statuses(state, generation)
-    if state.pause is not None and state.pause.value.generation == generation.number:
+    if _pausing(state, generation):
         return _paused(view, generation, members, commit, now_s, config)
     leaving = [r.member.node for r in members if r.leaving]
     if leaving:
@@ -399,7 +405,8 @@ def _paused(
 ) -> Decision:
     """Workers were asked to save and leave: go on once their checkpoint is committed."""
     overdue = now_s - view.marks.pause_since_s >= config.job.stop_grace_s
-    if not _all_in(members, generation, "paused", "finished") and not overdue:
+    ended = _all_in(members, generation, "paused", "finished", "failed")
+    if not ended and not overdue:
         return Decision(None, "waiting for the workers to save their state")
     base = base_of(view.state)
     saved = max((r.status.saved_step for r in members), default=-1)

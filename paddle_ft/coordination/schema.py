@@ -253,7 +253,9 @@ def commit(keys: Keys, head: Head, obsolete: Iterable[Part], fences: Fences) -> 
 
 
 def _deletes(keys: Keys, parts: Iterable[Part]) -> tuple[Delete, ...]:
-    return tuple(Delete(keys.part(p.generation, p.step, p.member)) for p in parts)
+    """One deletion for each step: etcd takes no more than 128 operations in a transaction."""
+    steps = sorted({(p.generation, p.step) for p in parts})
+    return tuple(Delete(keys.part(g, step, ""), prefix=True) for g, step in steps)
 
 
 def request_pause(keys: Keys, pause: Pause, fences: Fences) -> Transaction:
