@@ -13,12 +13,15 @@ from tests.sim.history import (
     EtcdLost,
     Exited,
     History,
+    Nodes,
     Removed,
     Saved,
     Stored,
+    Struck,
     Write,
 )
 
+WATCH_DELAY_MAX_S = 1.5
 LEADERS_KEYS = ("generation", "head", "pause", "outcome")
 
 
@@ -52,6 +55,10 @@ class LostCheckpoint(Broken):
 
 class NoProgress(Broken):
     """Nothing goes wrong any more, and yet the job does not come to its end."""
+
+
+class CountedFailure(Broken):
+    """A failure is held against the job that nobody's worker had."""
 
 
 class WrongExitCode(Broken):
@@ -276,8 +283,41 @@ def check_end(history: History) -> None:
         refs = (heads[-1].newest, *heads[-1].lineage) if heads else ()
         if any(c.manifest not in _damaged(history) for c in refs):
             raise NoProgress(f"the job gives up, but not everything is damaged: {outcomes[0]}")
+    elif code == 3:
+        gave_up_s = outcomes[0].at_s
+        changed_s = [
+            f.at_s
+            for f in history.facts
+            if isinstance(f, Nodes)
+            and f.at_s > gave_up_s - history.members_timeout_s + WATCH_DELAY_MAX_S
+            and f.at_s < gave_up_s - WATCH_DELAY_MAX_S
+        ]
+        if changed_s:
+            raise NoProgress(
+                f"{gave_up_s:.3f}: the job gives up waiting for nodes, and yet they changed "
+                f"at {changed_s[-1]:.3f}"
+            )
     elif code not in (0, 1):
         raise NoProgress(f"the job ends with {outcomes[0].value}")
+
+
+def check_failures(history: History) -> None:
+    """Failures are counted against --max_restart only if something can have failed."""
+    struck = False
+    for fact in history.facts:
+        if isinstance(fact, Struck):
+            struck = True
+        elif (
+            isinstance(fact, Write)
+            and fact.key == "generation"
+            and fact.value.failures
+            and not struck
+            and "cannot be committed" not in fact.value.reason
+        ):
+            raise CountedFailure(
+                f"{fact.at_s:.3f}: generation {fact.value.number} counts a failure "
+                f"({fact.value.reason}), though no worker was touched"
+            )
 
 
 def check_exit_codes(history: History) -> None:
@@ -303,5 +343,6 @@ CHECKS = (
     check_samples,
     check_store,
     check_end,
+    check_failures,
     check_exit_codes,
 )

@@ -32,7 +32,7 @@ class Committer:
         self._agent = agent
         self._world = agent.world
         self.acknowledged = ""
-        self.failed: tuple[int, str] | None = None
+        self.failed: tuple[schema.Fences, str] | None = None
 
     def scan(self, task: Task) -> Steps:
         """Commits in the store, newest first."""
@@ -58,7 +58,7 @@ class Committer:
             if not (yield from self._move_head(task, txn, ref, action.fences.leader)):
                 return None
         except CheckpointError as error:
-            self.failed = (action.generation, f"step {action.step} cannot be committed: {error}")
+            self.failed = (action.fences, f"step {action.step} cannot be committed: {error}")
             return None
         except PaddleFTError:
             yield task.sleep(PAUSE_S)
@@ -76,7 +76,8 @@ class Committer:
         head = action.head
         known = {c.manifest: c for c in (head.newest, *head.lineage)} if head else {}
         parents: dict[str, Manifest] = {}
-        for name in sorted({p.parent for p in action.parts} & known.keys()):
+        wanted = {p.parent for p in action.parts if p.parent}
+        for name in sorted(wanted if wanted <= known.keys() else known):
             parents[name] = yield front.call(task, node, self._world.manifest, known[name])
         manifest = plan.merge(
             listings,
@@ -124,9 +125,9 @@ class Committer:
         """Lets the workers know of a commit; the leader's own after the marker is written."""
         agent = self._agent
         head = state.head.value if state.head else None
-        if head is None or head.newest.manifest == agent.told_manifest:
-            return
-        if state.leader is None or state.leader.value != agent.me:
+        if head is None or head.newest.manifest == agent.told_manifest or state.leader is None:
+            return  # without a leader nobody has seen to the marker yet
+        if state.leader.value != agent.me:
             agent.tell_committed(head)
         elif self.acknowledged != head.newest.manifest and not agent.commit_running:
             agent.commit_running = True  # the leader before may have died before its marker

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from paddle_ft.types import Head
-from tests.sim.history import Write
+from tests.sim.history import Struck, Write
 from tests.sim.plan import QUIET_S, Fault
 from tests.sim.world import World
+
+STRIKING = ("crash", "kill worker", "freeze node", "freeze worker", "cut peers", "damage")
+"""What workers can fail from. Everything else must leave them alone."""
 
 
 def unleash(world: World) -> None:
@@ -30,6 +33,8 @@ def _strike(world: World, fault: Fault) -> None:
     if kind == "trap":
         world.traps["", fault.detail] = (fault.how, fault.duration_s)
         return
+    if kind in STRIKING:
+        world.history.add(Struck(clock.now))
     world.note("fault", kind, node, fault.other, round(lasts_s, 2))
     if kind == "crash":
         world.crash_node(node)

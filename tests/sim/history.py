@@ -91,7 +91,24 @@ class Exited:
     registered_s: float
 
 
-Fact = Write | Stored | Removed | Damaged | Saved | Acknowledged | EtcdLost | Exited
+@dataclass(frozen=True, slots=True)
+class Nodes:
+    """Who is there to stay has changed: registered, gone, or asked to leave."""
+
+    at_s: float
+    staying: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Struck:
+    """A fault that can make workers fail."""
+
+    at_s: float
+
+
+Fact = (
+    Nodes | Struck | Write | Stored | Removed | Damaged | Saved | Acknowledged | EtcdLost | Exited
+)
 
 
 @dataclass(slots=True)
@@ -100,6 +117,7 @@ class History:
     """Samples of one step."""
     steps: int
     """Of the whole training; 0 if the script saves nothing."""
+    members_timeout_s: float = 600.0
     facts: list[Fact] = field(default_factory=list)
 
     def add(self, fact: Fact) -> None:

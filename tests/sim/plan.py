@@ -55,6 +55,7 @@ class Plan:
     steps: int
     save_every: int
     max_restart: int
+    members_timeout_s: float
     keep_last: int
     flaky: float
     """Share of the requests to etcd that are lost, late or doubled."""
@@ -81,6 +82,7 @@ def make_plan(choose: random.Random) -> Plan:
         steps=choose.randint(15, 45),
         save_every=choose.randint(2, 6),
         max_restart=choose.choice((1000, 1000, 1000, 1000, 3)),
+        members_timeout_s=choose.choice((300.0, 300.0, 8.0)),
         keep_last=choose.choice((1, 2, 3)),
         flaky=choose.choice((0.0, 0.02, 0.1)),
         watch_delay_s=choose.choice(((0.001, 0.02), (0.001, 0.2), (0.01, 1.0))),

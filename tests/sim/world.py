@@ -12,7 +12,7 @@ from paddle_ft.checkpoint.manifest import Manifest
 from paddle_ft.config import CheckpointConfig, Config, EtcdConfig, JobConfig
 from paddle_ft.coordination import schema
 from paddle_ft.errors import CheckpointDamaged
-from paddle_ft.types import CommitRef, Generation, Head, Outcome, Pause, decode
+from paddle_ft.types import CommitRef, Generation, Head, NodeRecord, Outcome, Pause, decode
 from tests.sim.agent import SimAgent
 from tests.sim.clock import Clock
 from tests.sim.history import (
@@ -21,9 +21,11 @@ from tests.sim.history import (
     EtcdLost,
     Exited,
     History,
+    Nodes,
     Removed,
     Saved,
     Stored,
+    Struck,
     Write,
 )
 from tests.sim.model_etcd import Batch
@@ -39,13 +41,18 @@ KINDS: dict[str, Any] = {
 
 @cache
 def make_config(
-    nodes_min: int, nodes_max: int, slots: int, max_restart: int, keep_last: int
+    nodes_min: int,
+    nodes_max: int,
+    slots: int,
+    max_restart: int,
+    keep_last: int,
+    members_timeout_s: float = 300.0,
 ) -> Config:
     return Config(
         job=JobConfig(
             id="sim", nodes_min=nodes_min, nodes_max=nodes_max, nproc_per_node=slots,
             max_restart=max_restart, join_window_s=0.6, stop_grace_s=6.0,
-            members_timeout_s=300.0,
+            members_timeout_s=members_timeout_s,
         ),
         etcd=EtcdConfig(lease_ttl_s=2, renew_interval_s=0.5, rpc_timeout_s=0.4),
         checkpoint=CheckpointConfig(keep_last=keep_last, persist_grace_s=1.5),
@@ -59,11 +66,17 @@ class World:
         self.plan = plan
         self.clock = clock
         self.config = make_config(
-            plan.nodes_min, plan.nodes_max, plan.slots, plan.max_restart, plan.keep_last
+            plan.nodes_min,
+            plan.nodes_max,
+            plan.slots,
+            plan.max_restart,
+            plan.keep_last,
+            plan.members_timeout_s,
         )
         self.keys = schema.Keys("sim")
         self.training = Training(plan.steps, 8, plan.save_every, plan.session, plan.patient)
         self.history = History(self.training.batch, plan.steps if plan.session else 0)
+        self.history.members_timeout_s = plan.members_timeout_s
         self.trace: list[tuple[Any, ...]] = []
         self.tracing = tracing
         self.network = Network(clock, self, self.keys.prefix)
@@ -76,6 +89,7 @@ class World:
         self.one_identity = False
         """Every life of a node has the same incarnation; for tests."""
         self.outcome_s: float | None = None
+        self._staying: frozenset[str] = frozenset()
         self._leader: tuple[str, int] = ("", 0)
         self._counters: dict[str, int] = {}
         self._groups: dict[tuple[int, str], RankGroup] = {}
@@ -104,6 +118,8 @@ class World:
         holder, term = self._leader
         for event in batch.events:
             key = event.kv.key[len(self.keys.prefix) :]
+            if key.startswith("nodes/"):
+                self._node_changed(key, None if event.deleted else event.kv.value)
             if key not in KINDS:
                 if not event.deleted and key.startswith("parts/") and self.tracing:
                     self.note("etcd", batch.revision, key)
@@ -134,6 +150,14 @@ class World:
                     term,
                 )
             )
+
+    def _node_changed(self, key: str, value: bytes | None) -> None:
+        staying = self._staying - {key}
+        if value is not None and not decode(NodeRecord, value).leaving:
+            staying |= {key}
+        if staying != self._staying:
+            self._staying = staying
+            self.history.add(Nodes(self.clock.now, staying))
 
     def acknowledged(self, commit: CommitRef) -> None:
         if commit.manifest not in self._told:
@@ -290,6 +314,8 @@ class World:
             return False
         how, duration_s = trap
         self.note("fault", how, agent.node, "before its", kind, round(duration_s, 2))
+        if how == "kill":
+            self.history.add(Struck(self.clock.now))
         if how == "freeze":
             self.freeze(agent, duration_s)
         elif how == "hold":
