@@ -63,13 +63,15 @@ class Membership:
         self._emit = emit
         self._wake = wake
         self._keeper: LeaseKeeper | None = None
+        self._joined = False
         self._record: NodeRecord | None = None
         self._revision = 0
         self._busy = False
         self._not_before_s = 0.0
 
     def join(self, damaged: tuple[str, ...], leaving: bool) -> None:
-        """Registers a new incarnation; raises EtcdUnavailable."""
+        """Registers a new incarnation; raises CoordinationError, and is then to be tried again."""
+        self._joined = False
         if self._keeper is not None:
             self._keeper.close()
         etcd = self._config.etcd
@@ -93,6 +95,7 @@ class Membership:
         result = self._coordinator.transact(schema.register(self._keys, record, self.lease))
         assert result.succeeded, "an incarnation is used once"
         self._record, self._revision = record, result.revision
+        self._joined = True
 
     @property
     def me(self) -> str:
@@ -105,8 +108,8 @@ class Membership:
 
     @property
     def lost(self) -> bool:
-        """etcd has said that the lease is over: to the others this node is dead."""
-        return self._keeper is not None and self._keeper.lost
+        """The lease is over, or joining has failed since: to the others this node is dead."""
+        return not self._joined or (self._keeper is not None and self._keeper.lost)
 
     def acting_until_s(self) -> float:
         """Monotonic time until which the lease certainly stands."""
@@ -151,6 +154,8 @@ class Membership:
 
     def done(self, event: TransactionDone) -> None:
         self._busy = False
+        if event.record is not None and event.record.member.id != self.me:
+            return  # sent before the lease was lost: this node is somebody else by now
         if event.succeeded and event.record is not None:
             self._record, self._revision = event.record, event.revision
             return

@@ -430,6 +430,8 @@ class SimAgent(WorkerOwner):
         except CoordinationError:
             pass
         self._busy = False
+        if record is not None and record.member.id != self.me:
+            return  # sent before the lease was lost: this node is somebody else by now
         if result.succeeded and record is not None:
             self._record, self._record_revision = record, result.revision
         elif kind == "publish":  # refused or not known: go by what etcd holds
