@@ -26,6 +26,7 @@ class JobMirror:
         self._kvs: dict[str, KeyValue] = {}
         self._revision = 0
         self._parsed: tuple[int, JobState] | None = None
+        self._lost = ""
         self._cancel: Callable[[], None] | None = None
 
     def start(self) -> None:
@@ -39,9 +40,12 @@ class JobMirror:
         """The newest state that is known.
 
         Raises:
-            CoordinationError: a key holds what this version of paddle_ft does not write.
+            CoordinationError: a key holds what this version of paddle_ft does not write, or etcd
+                has lost data.
         """
         with self._lock:
+            if self._lost:
+                raise CoordinationError(self._lost)
             if self._parsed is None or self._parsed[0] != self._revision:
                 try:
                     state = parse(self._keys, self._kvs.values())
@@ -66,9 +70,14 @@ class JobMirror:
 
     def _reset(self, snapshot: Snapshot) -> None:
         with self._lock:
-            if snapshot.revision >= self._revision:
-                self._kvs = {kv.key: kv for kv in snapshot.kvs}
-                self._revision = snapshot.revision
+            if snapshot.revision < self._revision:
+                self._lost = (
+                    f"etcd stands at revision {snapshot.revision} and was at {self._revision}: it "
+                    f"has lost data; start the job again, it goes on from the newest checkpoint"
+                )
+                return
+            self._kvs = {kv.key: kv for kv in snapshot.kvs}
+            self._revision = snapshot.revision
 
     def _reset_and_notify(self, snapshot: Snapshot) -> None:
         self._reset(snapshot)
