@@ -81,7 +81,7 @@ sim: setup ## SEEDS=20000 runs of the simulated cluster, on two cores
 	$(BIN)/python -m tests.sim.run --from $$half --seeds $$(( $(SEEDS) - half )); second=$$?; \
 	wait $$first && exit $$second
 
-chaos-checkpoint: setup ## every fault of the store, 50 times at random moments; some ten minutes
+chaos-checkpoint: setup ## every fault of the store, 50 times at random; a quarter of an hour
 	@rows=$$(mktemp -d -t paddle_ft-chaos-XXXXXX); \
 	CHAOS_REPORT=$$rows $(BIN)/python -m pytest -n $(JOBS) -m slow tests/chaos/test_checkpoint_store.py; \
 	result=$$?; $(BIN)/python -m tests.chaos.report $$rows; rm -rf $$rows; exit $$result

@@ -485,7 +485,8 @@ def test_a_leader_wakes_up_after_its_successor_has_committed(tmp_path: Path) -> 
             finally:
                 zombie.end()
             tally.refused += 1
-            assert zombie.newest("lost") > 0
+            # Either its commit is refused, or what it builds upon is gone by then.
+            assert max(zombie.newest("lost"), zombie.newest("failed")) > 0
             assert successor.register.read()[1] == successor.head
             tally.check(store, acknowledged, acknowledged)
             tally.runs += 1
