@@ -177,7 +177,7 @@ class Session:
             info = self._image.info
             self._position = Position.from_meta(info.meta.get("position", {}), info.step)
         elif self.world_size > 1:
-            self._collective.broadcast_all(self._model.state_dict().values())
+            self._collective.broadcast_all(self._state.model_tensors().values())
         self._collective.check_same(self.global_step, "step to start from")
         self._gradients = Gradients(self._model.parameters(), self._collective)
         self._streams = Streams(self.rank, self.world_size, not parallel, self._position)

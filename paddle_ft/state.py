@@ -62,7 +62,10 @@ class TrainingState:
             self._schedulers["optimizer"] = own
         self._lr_at_start = _constant_lr(optimizer)
         self._registered: dict[str, Any] = {}
-        self._key_of = _parameter_keys(model)
+        named = self._named_tensors()
+        self._keys = {k: None if k in named else t for k, t in model.state_dict().items()}
+        """Keys of the model's state_dict; with a tensor if it is found there alone."""
+        self._key_of = self._parameter_keys()
         self._check_optimizer()
 
     # ------------------------------------------------------------ saving
@@ -99,10 +102,33 @@ class TrainingState:
         # Automatic names, which an exported .pdopt needs and nothing else does.
         return state | {"names": {key: name for name, key in self._key_of.items()}}
 
+    def model_tensors(self) -> dict[str, Any]:
+        """The model's tensors under the keys of its ``state_dict``.
+
+        They are looked up by name: ``state_dict`` of a model prepared by ``amp.decorate`` gives
+        converted copies, that of a ``DataParallel`` leaves out its own prefix.
+        """
+        named = self._named_tensors()
+        return {key: named.get(key, tensor) for key, tensor in self._keys.items()}
+
+    def _named_tensors(self) -> dict[str, Any]:
+        import paddle
+
+        model = self.model
+        layer = model._layers if isinstance(model, paddle.DataParallel) else model
+        return dict([*layer.named_parameters(), *layer.named_buffers()])
+
+    def _parameter_keys(self) -> dict[str, str]:
+        """Structured key by automatic name; of tied weights, the first key."""
+        keys: dict[str, str] = {}
+        for key, tensor in self.model_tensors().items():
+            keys.setdefault(tensor.name, key)
+        return keys
+
     def _model_entries(self) -> Iterator[Entry]:
         buffers = {id(buffer) for _, buffer in self.model.named_buffers()}
         seen: set[int] = set()
-        for key, tensor in self.model.state_dict().items():
+        for key, tensor in self.model_tensors().items():
             if id(tensor) in seen:  # tied weights are saved once
                 continue
             seen.add(id(tensor))
@@ -225,7 +251,7 @@ class TrainingState:
             for name in image.names()
             if name.startswith("optimizer/") and not name.startswith("optimizer/other/")
         }
-        return [p for key, p in self.model.state_dict().items() if key in keys]
+        return [p for key, p in self.model_tensors().items() if key in keys]
 
     def _make_slots(self, parameters: list[Any]) -> None:
         """Lets the optimizer create its accumulators, as its first step would."""
@@ -298,14 +324,6 @@ def compare(image: Image, expected: list[TensorSpec], given: list[str]) -> None:
 
 def _form(spec: TensorSpec) -> str:
     return f"{spec.dtype}{list(spec.shape)}"
-
-
-def _parameter_keys(model: Any) -> dict[str, str]:
-    """Structured key by automatic name; of tied weights, the first key."""
-    keys: dict[str, str] = {}
-    for key, tensor in model.state_dict().items():
-        keys.setdefault(tensor.name, key)
-    return keys
 
 
 def _constant_lr(optimizer: Any) -> float | None:

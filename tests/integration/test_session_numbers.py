@@ -33,7 +33,7 @@ def test_every_optimizer_goes_on_bit_for_bit(python: str) -> None:
     )
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert done.returncode == 0, done.stderr[-2000:]
-    assert len(lines) == 15
+    assert len(lines) == 16
     assert [line for line in lines if not (line["same_image"] and line["same_result"])] == []
 
 

@@ -45,6 +45,7 @@ OPTIMIZERS: dict[str, Any] = {
     "Adagrad": lambda p, lr: paddle.optimizer.Adagrad(lr, parameters=p),
     "Adamax": lambda p, lr: paddle.optimizer.Adamax(lr, parameters=p),
     "Adadelta": lambda p, lr: paddle.optimizer.Adadelta(lr, parameters=p),
+    "a model whose state_dict converts": lambda p, lr: paddle.optimizer.Adam(lr, parameters=p),
     "one of the user's own": lambda p, lr: Own(p),
 }
 
@@ -77,11 +78,18 @@ class Own:
         self.sums = {k: v for k, v in state.items() if k.endswith(".sum")}
 
 
+def convert(state: Any) -> None:
+    for key, tensor in state.items():
+        state[key] = tensor.astype("float64")
+
+
 def make(kind: str) -> tuple[Any, Any, Any]:
     paddle.seed(1)
     net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     if "master" in kind:
         net.to(dtype="bfloat16")
+    if "converts" in kind:  # as amp.decorate does with save_dtype
+        net.register_state_dict_hook(convert)
     schedule = paddle.optimizer.lr.LinearWarmup(
         paddle.optimizer.lr.CosineAnnealingDecay(0.01, 9), 3, 0.0, 0.01
     )
