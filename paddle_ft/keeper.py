@@ -31,7 +31,7 @@ from paddle_ft.agent.ipc import (
     SnapshotReady,
 )
 from paddle_ft.checkpoint.snapshot import Image
-from paddle_ft.errors import EXIT_WORKER_FAILED, PaddleFTError, StoreFull
+from paddle_ft.errors import EXIT_WORKER_FAILED, ConfigError, StoreFull, WorkerFailed
 from paddle_ft.exits import end, say
 from paddle_ft.types import ImageInfo
 
@@ -139,7 +139,7 @@ class AgentKeeper:
         try:
             self._channel = Channel.connect(socket)
         except OSError as error:
-            raise PaddleFTError(
+            raise ConfigError(
                 f"The agent of this worker does not answer at {socket} ({error.strerror}); start "
                 f"the script with paddle_ft.launch, or unset PADDLE_FT to run it alone."
             ) from None
@@ -252,7 +252,7 @@ class AgentKeeper:
         while not self._changed.wait_for(condition, _TELL_INTERVAL_S):
             waited_s = time.monotonic() - start_s
             if timeout_s is not None and waited_s >= timeout_s:
-                raise PaddleFTError(
+                raise WorkerFailed(
                     f"Rank {self._rank} waited {waited_s:.0f} s for {what}; see "
                     f"the log of the launcher."
                 )

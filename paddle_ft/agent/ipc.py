@@ -149,7 +149,11 @@ class Channel:
         """Connects to the agent listening at ``path``; raises OSError if there is none."""
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         connection.settimeout(timeout_s)
-        connection.connect(path)
+        try:
+            connection.connect(path)
+        except OSError:
+            connection.close()
+            raise
         connection.settimeout(None)
         return cls(connection)
 

@@ -222,7 +222,7 @@ def test_an_agent_that_is_not_there_is_named() -> None:
         env = agent.env(0)
     with Workers(1, env=env) as workers:
         (result,) = workers.results()
-    assert result.code != 0
+    assert result.code == 2
     assert "does not answer at" in one_line_said(result)
 
 

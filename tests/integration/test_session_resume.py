@@ -63,6 +63,7 @@ def test_also_on_paddle_26() -> None:
     same_end(undisturbed, resumed)
 
 
+@pytest.mark.slow
 def test_also_with_loader_processes_epoch_schedule_and_a_layer_that_thaws() -> None:
     """And all of it together gives what loading in line gives."""
     options = {"lr_step": "epoch", "freeze_until": 5, "unused": True}
@@ -127,7 +128,7 @@ def test_more_ranks_than_samples_in_the_last_batch() -> None:
     assert saved.tensor("model/last.weight", 0) == saved.tensor("model/last.weight", 1)
 
 
-@pytest.mark.parametrize("mode", ["sharded", "rank0"])
+@pytest.mark.parametrize("mode", ["sharded", pytest.param("rank0", marks=pytest.mark.slow)])
 def test_each_byte_of_a_replicated_tensor_is_copied_by_one_rank(mode: str) -> None:
     """B1. That the pieces fit together is shown by resuming from them."""
     with Agent(2, mode=mode) as agent:
