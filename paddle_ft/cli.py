@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from paddle_ft import launch as launcher
@@ -39,7 +40,7 @@ def launch(context: typer.Context) -> None:
 @app.command()
 def status(
     etcd: Annotated[str, typer.Option(help="etcd members, host:port,…", envvar="PADDLE_FT_ETCD")],
-    job_id: Annotated[str, typer.Option(help="name of the job")],
+    job_id: Annotated[str, typer.Option("--job-id", "--job_id", help="name of the job")],
     watch: Annotated[bool, typer.Option(help="go on, a look each second")] = False,
 ) -> None:
     """Show who takes part in a job, its generation and its newest checkpoint."""
@@ -53,7 +54,7 @@ def status(
             if watch:
                 screen.clear()
             for line in describe(job_id, state):
-                screen.print(line)
+                screen.print(line, markup=False, highlight=False, soft_wrap=True)
             if not watch:
                 break
             time.sleep(1.0)
@@ -98,7 +99,7 @@ def _nodes(state: schema.JobState) -> Table:
             ranks = ",".join(str(first + slot) for slot in range(member.slots))
         notes = ["leader"] if state.leader and state.leader.value == member_id else []
         notes += ["leaving"] if record.value.leaving else []
-        notes += [told.reason] if told.reason else []
+        notes += [escape(told.reason)] if told.reason else []
         table.add_row(member.node, member.host, ranks, told.state, ", ".join(notes))
     for name in sorted(state.quarantine):
         table.add_row(name, "", "", "in quarantine", "")

@@ -71,7 +71,40 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message} (see --help)")
 
 
+_FLAGS = (
+    # group, flags, what stands for the value ("" for a switch), help
+    ("job", "--nnodes", "N[:M]", "nodes: N, or N:M for at least N and at most M (1)"),
+    ("job", "--nproc_per_node", "K", "worker processes on this node (number of devices, or 1)"),
+    ("job", "--job_id", "NAME", ("name of the job; launchers with the same etcd and name are one "
+     "job (name of the script)")),
+    ("job", "--devices --gpus", "0,1,…", ("accelerators of this node, one for each process "
+     "(none: CPU)")),
+    ("job", "--host", "HOST", "address under which the other nodes reach this one (found out)"),
+    ("job", "--node", "NAME", "name of this node (name of the host)"),
+    ("job", "--log_dir", "DIR", "directory for the workers' output (log)"),
+    ("job", "--module", "", "the script is the name of a module, as with python -m"),
+    ("fault tolerance", "--etcd", "ENDPOINTS", ("etcd members, host:port,… (a private etcd for "
+     "this launcher alone)")),
+    ("fault tolerance", "--checkpoint", "URL", ("where the state is kept: a directory, "
+     "file:///dir or s3://bucket/prefix (checkpoints/<job_id>)")),
+    ("fault tolerance", "--checkpoint_every", "WHEN", ("when to save: 100 (steps), 30s, 10min, "
+     "SIGUSR1, auto (the interval that loses least), never, or several of them joined by commas "
+     "(auto)")),
+    ("fault tolerance", "--cache", "DIR", "directory of a local SSD cache in front of the store"),
+    ("fault tolerance", "--max_restart", "K", ("worker failures within job.restart_window_s that "
+     "are answered by a restart (3)")),
+    ("fault tolerance", "--spares", "K", "worker processes kept ready with paddle imported (0)"),
+    ("fault tolerance", "--master", "ADDRESS", ("etcd://host:port is the same as --etcd; a plain "
+     "host:port is not needed")),
+    ("other", "--config", "FILE", ("TOML file of settings, as configs/default.toml; flags win "
+     "over it")),
+    ("other", "--print_config", "", "print every setting and where it came from, and end"),
+    ("other", "--quiet", "", "no progress line"),
+)  # fmt: skip
+
+
 def build_parser() -> argparse.ArgumentParser:
+    """Every flag with ``_`` and with ``-``; what follows the script is the script's."""
     parser = _Parser(
         prog="python -m paddle_ft.launch",
         usage="python -m paddle_ft.launch [flags] script.py [args of the script]",
@@ -81,45 +114,17 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-
-    def flag(group: argparse._ArgumentGroup, name: str, help: str, **more: object) -> None:  # noqa: A002
-        forms = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
-        group.add_argument(*forms, dest=name, help=help, **more)  # type: ignore[arg-type]
-
-    job = parser.add_argument_group("job")
-    flag(job, "nnodes", "nodes: N, or N:M for at least N and at most M (1)", metavar="N[:M]")
-    flag(job, "nproc_per_node", "worker processes on this node (number of devices, or 1)",
-         metavar="K")
-    flag(job, "job_id", "name of the job; launchers with the same etcd and name are one job "
-         "(name of the script)", metavar="NAME")
-    job.add_argument("--devices", "--gpus", dest="devices", metavar="0,1,…",
-                     help="accelerators of this node, one for each process (none: CPU)")
-    flag(job, "host", "address under which the other nodes reach this one (found out)")
-    flag(job, "node", "name of this node (name of the host)", metavar="NAME")
-    flag(job, "log_dir", "directory for the workers' output (log)", metavar="DIR")
-    flag(job, "module", "the script is the name of a module, as with python -m",
-         action="store_true")
-    fault = parser.add_argument_group("fault tolerance")
-    flag(fault, "etcd", "etcd members, host:port,… (a private etcd for this launcher alone)",
-         metavar="ENDPOINTS")
-    flag(fault, "checkpoint", "where the state is kept: a directory, file:///dir or "
-         "s3://bucket/prefix (checkpoints/<job_id>)", metavar="URL")
-    flag(fault, "checkpoint_every", "when to save: 100 (steps), 30s, 10min, auto (the interval "
-         "that loses least), never, or several of them joined by commas (auto)", metavar="WHEN")
-    flag(fault, "cache", "directory of a local SSD cache in front of the store", metavar="DIR")
-    flag(fault, "max_restart", "worker failures within job.restart_window_s that are answered "
-         "by a restart (3)", metavar="K")
-    flag(fault, "spares", "worker processes kept ready with paddle imported (0)", metavar="K")
-    flag(fault, "master", "etcd://host:port is the same as --etcd; a plain host:port is not "
-         "needed", metavar="ADDRESS")
-    other = parser.add_argument_group("other")
-    flag(other, "config", "TOML file with the settings below; flags win over it", metavar="FILE")
-    flag(other, "print_config", "print every setting and where it came from, and end",
-         action="store_true")
-    flag(other, "quiet", "no progress line", action="store_true")
-    for name in IGNORED:
-        flag(other, name, argparse.SUPPRESS)
-    flag(other, "run_mode", argparse.SUPPRESS)
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    hidden = [("other", f"--{name}", "VALUE", argparse.SUPPRESS) for name in (*IGNORED, "run_mode")]
+    for title, names, value, told in (*_FLAGS, *hidden):
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        first, *more = names.split()
+        forms = dict.fromkeys((first, f"--{first[2:].replace('_', '-')}", *more))
+        if value:
+            groups[title].add_argument(*forms, dest=first[2:], metavar=value, help=told)
+        else:
+            groups[title].add_argument(*forms, dest=first[2:], action="store_true", help=told)
     parser.add_argument("script", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     return parser
 
@@ -173,6 +178,13 @@ _DIRECT = {
 }
 
 
+_OTHER_FLAGS = {
+    "ips": ": it is not needed, launchers find each other through --etcd",
+    "nprocs": ": did you mean --nproc_per_node?",
+    "nproc": ": did you mean --nproc_per_node?",
+}
+
+
 def _refuse_unknown(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
     """Names an unknown flag before the script, which argparse would hand to the script."""
     known = {option: action for action in parser._actions for option in action.option_strings}
@@ -183,7 +195,11 @@ def _refuse_unknown(parser: argparse.ArgumentParser, arguments: Sequence[str]) -
         if action is None:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f": did you mean {near[0]}?" if near else ""
-            raise ConfigError(f"there is no flag {name}{hint} (see --help)")
+            hint = _OTHER_FLAGS.get(name.lstrip("-").replace("-", "_"), hint)
+            raise ConfigError(
+                f"there is no flag {name}{hint}; flags of the script come after its name (see "
+                f"--help)"
+            )
         if not equals and action.nargs != 0:
             if not pending:
                 raise ConfigError(f"{name} needs a value (see --help)")
@@ -206,8 +222,7 @@ def _master(given: argparse.Namespace, values: dict[str, object], notes: list[st
             etcd = etcd or given.master
         else:
             notes.append(
-                f"--master {given.master} is not needed: "
-                "launchers find each other through --etcd"
+                f"--master {given.master} is not needed: launchers find each other through --etcd"
             )
     if etcd is not None:
         values["etcd.endpoints"] = tuple(filter(None, etcd.split(",")))
@@ -257,7 +272,7 @@ def run(command: Command) -> int:
         coordinator.ping()
         console.say(
             f"job {config.job.id}, node {name.name}, checkpoints in {room.url}, "
-            f"etcd {'private' if not config.etcd.endpoints else ','.join(etcd.endpoints)}, "
+            f"etcd {','.join(etcd.endpoints)}{' (private)' if embedded else ''}, "
             f"output in {config.job.log_dir}/"
         )
         agent = Agent(

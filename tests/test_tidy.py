@@ -41,6 +41,7 @@ LAYERS = (
             "sampling",
             "coordination.kv",
             "coordination.schema",
+            "coordination.actions",
             "coordination.decide",
             "coordination.endpoints",
             "agent.supervise",
@@ -136,7 +137,7 @@ FILE_LINES_MAX = 400
 FUNCTION_LINES_MAX = 60
 LONGER = {
     # Every cluster-wide decision on one page, so that they can be read against each other.
-    "paddle_ft/coordination/decide.py": 530,
+    "paddle_ft/coordination/decide.py": 485,
 }
 """Files and functions (``path`` or ``path:name``) that are longer, and how long. Only shrinks."""
 SHRUNK_LINES = 20

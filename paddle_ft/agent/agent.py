@@ -40,8 +40,8 @@ from paddle_ft.agent.supervise import (
 from paddle_ft.agent.workers import WorkerEnded
 from paddle_ft.checkpoint.room import CheckpointRoom
 from paddle_ft.config import Config
+from paddle_ft.coordination import actions, schema
 from paddle_ft.coordination import decide as cluster
-from paddle_ft.coordination import schema
 from paddle_ft.coordination.kv import Coordinator
 from paddle_ft.coordination.mirror import JobMirror
 from paddle_ft.errors import EXIT_SIGINT, EXIT_SIGTERM, CoordinationError
@@ -340,21 +340,21 @@ class Agent:
         if decision.action is not None:
             self._act_cluster(decision.action)
 
-    def _act_cluster(self, action: cluster.Action) -> None:
+    def _act_cluster(self, action: actions.Action) -> None:
         keys, send, lease = self._keys, self._membership.send, self._membership.lease
-        if isinstance(action, cluster.Campaign):
+        if isinstance(action, actions.Campaign):
             send("campaign", schema.campaign(keys, self._membership.me, lease))
-        elif isinstance(action, cluster.ScanStore):
+        elif isinstance(action, actions.ScanStore):
             if not self._scanning:
                 self._scanning = True
                 self._in_background(lambda: _Scanned(self._committer.scan()), "scan")
-        elif isinstance(action, cluster.ImportHead):
+        elif isinstance(action, actions.ImportHead):
             send("import", schema.commit(keys, action.head, (), action.fences))
-        elif isinstance(action, cluster.Propose):
+        elif isinstance(action, actions.Propose):
             send("propose", schema.propose(keys, action.generation, action.fences))
-        elif isinstance(action, cluster.RequestPause):
+        elif isinstance(action, actions.RequestPause):
             send("pause", schema.request_pause(keys, action.pause, action.fences))
-        elif isinstance(action, cluster.Finish):
+        elif isinstance(action, actions.Finish):
             send("finish", schema.finish(keys, action.outcome, action.fences))
         elif not self._commit_running:
             self._commit_running = True

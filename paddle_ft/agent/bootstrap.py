@@ -16,6 +16,8 @@ it says ``ready`` first. If the other end closes without a word, it ends with 0.
 from __future__ import annotations
 
 import ctypes
+import importlib.abc
+import importlib.util
 import json
 import os
 import runpy
@@ -26,7 +28,9 @@ import sys
 import traceback
 import warnings
 import zlib
-from types import TracebackType
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType, TracebackType
 from typing import Any
 
 from paddle_ft.errors import (
@@ -52,6 +56,7 @@ def main() -> None:
     os.environ.setdefault("GLOG_minloglevel", "1")
     # Said by Paddle at each import, of a compiler cache that training has no use for.
     warnings.filterwarnings("ignore", message="No ccache found")
+    sys.meta_path.insert(0, _WithoutSignalHandler())
     arguments = sys.argv[1:]
     if arguments[:1] == ["--spare"]:
         arguments = wait_as_spare(arguments[1:])
@@ -71,6 +76,27 @@ def die_with_parent(parent: int) -> None:
     libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
         os._exit(EXIT_WORKER_FAILED)
+
+
+class _WithoutSignalHandler(importlib.abc.MetaPathFinder):
+    """Imports Paddle and takes its signal handlers away, which print a C++ stack at SIGTERM."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if name != "paddle":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            load = spec.loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                load(module)
+                module.disable_signal_handler()
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
 
 
 def run(arguments: list[str]) -> None:

@@ -20,7 +20,7 @@ from collections.abc import Callable
 
 from paddle_ft.checkpoint.room import CheckpointRoom
 from paddle_ft.coordination import schema
-from paddle_ft.coordination.decide import Commit
+from paddle_ft.coordination.actions import Commit
 from paddle_ft.coordination.kv import Coordinator, Transaction
 from paddle_ft.coordination.mirror import JobMirror
 from paddle_ft.errors import CheckpointError, CoordinationError, PaddleFTError, StoreError

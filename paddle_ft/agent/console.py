@@ -100,12 +100,12 @@ class Console:
         while len(self._steps) > 2 and now_s - self._steps[0][0] > RATE_WINDOW_S:
             self._steps.popleft()
         span_s, steps = now_s - self._steps[0][0], reading.step - self._steps[0][1]
-        rate = f"{steps / span_s:.1f} steps/s" if span_s > 0.2 else "…"
+        rate = f" · {steps / span_s:.1f} steps/s" if span_s > 0.2 else ""
         total = f"/{reading.steps_total}" if reading.steps_total else ""
         saved = f"{progress.committed_step}" if progress.committed_step >= 0 else "none yet"
         waits = " (the store is in trouble)" if progress.store_trouble else ""
         return (
-            f"step {reading.step}{total} · {rate} · loss {reading.loss:.4f} · world "
+            f"step {reading.step}{total}{rate} · loss {reading.loss:.4f} · world "
             f"{progress.world_size} · generation {progress.generation} · checkpoint {saved}{waits}"
         )
 

@@ -198,9 +198,7 @@ class WorkerGroup:
             self.restore_failed, self.restore_fatal = event.reason, event.exit_code
             self._console.say(event.reason)
 
-    def _on_message(
-        self, channel: ipc.Channel, message: ipc.ToAgent | ipc.ToWorker | None
-    ) -> None:
+    def _on_message(self, channel: ipc.Channel, message: ipc.ToAgent | ipc.ToWorker | None) -> None:
         """Runs on the connection's thread: a worker waits here for its state, nobody else."""
         if isinstance(message, ipc.Hello):
             channel.rank, channel.generation = message.rank, message.generation

@@ -147,7 +147,10 @@ def status_of(view: LocalView) -> NodeStatus:
     if paused or (group.pause_told and any(w.stopped for w in group.workers)):
         step = max((w.step for w in paused), default=-1)
         return NodeStatus(
-            "paused", group.generation, pending_step=pending, saved_step=step,
+            "paused",
+            group.generation,
+            pending_step=pending,
+            saved_step=step,
             damaged=view.damaged,
         )
     if any(w.stopped for w in group.workers):
@@ -178,7 +181,7 @@ def describe_end(worker: Worker) -> str:
     """How a worker ended, in words: ``rank 1 was killed by SIGKILL``."""
     code = worker.exit_code
     if _collateral(worker):
-        return f"rank {worker.rank} lost a peer: {worker.reason or 'collective failed'}"
+        return f"rank {worker.rank} lost a peer"
     if code is not None and code < 0:
         try:
             name = signal.Signals(-code).name
@@ -264,7 +267,7 @@ def _ending(
     committed = state.head.value.newest.step if state.head else -1
     if max(status.saved_step, status.pending_step) > committed:
         return None
-    saved = f" after saving step {committed}" if committed >= 0 else ""
+    saved = f" after saving step {committed}" if committed >= 0 else " before anything was saved"
     return Leave(view.leaving_code, f"stopped{saved}")
 
 

@@ -163,9 +163,7 @@ class WorkerPool:
             os.killpg(process.pid, signal.SIGKILL)
         except (ProcessLookupError, PermissionError):
             pass
-        self._on_end(
-            WorkerEnded(generation, rank, code, rank in self._stopped, time.monotonic())
-        )
+        self._on_end(WorkerEnded(generation, rank, code, rank in self._stopped, time.monotonic()))
 
     def _write_pids(self, generation: int) -> None:
         """``workers.json`` in the log directory: who runs where, for people and tools."""

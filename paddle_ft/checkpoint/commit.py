@@ -98,7 +98,9 @@ def bound(store: Store, value: str) -> str:
 
 def mark_committed(store: Store, head: Head) -> None:
     """Stores the marker of ``head.newest``. Harmless to repeat; do it after head has moved."""
-    wire = {"format": FORMAT, "kind": "commit", "head": json.loads(encode(head))}
+    told = json.loads(encode(head))
+    digest = digest_of(canonical(told))
+    wire = {"format": FORMAT, "kind": "commit", "head": told, "digest": digest}
     failpoint("commit.before_marker")
     store.put(layout.commit_name(head.newest.manifest), canonical(wire))
     failpoint("commit.marked")
@@ -111,6 +113,8 @@ def read_marker(store: Store, name: str) -> Head:
     try:
         if wire.get("format") != FORMAT or wire.get("kind") != "commit":
             raise ValueError("not a marker of this format")
+        if digest_of(canonical(wire["head"])) != wire["digest"]:
+            raise ValueError("altered")
         head = decode(Head, canonical(wire["head"]))
         if layout.commit_name(head.newest.manifest) != name:
             raise ValueError("name and content differ")

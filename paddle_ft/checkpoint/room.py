@@ -22,7 +22,7 @@ from paddle_ft.checkpoint.sign import Trust
 from paddle_ft.checkpoint.store import Store, open_store
 from paddle_ft.checkpoint.write import read_part, store_manifest, write_part
 from paddle_ft.config import Config
-from paddle_ft.coordination.decide import Commit
+from paddle_ft.coordination.actions import Commit
 from paddle_ft.errors import CheckpointDamaged
 from paddle_ft.types import CommitRef, Head, ImageInfo, Part
 

@@ -20,6 +20,16 @@ from dataclasses import dataclass, replace
 
 from paddle_ft.checkpoint.retention import Keep, kept_lineage, next_head, rule_of
 from paddle_ft.config import Config
+from paddle_ft.coordination.actions import (
+    Campaign,
+    Commit,
+    Decision,
+    Finish,
+    ImportHead,
+    Propose,
+    RequestPause,
+    ScanStore,
+)
 from paddle_ft.coordination.schema import Fences, JobState
 from paddle_ft.errors import (
     EXIT_CHECKPOINT,
@@ -39,73 +49,6 @@ from paddle_ft.types import (
     Pause,
     Versioned,
 )
-
-# ---------------------------------------------------------------- actions
-
-
-@dataclass(frozen=True, slots=True)
-class Campaign:
-    """Try to take the leader key."""
-
-
-@dataclass(frozen=True, slots=True)
-class ScanStore:
-    """Look for the newest commit in the store: etcd knows of none."""
-
-
-@dataclass(frozen=True, slots=True)
-class ImportHead:
-    """Tell etcd of the commits found in the store, before anything starts."""
-
-    head: Head
-    fences: Fences
-
-
-@dataclass(frozen=True, slots=True)
-class Propose:
-    generation: Generation
-    fences: Fences
-
-
-@dataclass(frozen=True, slots=True)
-class RequestPause:
-    pause: Pause
-    fences: Fences
-
-
-@dataclass(frozen=True, slots=True)
-class Commit:
-    """Merge ``parts`` to a manifest and move head to it."""
-
-    generation: int
-    step: int
-    parts: tuple[Part, ...]
-    head: Head | None
-    """Where head stands; None: nothing is committed yet."""
-    sequence: int
-    base: CommitRef | None
-    """What the commit continues; None: the beginning."""
-    lineage: tuple[CommitRef, ...]
-    """Kept ancestors, newest first; begins with ``base`` if there is one."""
-    obsolete: tuple[Part, ...]
-    """Parts that have served once this commit is made: of this step and of older ones."""
-    fences: Fences
-
-
-@dataclass(frozen=True, slots=True)
-class Finish:
-    outcome: Outcome
-    fences: Fences
-
-
-Action = Campaign | ScanStore | ImportHead | Propose | RequestPause | Commit | Finish
-
-
-@dataclass(frozen=True, slots=True)
-class Decision:
-    action: Action | None
-    reason: str
-
 
 # ---------------------------------------------------------------- the view
 
@@ -175,10 +118,11 @@ class Trouble:
 
     def __str__(self) -> str:
         told = [self.uncommittable] if self.uncommittable else []
-        told += [f"node {member} is lost" for member in self.lost]
+        told += [f"node {member.partition('.')[0]} is lost" for member in self.lost]
+        causes = [r for r in self.failed if not r.status.collateral]
         told += [
             f"node {r.member.node}: {r.status.reason}"
-            for r in sorted(self.failed, key=lambda r: r.status.collateral)
+            for r in (causes or ([] if told else self.failed))  # not also who lost them
         ]
         return "; ".join(told)
 
@@ -238,7 +182,8 @@ def decide(view: View, now_s: float, config: Config) -> Decision:
             return Decision(None, "leaving: others lead")
         return Decision(Campaign(), "there is no leader")
     if state.leader.value != view.me:
-        return Decision(None, f"following {state.leader.value}")
+        leader = state.leader.value.partition(".")[0]
+        return Decision(None, f"node {leader} leads")
     if now_s >= view.acting_until_s:
         return Decision(None, "the lease may have ended: not acting")
     return _lead(view, now_s, config)
@@ -354,7 +299,7 @@ def _finished(
     base = base_of(view.state)
     saved = max(r.status.saved_step for r in members)
     if commit is None and saved <= (base.step if base else -1):
-        outcome = Outcome(EXIT_DONE, "training is complete")
+        outcome = Outcome(EXIT_DONE, _completed(view.state, base))
     elif (
         commit is not None
         or any(r.status.pending_step >= 0 for r in members)
@@ -368,6 +313,19 @@ def _finished(
             f"the logs of the nodes for the reason, and start again to compute what is missing",
         )
     return Decision(Finish(outcome, view.state.fences()), outcome.reason)
+
+
+def _completed(state: JobState, base: CommitRef | None) -> str:
+    """What is told of a job that is done; also when there was nothing left to do."""
+    restored = state.generation.value.restore if state.generation else None
+    if base is None:
+        return "training is complete"
+    if restored == base:
+        return (
+            f"nothing was left to train: the checkpoint of step {base.step} is the end of it (to "
+            f"begin anew give another --checkpoint)"
+        )
+    return f"training is complete, step {base.step} is saved"
 
 
 def _rearrange(view: View, commit: Commit | None, now_s: float, config: Config) -> Decision:
@@ -391,7 +349,7 @@ def _rearrange(view: View, commit: Commit | None, now_s: float, config: Config) 
         return Decision(RequestPause(Pause(generation.number, reason), state.fences()), reason)
     spare = f", {len(joiners)} in reserve" if joiners else ""
     return Decision(
-        None, f"generation {generation.number} runs on {len(generation.members)} nodes{spare}"
+        None, f"generation {generation.number} runs, nodes: {len(generation.members)}{spare}"
     )
 
 
@@ -468,7 +426,8 @@ def _regroup(view: View, trouble: Trouble | None, now_s: float, config: Config) 
     if trouble is not None and len(failures) > job.max_restart:
         reason = (
             f"workers failed {len(failures)} times within {job.restart_window_s:g} s "
-            f"(--max_restart {job.max_restart}); the last time: {trouble}"
+            f"(--max_restart {job.max_restart}); the last time: {trouble}; what they printed is in "
+            f"{job.log_dir}/workerlog.<rank> of their node"
         )
         return Decision(Finish(Outcome(EXIT_WORKER_FAILED, reason), state.fences()), reason)
     restore, refused = restore_point(state)
@@ -491,7 +450,7 @@ def _regroup(view: View, trouble: Trouble | None, now_s: float, config: Config) 
 
 def _why(state: JobState, old: Generation | None, chosen: Sequence[Member]) -> str:
     if old is None:
-        return "the job begins"
+        return "the job goes on" if state.head is not None else "the job begins"
     if state.pause is not None:
         return state.pause.value.reason
     return f"{len(chosen)} nodes are here"

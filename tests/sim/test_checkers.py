@@ -88,7 +88,7 @@ def good() -> list[Fact]:
 
 def verdict(facts: list[Fact]) -> type[Broken] | None:
     try:
-        check_all(History(BATCH, STEPS, facts))
+        check_all(History(BATCH, STEPS, facts=facts))
     except Broken as error:
         return type(error)
     return None

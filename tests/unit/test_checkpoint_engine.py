@@ -291,13 +291,8 @@ def test_a_damaged_marker_is_left_out(
     newest = job.save(2, state_of(2))
     marker = tmp_path / layout.commit_name(newest.manifest)
     harm(marker)
-    steps = [r.step for r in commit.list_commits(job.store)]
-    if steps == [2, 1]:  # the flipped bit is in a part of the marker that says nothing of itself
-        with pytest.raises(CheckpointDamaged):
-            load(job.store, commit.list_commits(job.store)[0])
-    else:
-        assert steps == [1]
-        assert marker.name in caplog.text
+    assert [r.step for r in commit.list_commits(job.store)] == [1]
+    assert marker.name in caplog.text
 
 
 def test_a_failed_restore_leaves_no_file(tmp_path: Path) -> None:

@@ -8,17 +8,19 @@ from dataclasses import replace
 import pytest
 
 from paddle_ft.config import CheckpointConfig, Config, EtcdConfig, JobConfig
-from paddle_ft.coordination.decide import (
+from paddle_ft.coordination.actions import (
     Action,
     Campaign,
     Commit,
     Decision,
     Finish,
     ImportHead,
-    Marks,
     Propose,
     RequestPause,
     ScanStore,
+)
+from paddle_ft.coordination.decide import (
+    Marks,
     View,
     arrange,
     decide,

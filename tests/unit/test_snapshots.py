@@ -17,7 +17,7 @@ from paddle_ft.agent.ipc import Channel, SnapshotReady
 from paddle_ft.agent.snapshots import PartWritten, SnapshotKeeper
 from paddle_ft.checkpoint.room import CheckpointRoom
 from paddle_ft.config import Config
-from paddle_ft.coordination.decide import Commit
+from paddle_ft.coordination.actions import Commit
 from paddle_ft.coordination.schema import Fences
 from paddle_ft.types import CommitRef, Head, ImageInfo
 from tests.unit.checkpoint_job import Array, array_of, images

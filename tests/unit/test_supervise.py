@@ -197,7 +197,7 @@ class TestLeaving:
         (Worker(3, -9), "rank 3 was killed by SIGKILL"),
         (Worker(3, 1, reason="boom"), "rank 3 ended with exit code 1: boom"),
         (Worker(3, -250), "rank 3 was killed by signal 250"),
-        (Worker(3, EXIT_COLLECTIVE), "rank 3 lost a peer: collective failed"),
+        (Worker(3, EXIT_COLLECTIVE), "rank 3 lost a peer"),
     ],
 )
 def test_ends_are_told_in_words(worker: Worker, text: str) -> None:
