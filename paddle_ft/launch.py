@@ -12,6 +12,7 @@ import importlib.util
 import logging
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -38,6 +39,9 @@ examples:
   python -m paddle_ft.launch --nnodes 2:4 --etcd 10.0.0.1:2379 --checkpoint s3://bucket/run \\
       train.py
 """
+
+SOCKET_PLACE_BYTES_MAX = 60
+"""The path of a Unix socket ends at 107 bytes; what a temporary directory may take of it."""
 
 IGNORED = {
     "rank": "ranks follow from membership",
@@ -158,7 +162,8 @@ def parse(arguments: Sequence[str], environ: dict[str, str]) -> Command:
         _check_script(given)
     if "job.id" not in values and "PADDLE_FT_JOB__ID" not in environ and given.script:
         stem = Path(given.script[0]).stem if not given.module else given.script[0]
-        values["job.id"] = "".join(c if c.isalnum() or c in "._-" else "-" for c in stem)[:100]
+        plain = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in stem)
+        values["job.id"] = plain.lstrip("._-")[:100] or "job"
     loaded = load(values, environ, given.config)
     worker = ("-m", *given.script) if given.module else tuple(given.script)
     return Command(loaded, worker, tuple(notes), given.quiet, given.print_config)
@@ -246,7 +251,7 @@ def run(command: Command) -> int:
     from paddle_ft.agent.agent import Agent
     from paddle_ft.agent.console import Console
     from paddle_ft.agent.net import NodeName, address_towards
-    from paddle_ft.agent.snapshots import remove_leftovers, shared_directory
+    from paddle_ft.agent.snapshots import own_directory, remove_leftovers, shared_directory
     from paddle_ft.checkpoint.room import CheckpointRoom
     from paddle_ft.coordination.embedded import EmbeddedEtcd
     from paddle_ft.coordination.etcd import EtcdCoordinator
@@ -255,7 +260,10 @@ def run(command: Command) -> int:
     check(config)
     with contextlib.ExitStack() as stack:
         remove_leftovers(Path(tempfile.gettempdir()))
-        run_dir = Path(tempfile.mkdtemp(prefix=f"paddle_ft-{os.getpid()}-run-"))
+        place = tempfile.gettempdir()
+        if len(os.fsencode(place)) > SOCKET_PLACE_BYTES_MAX:
+            place = "/tmp"  # noqa: S108  the directory made there is private
+        run_dir = own_directory("run", Path(place))
         stack.callback(shutil.rmtree, run_dir, ignore_errors=True)
         name = NodeName(config.job.id, config.job.node)
         stack.callback(name.release)
@@ -321,9 +329,19 @@ def check(config: Config) -> None:
         raise ConfigError(f"--log_dir {job.log_dir} cannot be used: {error.strerror}") from error
 
 
+def _stop_before_it_runs(number: int, _frame: object) -> NoReturn:
+    """Until the agent takes the signal over: what was started is undone on the way out."""
+    sys.stderr.write(f"paddle_ft: stopped by {signal.Signals(number).name} before it began\n")
+    raise SystemExit(128 + number)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; operating errors end in one sentence and their exit code."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started us
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  as long as the process
     logging.basicConfig(format="[paddle_ft] %(message)s", level=logging.WARNING)
+    signal.signal(signal.SIGTERM, _stop_before_it_runs)
     try:
         command = parse(sys.argv[1:] if arguments is None else arguments, dict(os.environ))
         if command.print_config:

@@ -26,7 +26,7 @@ from paddle_ft.agent.committer import Committer
 from paddle_ft.agent.console import Console, Progress
 from paddle_ft.agent.group import Said, WorkerGroup
 from paddle_ft.agent.membership import Membership, TransactionDone
-from paddle_ft.agent.snapshots import PartWritten, RestoreFailed, SnapshotKeeper
+from paddle_ft.agent.snapshots import PartWritten, SnapshotKeeper, StateFailed
 from paddle_ft.agent.supervise import (
     Leave,
     LocalAction,
@@ -136,7 +136,9 @@ class Agent:
 
     def run(self) -> int:
         """Runs until the job has ended or this node has left it; gives the exit code."""
-        numbers = (signal.SIGINT, signal.SIGTERM, *ASK_TO_SAVE)
+        numbers = [signal.SIGINT, signal.SIGTERM, *ASK_TO_SAVE]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
+            numbers.append(signal.SIGHUP)
         previous = {number: signal.signal(number, self._on_signal) for number in numbers}
         try:
             self._mirror.start()
@@ -228,7 +230,7 @@ class Agent:
                 lambda: self._committer.announce(event.part, revision, lambda: group.generation),
                 "part",
             )
-        elif isinstance(event, RestoreFailed):
+        elif isinstance(event, StateFailed):
             self._restore_failed(event)
         elif isinstance(event, TransactionDone):
             self._membership.done(event)
@@ -314,7 +316,7 @@ class Agent:
             sequence = state.head.value.newest.sequence if state.head else 0
             self._group.start(state.generation, self._membership.me, sequence)
 
-    def _restore_failed(self, event: RestoreFailed) -> None:
+    def _restore_failed(self, event: StateFailed) -> None:
         self._group.cannot_restore(event)
         if event.damaged and event.manifest not in self._damaged:
             self._damaged = (*self._damaged, event.manifest)

@@ -45,7 +45,7 @@ class Beacon:
         """A zeroed page at ``path``, readable by this user only."""
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
         try:
-            os.ftruncate(descriptor, PAGE_BYTES)
+            os.posix_fallocate(descriptor, 0, PAGE_BYTES)  # or a full disk would be a SIGBUS
         finally:
             os.close(descriptor)
         return cls(path)

@@ -7,17 +7,22 @@ compares digests, since a buffer may be overwritten at any time.
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import mmap
 import os
 import shutil
 import tempfile
 import threading
+import time
 from pathlib import Path
 
 from paddle_ft.checkpoint.manifest import Block
 
 log = logging.getLogger("paddle_ft")
+
+YOUNG_S = 10.0
+"""A directory that was just made may not be locked yet."""
 
 
 class Buffers:
@@ -106,12 +111,38 @@ def shared_directory(job: str) -> Path:
     shared = Path("/dev/shm")  # noqa: S108  the directory made there is private
     parent = shared if os.access(shared, os.W_OK) else Path(tempfile.gettempdir())
     remove_leftovers(parent)
-    return Path(tempfile.mkdtemp(prefix=f"paddle_ft-{os.getpid()}-{job}-", dir=parent))
+    return own_directory(job, parent)
+
+
+_locks: list[int] = []
+"""Held until the process ends: who lives holds the locks on its directories."""
+
+
+def own_directory(name: str, parent: Path) -> Path:
+    """A new private directory, locked for as long as this process lives."""
+    path = Path(tempfile.mkdtemp(prefix=f"paddle_ft-{os.getpid()}-{name}-", dir=parent))
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    _locks.append(descriptor)
+    return path
 
 
 def remove_leftovers(parent: Path) -> None:
-    """Removes what launchers left there that were killed: their name holds their pid."""
-    for path in parent.glob("paddle_ft-*-*"):
-        pid = path.name.split("-")[1]
-        if pid.isdigit() and path.is_dir() and not Path(f"/proc/{pid}").exists():
-            shutil.rmtree(path, ignore_errors=True)
+    """Removes what launchers left there that were killed: nobody holds the lock on it.
+
+    A pid would not do: the owner may live in another PID namespace.
+    """
+    for path in parent.glob("paddle_ft-[0-9]*-*"):
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError:
+            continue
+        try:
+            young = time.time() - os.fstat(descriptor).st_mtime < YOUNG_S
+            if not young and os.fstat(descriptor).st_uid == os.getuid():
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path, ignore_errors=True)
+        except OSError:
+            pass  # in use
+        finally:
+            os.close(descriptor)

@@ -111,17 +111,20 @@ class Console:
 
     def _redraw(self, line: str) -> None:
         with self._lock:
-            sys.stderr.write(f"\r\x1b[K{line}")
-            sys.stderr.flush()
-            self._drawn = len(line)
+            try:
+                sys.stderr.write(f"\r\x1b[K{line}")
+                sys.stderr.flush()
+            except (OSError, ValueError):
+                self._terminal = False  # it was closed
+            self._drawn = len(line) if self._terminal else 0
 
     def _write(self, stream: TextIO, text: str) -> None:
         with self._lock:
-            if self._drawn:
-                sys.stderr.write("\r\x1b[K")
-                sys.stderr.flush()
-                self._drawn = 0
             try:
+                if self._drawn:
+                    self._drawn = 0
+                    sys.stderr.write("\r\x1b[K")
+                    sys.stderr.flush()
                 stream.write(text)
                 stream.flush()
             except (OSError, ValueError):

@@ -14,12 +14,15 @@ from pathlib import Path
 from paddle_ft.agent import ipc
 from paddle_ft.agent.beacon import Beacon, Reading
 from paddle_ft.agent.console import Console
-from paddle_ft.agent.snapshots import RestoreFailed, SnapshotKeeper
+from paddle_ft.agent.snapshots import SnapshotKeeper, StateFailed
 from paddle_ft.agent.supervise import Group, Worker
 from paddle_ft.agent.worker_env import SESSION_VARIABLE, SessionEnv, worker_env
 from paddle_ft.agent.workers import WorkerEnded, WorkerPool, WorkerSpec
 from paddle_ft.config import Config
 from paddle_ft.types import CommitRef, Generation, Versioned, encode
+
+HEARD_OUT_S = 1.0
+"""How long after a worker's end its connection may stay open before the end counts all the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +80,10 @@ class WorkerGroup:
         """What ``supervise`` looks at; None before the first generation."""
         if not self.generation:
             return None
+        for event in list(self._ended.values()):
+            if time.monotonic() - event.at_s > HEARD_OUT_S:  # a child it forked holds the socket
+                self._channels.pop(event.rank, None)
+                self.ended(self._ended.pop(event.rank))
         workers = tuple(self._workers[rank] for rank in sorted(self._workers))
         return Group(self.generation, workers, self._pause_told)
 
@@ -193,7 +200,7 @@ class WorkerGroup:
                 step=message.step,
             )
 
-    def cannot_restore(self, event: RestoreFailed) -> None:
+    def cannot_restore(self, event: StateFailed) -> None:
         if event.generation == self.generation:
             self.restore_failed, self.restore_fatal = event.reason, event.exit_code
             self._console.say(event.reason)

@@ -21,11 +21,18 @@ PORTS = range(20000, 32000)
 
 def free_ports(host: str, count: int) -> tuple[int, ...]:
     """``count`` different ports that could be bound on ``host`` a moment ago."""
+    try:
+        address = socket.getaddrinfo(host, None, socket.AF_INET)[0][4][0]
+    except OSError as error:
+        raise ConfigError(
+            f"--host {host} cannot be resolved ({error.strerror}): give an IPv4 address or a name "
+            f"of this machine"
+        ) from error
     found: list[int] = []
     for port in random.sample(PORTS, len(PORTS)):
         with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
             try:
-                probe.bind((host, port))
+                probe.bind((address, port))
             except PermissionError as error:
                 raise ConfigError(f"cannot listen on {host}: {error.strerror}") from error
             except OSError as error:

@@ -31,16 +31,28 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from paddle_ft.agent.buffers import Buffers, remove_leftovers, shared_directory
+from paddle_ft.agent.buffers import (
+    Buffers,
+    own_directory,
+    remove_leftovers,
+    shared_directory,
+)
 from paddle_ft.agent.ipc import Allocated, Channel, Released, RestoreReply, SnapshotReady
 from paddle_ft.checkpoint.room import CheckpointRoom
-from paddle_ft.errors import CheckpointDamaged, PaddleFTError, StoreError
+from paddle_ft.errors import (
+    EXIT_BUG,
+    CheckpointDamaged,
+    CheckpointError,
+    PaddleFTError,
+    StoreError,
+)
 from paddle_ft.types import CommitRef, ImageInfo, Part
 
 __all__ = [
     "PartWritten",
-    "RestoreFailed",
     "SnapshotKeeper",
+    "StateFailed",
+    "own_directory",
     "remove_leftovers",
     "shared_directory",
 ]
@@ -58,8 +70,8 @@ class PartWritten:
 
 
 @dataclass(frozen=True, slots=True)
-class RestoreFailed:
-    """Event: the restore point cannot be loaded; ``damaged`` if its bytes are lost."""
+class StateFailed:
+    """Event: the state cannot be loaded (``damaged`` if its bytes are lost) or not be saved."""
 
     generation: int
     manifest: str
@@ -85,7 +97,7 @@ class SnapshotKeeper:
     """Args:
     room: the checkpoint store of the job.
     directory: private directory on shared memory.
-    emit: called with PartWritten and RestoreFailed from threads of this object.
+    emit: called with PartWritten and StateFailed from threads of this object.
     """
 
     def __init__(
@@ -93,7 +105,7 @@ class SnapshotKeeper:
         room: CheckpointRoom,
         directory: Path,
         buffers: int,
-        emit: Callable[[PartWritten | RestoreFailed], None],
+        emit: Callable[[PartWritten | StateFailed], None],
     ) -> None:
         self._room = room
         self._directory = directory
@@ -216,8 +228,11 @@ class SnapshotKeeper:
                 self._write(job)
             except PaddleFTError as error:
                 log.error("step %d was not saved: %s", job.step, error)
-            except Exception:
+                fatal = 0 if isinstance(error, CheckpointError) else error.exit_code
+                self._emit(StateFailed(job.generation, "", False, str(error), fatal))
+            except Exception as error:
                 log.exception("step %d was not saved: a defect of paddle_ft", job.step)
+                self._emit(StateFailed(job.generation, "", False, repr(error), EXIT_BUG))
             finally:
                 with self._lock:
                     self._pending.remove(job.step)
@@ -304,7 +319,7 @@ class SnapshotKeeper:
                 )
                 break
             except CheckpointDamaged as error:
-                self._emit(RestoreFailed(generation, ref.manifest, True, str(error), 0))
+                self._emit(StateFailed(generation, ref.manifest, True, str(error), 0))
                 return
             except StoreError as error:
                 if str(error) != complained:
@@ -313,12 +328,12 @@ class SnapshotKeeper:
                 time.sleep(RETRY_INTERVAL_S)
             except PaddleFTError as error:
                 self._emit(
-                    RestoreFailed(generation, ref.manifest, False, str(error), error.exit_code)
+                    StateFailed(generation, ref.manifest, False, str(error), error.exit_code)
                 )
                 return
             except Exception as error:
                 log.exception("step %d cannot be loaded: a defect of paddle_ft", ref.step)
-                self._emit(RestoreFailed(generation, ref.manifest, False, repr(error), 70))
+                self._emit(StateFailed(generation, ref.manifest, False, repr(error), 70))
                 return
         with self._lock:
             if generation == self._generation:

@@ -169,8 +169,13 @@ def _paused(worker: Worker) -> bool:
 
 
 def _failed(worker: Worker) -> bool:
-    ended_badly = worker.exit_code not in (None, 0, EXIT_PAUSED)
+    ended_badly = worker.exit_code not in (None, 0, EXIT_PAUSED) or _wordless(worker)
     return ended_badly and not worker.stopped
+
+
+def _wordless(worker: Worker) -> bool:
+    """It left in the middle of its session with exit code 0: ``os._exit``, or a library's exit."""
+    return worker.exit_code == 0 and worker.session and not worker.kind
 
 
 def _collateral(worker: Worker) -> bool:
@@ -189,6 +194,8 @@ def describe_end(worker: Worker) -> str:
             name = f"signal {-code}"
         return f"rank {worker.rank} was killed by {name}"
     told = f": {worker.reason}" if worker.reason else ""
+    if _wordless(worker):
+        told = " in the middle of its session"
     return f"rank {worker.rank} ended with exit code {code}{told}"
 
 

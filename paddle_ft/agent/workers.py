@@ -7,7 +7,9 @@ on the main thread: the kernel ties "my parent died" to the thread that started 
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -18,6 +20,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
+
+log = logging.getLogger("paddle_ft")
 
 OUTPUT_LINE_BYTES_MAX = 64 * 1024
 
@@ -139,7 +143,7 @@ class WorkerPool:
         return None
 
     def _follow(self, generation: int, rank: int, process: subprocess.Popen[bytes]) -> None:
-        log = (self._log_dir / f"workerlog.{rank}").open("ab", buffering=0)
+        log = _Log(self._log_dir / f"workerlog.{rank}")
         log.write(f"--- generation {generation}, pid {process.pid}\n".encode())
         pump = threading.Thread(
             target=self._pump, args=(rank, process, log), name=f"pump-{rank}", daemon=True
@@ -150,9 +154,9 @@ class WorkerPool:
             target=self._wait, args=(generation, rank, process), name=f"wait-{rank}", daemon=True
         ).start()
 
-    def _pump(self, rank: int, process: subprocess.Popen[bytes], log: IO[bytes]) -> None:
+    def _pump(self, rank: int, process: subprocess.Popen[bytes], log: _Log) -> None:
         assert process.stdout is not None
-        with process.stdout as output, log:
+        with process.stdout as output, contextlib.closing(log):
             while line := output.readline(OUTPUT_LINE_BYTES_MAX):
                 log.write(line)
                 self._on_line(rank, line)
@@ -169,14 +173,44 @@ class WorkerPool:
         """``workers.json`` in the log directory: who runs where, for people and tools."""
         workers = [{"rank": r, "pid": p.pid} for r, p in sorted(self._processes.items())]
         path = self._log_dir / "workers.json"
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps({"generation": generation, "workers": workers}))
-        temporary.replace(path)
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")  # launchers may share the directory
+        with contextlib.suppress(OSError):
+            temporary.write_text(json.dumps({"generation": generation, "workers": workers}))
+            temporary.replace(path)
+
+
+class _Log:
+    """A worker's log file. A disk that is full costs lines of the log, not the training."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._complained = False
+        self._file: IO[bytes] | None = None
+        try:
+            self._file = path.open("ab", buffering=0)
+        except OSError as error:
+            self._complain(error)
+
+    def write(self, data: bytes) -> None:
+        try:
+            if self._file is not None:
+                self._file.write(data)
+        except OSError as error:
+            self._complain(error)
+
+    def _complain(self, error: OSError) -> None:
+        if not self._complained:
+            self._complained = True
+            log.warning("%s cannot be written: %s; training goes on", self._path, error.strerror)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
 
 
 def _clean_environment() -> dict[str, str]:
     """The launcher's environment without what an outer launcher left for workers of its own."""
-    foreign = ("PADDLE_TRAINER", "PADDLE_MASTER", "FLAGS_selected")
+    foreign = ("PADDLE_TRAINER", "PADDLE_MASTER", "FLAGS_selected", "MASTER_ADDR", "MASTER_PORT")
     return {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
 
 

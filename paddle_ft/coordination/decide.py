@@ -460,7 +460,7 @@ def _failures(
     old: Generation | None, trouble: Trouble | None, wall_s: float, window_s: float
 ) -> tuple[float, ...]:
     """Failures that count against --max_restart; losing a node is nobody's failure."""
-    recent = tuple(t for t in (old.failures if old else ()) if wall_s - t < window_s)
+    recent = tuple(t for t in (old.failures if old else ()) if 0 <= wall_s - t < window_s)
     own = trouble is not None and (
         trouble.blamed or trouble.collateral_only or trouble.uncommittable
     )
