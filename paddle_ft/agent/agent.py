@@ -125,6 +125,7 @@ class Agent:
         self._found: tuple[CommitRef, ...] | None = None
         self._scanning = False
         self._commit_running = False
+        self._wrote_revision = 0
         self._told_manifest = ""
         self._told_reason = ""
         self._signals: list[int] = []
@@ -233,6 +234,8 @@ class Agent:
         elif isinstance(event, StateFailed):
             self._restore_failed(event)
         elif isinstance(event, TransactionDone):
+            if event.succeeded:
+                self._wrote_revision = event.revision
             self._membership.done(event)
         elif isinstance(event, _CommitDone):
             self._commit_running = False
@@ -324,6 +327,8 @@ class Agent:
     # ------------------------------------------------------------ the leader's part
 
     def _decide(self, state: schema.JobState, now_s: float) -> None:
+        if self._mirror.revision < max(self._wrote_revision, self._committer.moved_revision):
+            return  # what was done last is not to be seen yet, and would be done again
         view = cluster.View(
             me=self._membership.me,
             state=state,

@@ -55,6 +55,8 @@ class Committer:
         self._closed = closed
         self.acknowledged = ""
         """Manifest of the newest commit whose marker is known to be written."""
+        self.moved_revision = 0
+        """Revision at which head was moved from here last; 0 if never."""
         self.failed: tuple[schema.Fences, str] | None = None
         """What a commit was decided upon whose parts do not make a checkpoint, and why."""
 
@@ -125,7 +127,9 @@ class Committer:
         """Runs ``txn``; when its outcome is not known, looks at head before it tries again."""
         while not self._closed():
             try:
-                if self._coordinator.transact(txn).succeeded:
+                result = self._coordinator.transact(txn)
+                if result.succeeded:
+                    self.moved_revision = result.revision
                     return True
             except CoordinationError:
                 time.sleep(PAUSE_S)

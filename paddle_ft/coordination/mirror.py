@@ -57,6 +57,12 @@ class JobMirror:
                 self._parsed = (self._revision, state)
             return self._parsed[1]
 
+    @property
+    def revision(self) -> int:
+        """The newest revision that is known to have changed the job."""
+        with self._lock:
+            return self._revision
+
     def revision_of(self, key: str) -> int:
         """mod_revision of ``key``; 0 if it is not there."""
         with self._lock:

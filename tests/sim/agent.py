@@ -76,6 +76,7 @@ class SimAgent(WorkerOwner):
         self._joining = False
         self._busy = False
         self._not_before_s = 0.0
+        self._wrote_revision = 0
         self._marks = cluster.Marks()
         self._found: tuple[CommitRef, ...] | None = None
         self._scanning = False
@@ -430,6 +431,8 @@ class SimAgent(WorkerOwner):
         except CoordinationError:
             pass
         self._busy = False
+        if result.succeeded:
+            self._wrote_revision = result.revision
         if record is not None and record.member.id != self.me:
             return  # sent before the lease was lost: this node is somebody else by now
         if result.succeeded and record is not None:
@@ -453,6 +456,8 @@ class SimAgent(WorkerOwner):
 
     def _decide(self, state: schema.JobState, now_s: float) -> None:
         assert self._lease is not None
+        if self.mirror.revision < max(self._wrote_revision, self.committer.moved_revision):
+            return  # what was done last is not to be seen yet, and would be done again
         view = cluster.View(
             me=self.me,
             state=state,

@@ -32,6 +32,7 @@ class Committer:
         self._agent = agent
         self._world = agent.world
         self.acknowledged = ""
+        self.moved_revision = 0
         self.failed: tuple[schema.Fences, str] | None = None
 
     def scan(self, task: Task) -> Steps:
@@ -103,6 +104,7 @@ class Committer:
                     task, agent.node, txn, Sent(agent.me, "commit", term)
                 )
                 if result.succeeded:
+                    self.moved_revision = result.revision
                     return True
             except EtcdUnavailable:
                 yield task.sleep(PAUSE_S)

@@ -70,7 +70,10 @@ def make_plan(choose: random.Random) -> Plan:
     nodes_max = max(1, nodes - choose.choice((0, 0, 0, 1, 2)))
     nodes_min = choose.choice((1, nodes_max, choose.randint(1, nodes_max)))
     names = [f"n{i}" for i in range(nodes)]
-    faults = [_fault(choose, names) for _ in range(choose.choice((0, 1, 2, 3, 4, 5, 6, 8)))]
+    steps = choose.randint(15, 45)
+    until_s = min(QUIET_S - 2.0, 3.0 + 0.35 * steps)  # while there is something to disturb
+    count = choose.choice((0, 1, 2, 3, 4, 5, 6, 8))
+    faults = [_fault(choose, names, until_s) for _ in range(count)]
     return Plan(
         nodes=nodes,
         nodes_min=nodes_min,
@@ -79,7 +82,7 @@ def make_plan(choose: random.Random) -> Plan:
         embedded=nodes == 1 and choose.random() < 0.7,
         session=choose.random() < 0.95,
         patient=choose.random() < 0.5,
-        steps=choose.randint(15, 45),
+        steps=steps,
         save_every=choose.randint(2, 6),
         max_restart=choose.choice((1000, 1000, 1000, 1000, 3)),
         members_timeout_s=choose.choice((300.0, 300.0, 8.0)),
@@ -94,10 +97,10 @@ def make_plan(choose: random.Random) -> Plan:
     )
 
 
-def _fault(choose: random.Random, names: list[str]) -> Fault:
+def _fault(choose: random.Random, names: list[str], until_s: float) -> Fault:
     kind = choose.choice(FAULTS)
     return Fault(
-        at_s=choose.uniform(0.5, QUIET_S - 2.0),
+        at_s=choose.uniform(0.5, until_s),
         kind=kind,
         node=choose.choice(names),
         other=choose.choice(names),

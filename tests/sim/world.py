@@ -137,6 +137,7 @@ class World:
                 self._release_held()
             if key == "outcome" and self.outcome_s is None:
                 self.outcome_s = self.clock.now
+                self._turn_away_newcomers()
             self.note("etcd", batch.revision, key, describe(parsed), "by", sent and sent.sender)
             self.history.add(
                 Write(
@@ -158,6 +159,13 @@ class World:
         if staying != self._staying:
             self._staying = staying
             self.history.add(Nodes(self.clock.now, staying))
+
+    def _turn_away_newcomers(self) -> None:
+        """A launcher that has not joined when the job ends would begin another run."""
+        for agent in list(self.agents.values()):
+            if agent.registered_s < 0:
+                del self.agents[agent.node]
+                agent.kill()
 
     def acknowledged(self, commit: CommitRef) -> None:
         if commit.manifest not in self._told:
@@ -342,9 +350,7 @@ class World:
         """The job has ended and everyone who was there has gone."""
         if self.outcome_s is None:
             return False
-        return all(
-            a.registered_s < 0 or a.registered_s > self.outcome_s for a in self.agents.values()
-        )
+        return not self.agents
 
 
 def describe(value: object) -> str:
