@@ -341,7 +341,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if getattr(sys, name) is None:  # closed by whoever started us
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  as long as the process
     logging.basicConfig(format="[paddle_ft] %(message)s", level=logging.WARNING)
-    signal.signal(signal.SIGTERM, _stop_before_it_runs)
+    before = signal.signal(signal.SIGTERM, _stop_before_it_runs)
     try:
         command = parse(sys.argv[1:] if arguments is None else arguments, dict(os.environ))
         if command.print_config:
@@ -356,6 +356,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception:
         logging.getLogger("paddle_ft").exception("a defect of paddle_ft; please report this")
         return EXIT_BUG
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

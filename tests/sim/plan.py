@@ -87,7 +87,7 @@ def make_plan(choose: random.Random) -> Plan:
         max_restart=choose.choice((1000, 1000, 1000, 1000, 3)),
         members_timeout_s=choose.choice((300.0, 300.0, 8.0)),
         keep_last=choose.choice((1, 2, 3)),
-        flaky=choose.choice((0.0, 0.02, 0.1)),
+        flaky=choose.choice((0.0, 0.05, 0.2)),
         watch_delay_s=choose.choice(((0.001, 0.02), (0.001, 0.2), (0.01, 1.0))),
         starts_s=tuple(
             choose.uniform(0, 0.5) if choose.random() < 0.7 else choose.uniform(0, 10)
