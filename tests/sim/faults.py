@@ -31,7 +31,8 @@ def _strike(world: World, fault: Fault) -> None:
     lasts_s = _left(world, fault)
     agent = world.agents.get(node)
     if kind == "trap":
-        world.traps["", fault.detail] = (fault.how, fault.duration_s)
+        trap = (fault.how, fault.duration_s)
+        (world.network.traps if fault.how in ("late", "deaf") else world.traps)[fault.detail] = trap
         return
     if kind in STRIKING:
         world.history.add(Struck(clock.now))
@@ -40,8 +41,7 @@ def _strike(world: World, fault: Fault) -> None:
         world.crash_node(node)
         clock.after(lasts_s, world.start_node, node)
     elif kind == "kill worker" and agent is not None:
-        for worker in agent.workers()[:1]:
-            worker.kill(stopped=False)
+        world.kill_worker(agent)
     elif kind in ("freeze agent", "freeze node") and agent is not None:
         world.freeze(agent, lasts_s)
         if kind == "freeze node":
@@ -103,6 +103,7 @@ def _quiet(world: World) -> None:
     world.note("fault", "no more faults")
     world.network.flaky = 0.0
     world.traps.clear()
+    world.network.traps.clear()
     world.cut_peers.clear()
     _store_recovers(world)
     for node in sorted(world.network.cut):

@@ -31,6 +31,8 @@ class Sent:
 class Recorder(Protocol):
     def etcd_changed(self, batch: Batch, sent: Sent | None) -> None: ...
 
+    def sprung(self, sent: Sent) -> None: ...
+
 
 class Watcher(Protocol):
     """An agent's end of a watch."""
@@ -55,6 +57,8 @@ class Network:
         self.flaky = 0.0
         self.watch_delay_s = (0.002, 0.05)
         self.watchers: list[Watcher] = []
+        self.traps: dict[str, tuple[str, float]] = {}
+        """By kind of transaction: what happens to the next one, and for how long."""
         self.without: tuple[str, str] | None = None
         """(kind of transaction, last part of a key): that comparison is left out; for tests."""
         self._recorder = recorder
@@ -92,7 +96,12 @@ class Network:
         clock, etcd = self.clock, self.etcd
         delay_s = clock.between(0.001, 0.01)
         lost_answer = False
-        if self.flaky and clock.chance(self.flaky):
+        if sent is not None and sent.kind in self.traps:
+            how, lasts_s = self.traps.pop(sent.kind)
+            lost_answer = how == "deaf"
+            delay_s = lasts_s if how == "late" else delay_s
+            self._recorder.sprung(sent)
+        elif self.flaky and clock.chance(self.flaky):
             fate = clock.random.randrange(4)
             if fate == 0:  # lost on the way there
                 task.process.after(CALL_TIMEOUT_S, task.resume, _unavailable())

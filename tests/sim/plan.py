@@ -22,8 +22,8 @@ FAULTS = (
     "damage",
 )  # fmt: skip
 TRAPS = (
-    "propose", "pause", "merge", "commit", "commit", "marker", "collect",
-    "publish", "finish", "campaign",
+    "propose", "propose", "propose", "commit", "commit", "commit",
+    "merge", "marker", "collect", "pause", "publish", "finish", "campaign",
 )  # fmt: skip
 
 
@@ -37,7 +37,8 @@ class Fault:
     detail: str = ""
     """With ``trap``: before doing what it springs."""
     how: str = ""
-    """With ``trap``: ``freeze``, ``hold`` (freeze until the leader changes) or ``kill``."""
+    """With ``trap``: ``freeze``, ``hold`` (freeze until the leader changes) or ``kill`` who does
+    it; or its request to etcd arrives ``late``, or the answer does not (``deaf``)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +57,7 @@ class Plan:
     save_every: int
     max_restart: int
     members_timeout_s: float
+    persist_grace_s: float
     keep_last: int
     flaky: float
     """Share of the requests to etcd that are lost, late or doubled."""
@@ -86,6 +88,7 @@ def make_plan(choose: random.Random) -> Plan:
         save_every=choose.randint(2, 6),
         max_restart=choose.choice((1000, 1000, 1000, 1000, 3)),
         members_timeout_s=choose.choice((300.0, 300.0, 8.0)),
+        persist_grace_s=choose.choice((0.0, 1.5)),
         keep_last=choose.choice((1, 2, 3)),
         flaky=choose.choice((0.0, 0.05, 0.2)),
         watch_delay_s=choose.choice(((0.001, 0.02), (0.001, 0.2), (0.01, 1.0))),
@@ -106,5 +109,7 @@ def _fault(choose: random.Random, names: list[str], until_s: float) -> Fault:
         other=choose.choice(names),
         duration_s=choose.choice((choose.uniform(0.2, 1.5), choose.uniform(1.5, 6.0))),
         detail=choose.choice(TRAPS) if kind == "trap" else "",
-        how=choose.choice(("freeze", "hold", "hold", "kill")) if kind == "trap" else "",
+        how=choose.choice(("freeze", "hold", "hold", "kill", "late", "late", "deaf"))
+        if kind == "trap"
+        else "",
     )

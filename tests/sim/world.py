@@ -47,6 +47,7 @@ def make_config(
     max_restart: int,
     keep_last: int,
     members_timeout_s: float = 300.0,
+    persist_grace_s: float = 1.5,
 ) -> Config:
     return Config(
         job=JobConfig(
@@ -55,7 +56,7 @@ def make_config(
             members_timeout_s=members_timeout_s,
         ),
         etcd=EtcdConfig(lease_ttl_s=2, renew_interval_s=0.5, rpc_timeout_s=0.4),
-        checkpoint=CheckpointConfig(keep_last=keep_last, persist_grace_s=1.5),
+        checkpoint=CheckpointConfig(keep_last=keep_last, persist_grace_s=persist_grace_s),
     )  # fmt: skip
 
 
@@ -72,6 +73,7 @@ class World:
             plan.max_restart,
             plan.keep_last,
             plan.members_timeout_s,
+            plan.persist_grace_s,
         )
         self.keys = schema.Keys("sim")
         self.training = Training(plan.steps, 8, plan.save_every, plan.session, plan.patient)
@@ -84,7 +86,7 @@ class World:
         self.names = [f"n{i}" for i in range(plan.nodes)]
         self.agents: dict[str, SimAgent] = {}
         self.cut_peers: set[frozenset[str]] = set()
-        self.traps: dict[tuple[str, str], tuple[str, float]] = {}
+        self.traps: dict[str, tuple[str, float]] = {}
         self.states: dict[str, State] = {}
         self.one_identity = False
         """Every life of a node has the same incarnation; for tests."""
@@ -317,7 +319,7 @@ class World:
 
     def trapped(self, agent: SimAgent, kind: str) -> bool:
         """Springs a trap that was set for whoever does ``kind`` next: freezes or kills it."""
-        trap = self.traps.pop(("", kind), None)
+        trap = self.traps.pop(kind, None)
         if trap is None:
             return False
         how, duration_s = trap
@@ -333,6 +335,23 @@ class World:
             self.crash_node(agent.node)
             self.clock.after(duration_s, self.start_node, agent.node)
         return True
+
+    def sprung(self, sent: Sent) -> None:
+        """The network does something to this request: what else goes wrong at such a moment?"""
+        self.note("fault", "in the way of", sent.kind, "of", sent.sender)
+        if self.agents and self.clock.chance(0.7):
+            node = self.clock.random.choice(sorted(self.agents))
+            self.clock.after(self.clock.between(0.0, 0.3), self._kill_worker_of, node)
+
+    def _kill_worker_of(self, node: str) -> None:
+        if node in self.agents:
+            self.kill_worker(self.agents[node])
+
+    def kill_worker(self, agent: SimAgent) -> None:
+        self.history.add(Struck(self.clock.now))
+        for worker in agent.workers()[:1]:
+            self.note("fault", "kills", worker.process.name)
+            worker.kill(stopped=False)
 
     def _release_held(self) -> None:
         """The leader has changed: the perfect moment for an earlier one to wake up."""
