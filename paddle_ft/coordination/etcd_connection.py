@@ -159,6 +159,7 @@ class Connection:
         api = etcd_stubs.load()
         try:
             if self._authenticate:
+                self._token = ""  # etcd 3.4 refuses to log in who still shows an ended token
                 request = api.AuthenticateRequest(
                     name=self._config.user, password=self._config.password
                 )
