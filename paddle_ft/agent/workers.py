@@ -24,6 +24,9 @@ from typing import IO
 log = logging.getLogger("paddle_ft")
 
 OUTPUT_LINE_BYTES_MAX = 64 * 1024
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108  only files that name an ended worker are removed
+CLEAN_UP_S = 2.0
+"""How long after a worker what it started may take to be gone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +72,7 @@ class WorkerPool:
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
         self._stopped: set[int] = set()
         self._spares: list[subprocess.Popen[bytes]] = []
-        self._pumps: list[threading.Thread] = []
+        self._threads: list[threading.Thread] = []
 
     def start(self, generation: int, specs: Sequence[WorkerSpec]) -> None:
         """Starts one worker for each of ``specs``; the ones before must have ended."""
@@ -110,8 +113,8 @@ class WorkerPool:
             _signal_group(process, signal.SIGKILL)
         for process in [*self._processes.values(), *self._spares]:
             process.wait()
-        for pump in self._pumps:
-            pump.join(timeout=2.0)
+        for thread in self._threads:
+            thread.join(timeout=2.0)
         self._spares.clear()
 
     def _spawn(
@@ -145,14 +148,20 @@ class WorkerPool:
     def _follow(self, generation: int, rank: int, process: subprocess.Popen[bytes]) -> None:
         log = _Log(self._log_dir / f"workerlog.{rank}")
         log.write(f"--- generation {generation}, pid {process.pid}\n".encode())
-        pump = threading.Thread(
-            target=self._pump, args=(rank, process, log), name=f"pump-{rank}", daemon=True
-        )
-        pump.start()
-        self._pumps = [p for p in self._pumps if p.is_alive()] + [pump]
-        threading.Thread(
-            target=self._wait, args=(generation, rank, process), name=f"wait-{rank}", daemon=True
-        ).start()
+        threads = [
+            threading.Thread(
+                target=self._pump, args=(rank, process, log), name=f"pump-{rank}", daemon=True
+            ),
+            threading.Thread(
+                target=self._wait,
+                args=(generation, rank, process),
+                name=f"wait-{rank}",
+                daemon=True,
+            ),
+        ]
+        for thread in threads:
+            thread.start()
+        self._threads = [t for t in self._threads if t.is_alive()] + threads
 
     def _pump(self, rank: int, process: subprocess.Popen[bytes], log: _Log) -> None:
         assert process.stdout is not None
@@ -162,12 +171,13 @@ class WorkerPool:
                 self._on_line(rank, line)
 
     def _wait(self, generation: int, rank: int, process: subprocess.Popen[bytes]) -> None:
+        with contextlib.suppress(ChildProcessError):  # until it is waited for, its id is its own
+            os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        started = _session_of(process.pid)
+        _kill(started)  # data loaders hold its sockets and its output
         code = process.wait()
-        try:  # what the worker started (data loaders) must not outlive it
-            os.killpg(process.pid, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):
-            pass
         self._on_end(WorkerEnded(generation, rank, code, rank in self._stopped, time.monotonic()))
+        _clean_up_after(process.pid, started)
 
     def _write_pids(self, generation: int) -> None:
         """``workers.json`` in the log directory: who runs where, for people and tools."""
@@ -221,3 +231,40 @@ def _signal_group(process: subprocess.Popen[bytes], number: int) -> None:
             os.killpg(process.pid, number)
         except (ProcessLookupError, PermissionError):
             pass
+
+
+def _session_of(leader: int) -> set[int]:
+    """The living processes of the session of ``leader``, without itself."""
+    members = set()
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, _, session = stat.read_text().rpartition(")")[2].split()[:4]
+        except (OSError, ValueError):
+            continue  # it has ended
+        if int(session) == leader and state not in "ZX":
+            members.add(int(stat.parent.name))
+    return members - {leader}
+
+
+def _kill(pids: set[int]) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def _clean_up_after(leader: int, started: set[int]) -> None:
+    """Sees to the end of what a worker had ``started``, and removes what is left of it.
+
+    Paddle's data loaders pass batches in ``/dev/shm/paddle_<pid>_…``, which nobody removes after
+    they were killed.
+    """
+    until_s = time.monotonic() + CLEAN_UP_S
+    pids = {leader} | started
+    while (left := _session_of(leader)) and time.monotonic() < until_s:
+        pids |= left
+        _kill(left)  # one of them may have started another one
+        time.sleep(0.01)
+    for pid in pids:
+        for path in SHARED_MEMORY.glob(f"paddle_{pid}_*"):
+            with contextlib.suppress(OSError):
+                path.unlink()
