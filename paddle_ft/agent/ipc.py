@@ -21,8 +21,10 @@ through the beacon (``agent.beacon``), tensors through shared memory.
 
 from __future__ import annotations
 
+import logging
 import socket
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -31,6 +33,9 @@ from pydantic import Field, TypeAdapter
 
 from paddle_ft.types import ImageInfo
 
+log = logging.getLogger("paddle_ft")
+
+ACCEPT_AGAIN_S = 0.05
 LINE_BYTES_MAX = 64 * 1024 * 1024
 """A message names every tensor of a snapshot; 64 MiB is some 300,000 tensors."""
 
@@ -199,17 +204,24 @@ class Listener:
     ) -> None:
         self.path = path
         self._on_message = on_message
+        self._closed = False
         self._server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._server.bind(path)
         self._server.listen(64)
         threading.Thread(target=self._accept, name="ipc-accept", daemon=True).start()
 
     def _accept(self) -> None:
-        while True:
+        complained = False
+        while not self._closed:
             try:
                 connection, _ = self._server.accept()
-            except OSError:
-                return
+            except OSError as error:  # out of descriptors, or the worker went before its turn
+                if not self._closed and not complained:
+                    complained = True
+                    log.warning("a worker has to wait for its connection: %s", error.strerror)
+                time.sleep(ACCEPT_AGAIN_S)
+                continue
+            complained = False
             channel = Channel(connection)
             threading.Thread(
                 target=self._serve, args=(channel,), name="ipc-worker", daemon=True
@@ -227,6 +239,7 @@ class Listener:
                 return
 
     def close(self) -> None:
+        self._closed = True
         try:
             self._server.shutdown(socket.SHUT_RDWR)
         except OSError:
