@@ -89,7 +89,7 @@ LAYERS = (
             "streams",
         ],
     ),
-    ("fronts", ["launch", "cli", "checkpoint.cli", ""]),
+    ("fronts", ["launch", "command_line", "cli", "checkpoint.cli", ""]),
 )
 """Each module belongs to the most exact name that fits; it imports from its own layer or below."""
 

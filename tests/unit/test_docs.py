@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from paddle_ft import errors
+from paddle_ft.command_line import build_parser
 from paddle_ft.config import Config
-from paddle_ft.launch import build_parser
 
 ROOT = Path(__file__).parents[2]
 READMES = [ROOT / "README.md", ROOT / "README.zh-CN.md"]

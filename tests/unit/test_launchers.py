@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from paddle_ft.command_line import build_parser
 from paddle_ft.config import Config
-from paddle_ft.launch import build_parser
 
 LAUNCHERS = Path(__file__).parents[2] / "launchers"
 FILES = sorted(path for path in LAUNCHERS.rglob("*") if path.is_file())
