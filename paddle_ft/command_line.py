@@ -26,6 +26,7 @@ EPILOG = """exit codes:
   4    the checkpoint store cannot be used
   5    a checkpoint is damaged everywhere, or belongs to another model
   70   a defect of paddle_ft (please report its traceback)
+  71   this machine is short of disk space, memory, descriptors or processes
   130  stopped by Ctrl-C, 143 stopped by SIGTERM; the last checkpoint is named
 
 examples:
@@ -126,6 +127,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 def parse(arguments: Sequence[str], environ: dict[str, str]) -> Command:
     """The command that ``arguments`` ask for; raises ConfigError."""
+    try:
+        os.getcwd()
+    except OSError:
+        raise ConfigError(
+            "the current directory is no longer there: change to one that is"
+        ) from None
     parser = build_parser()
     _refuse_unknown(parser, arguments)
     given = parser.parse_args(arguments)

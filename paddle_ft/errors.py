@@ -14,6 +14,7 @@
     ├── CheckpointError                 5   a checkpoint exists but cannot be used
     │   ├── CheckpointDamaged           5   bytes are missing or altered: use an older one
     │   └── CheckpointMismatch          5   it belongs to another model, dataset or job
+    ├── MachineError                    71  this machine is short of something, or refuses it
     ├── WorkerFailed                    1   workers failed more often than --max_restart allows
     └── CollectiveFailed                75  a peer was lost in a collective: the generation restarts
 
@@ -31,6 +32,7 @@ EXIT_STORE = 4
 EXIT_CHECKPOINT = 5
 EXIT_BUG = 70
 """An exception that is none of the above: a defect of paddle_ft, reported with its traceback."""
+EXIT_MACHINE = 71
 EXIT_COLLECTIVE = 75
 """Used between a worker and its agent only: this worker did not fail, a peer did."""
 EXIT_PAUSED = 76
@@ -103,6 +105,12 @@ class CheckpointDamaged(CheckpointError):
 
 class CheckpointMismatch(CheckpointError):
     """A checkpoint belongs to another model, optimizer, dataset or job."""
+
+
+class MachineError(PaddleFTError):
+    """This machine is short of processes, descriptors, memory or disk space, or refuses them."""
+
+    exit_code = EXIT_MACHINE
 
 
 class WorkerFailed(PaddleFTError):

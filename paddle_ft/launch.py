@@ -3,21 +3,34 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from paddle_ft import policies
 from paddle_ft.command_line import Command, parse
 from paddle_ft.config import Config
-from paddle_ft.errors import EXIT_BUG, ConfigError, PaddleFTError
+from paddle_ft.errors import EXIT_BUG, EXIT_SIGINT, ConfigError, MachineError, PaddleFTError
 
+_SPACE = "free disk space, or set TMPDIR to a directory that has some"
+_DESCRIPTORS = "end what holds files open, or raise the limit (ulimit -n)"
+SHORTAGES = {
+    errno.ENOSPC: _SPACE,
+    errno.EDQUOT: _SPACE,
+    errno.EROFS: "set TMPDIR to a directory that can be written",
+    errno.EAGAIN: "end processes that are not needed, or raise the limit on them (ulimit -u)",
+    errno.ENOMEM: "free memory",
+    errno.EMFILE: _DESCRIPTORS,
+    errno.ENFILE: _DESCRIPTORS,
+}
+"""What to do about what the kernel refuses a launcher."""
 SOCKET_PLACE_BYTES_MAX = 60
 """The path of a Unix socket ends at 107 bytes; what a temporary directory may take of it."""
 
@@ -36,8 +49,8 @@ def run(command: Command) -> int:
     config = command.loaded.config
     check(config)
     with contextlib.ExitStack() as stack:
-        remove_leftovers(Path(tempfile.gettempdir()))
-        place = tempfile.gettempdir()
+        place = _temporary_directory()
+        remove_leftovers(Path(place))
         if len(os.fsencode(place)) > SOCKET_PLACE_BYTES_MAX:
             place = "/tmp"  # noqa: S108  the directory made there is private
         run_dir = own_directory("run", Path(place))
@@ -79,6 +92,13 @@ def run(command: Command) -> int:
         return exit_code
 
 
+def _temporary_directory() -> str:
+    try:
+        return tempfile.gettempdir()
+    except OSError as error:  # none can be written
+        raise MachineError(f"{error.strerror}; {_SPACE}") from error
+
+
 def check(config: Config) -> None:
     """Raises ConfigError for settings that do not go together."""
     job = config.job
@@ -106,6 +126,24 @@ def check(config: Config) -> None:
         raise ConfigError(f"--log_dir {job.log_dir} cannot be used: {error.strerror}") from error
 
 
+@contextlib.contextmanager
+def one_sentence_for_shortages() -> Iterator[None]:
+    """Turns what the kernel says when something has run out into MachineError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in SHORTAGES:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        raise MachineError(
+            f"{where}{error.strerror}; {SHORTAGES[error.errno]}, and start again"
+        ) from error
+    except RuntimeError as error:
+        if "start new thread" not in str(error):
+            raise
+        raise MachineError(f"{error}; {SHORTAGES[errno.EAGAIN]}, and start again") from error
+
+
 def _stop_before_it_runs(number: int, _frame: object) -> NoReturn:
     """Until the agent takes the signal over: what was started is undone on the way out."""
     sys.stderr.write(f"paddle_ft: stopped by {signal.Signals(number).name} before it began\n")
@@ -124,12 +162,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if command.print_config:
             sys.stdout.writelines(f"{line}\n" for line in command.loaded.describe())
             return 0
-        return run(command)
+        with one_sentence_for_shortages():
+            return run(command)
     except PaddleFTError as error:
         sys.stderr.write(f"paddle_ft: error: {error}\n")
         return error.exit_code
     except KeyboardInterrupt:
-        return 130
+        return EXIT_SIGINT
     except Exception:
         logging.getLogger("paddle_ft").exception("a defect of paddle_ft; please report this")
         return EXIT_BUG

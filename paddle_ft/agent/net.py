@@ -94,8 +94,8 @@ def _try_lock(file_name: str) -> IO[str] | None:
     path = os.path.join(tempfile.gettempdir(), file_name)
     try:
         lock = open(path, "w", encoding="ascii")  # noqa: SIM115  held as long as the name is
-    except OSError:
-        return None
+    except PermissionError:
+        return None  # somebody else's
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if os.stat(path).st_ino == os.fstat(lock.fileno()).st_ino:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import resource
 from pathlib import Path
 
 import pytest
 
 from paddle_ft import launch
-from paddle_ft.errors import ConfigError
+from paddle_ft.errors import ConfigError, MachineError
 
 
 @pytest.fixture
@@ -141,6 +144,36 @@ def test_bad_files_are_one_sentence(content: str, told: str, script: str, tmp_pa
 def test_an_unknown_key_in_the_environment_is_an_error(script: str) -> None:
     with pytest.raises(ConfigError, match=r"job\.spare \(environment PADDLE_FT_JOB__SPARE\)"):
         parse(script, PADDLE_FT_JOB__SPARE="1")
+
+
+def test_a_directory_that_was_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert launch.main(["train.py"]) == 2
+    assert capfd.readouterr().err.startswith("paddle_ft: error: the current directory is no longer")
+
+
+def test_what_the_machine_is_short_of_is_one_sentence() -> None:
+    def short(of: str) -> contextlib.ExitStack:
+        stack = contextlib.ExitStack()
+        stack.enter_context(pytest.raises(MachineError, match=of))
+        stack.enter_context(launch.one_sentence_for_shortages())
+        return stack
+
+    with short("No space left on device; free disk space"):
+        Path("/dev/full").write_text("x")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+    try:
+        with short("Too many open files; .*ulimit -n"):
+            os.pipe()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    with pytest.raises(FileNotFoundError), launch.one_sentence_for_shortages():
+        os.stat("nosuch")  # nothing is short: a defect, which keeps its traceback
 
 
 def test_several_nodes_need_an_etcd_they_share(script: str) -> None:
