@@ -189,6 +189,16 @@ def load(
     return Loaded(_validate(values, sources), sources)
 
 
+def secret_variables() -> frozenset[str]:
+    """Names of the environment variables that may hold a secret."""
+    return frozenset(
+        _variable(f"{group}.{key}")
+        for group, settings in Config()
+        for key, field in type(settings).model_fields.items()
+        if not field.repr
+    )
+
+
 def _variable(path: str) -> str:
     group, _, key = path.partition(".")
     return f"PADDLE_FT_{group}__{key}".upper()

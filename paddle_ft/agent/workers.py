@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from paddle_ft.config import secret_variables
+
 log = logging.getLogger("paddle_ft")
 
 OUTPUT_LINE_BYTES_MAX = 64 * 1024
@@ -219,9 +221,13 @@ class _Log:
 
 
 def _clean_environment() -> dict[str, str]:
-    """The launcher's environment without what an outer launcher left for workers of its own."""
+    """The launcher's environment without what an outer launcher left for workers of its own.
+
+    Secrets stay with the launcher: it alone signs checkpoints and talks to etcd.
+    """
     foreign = ("PADDLE_TRAINER", "PADDLE_MASTER", "FLAGS_selected", "MASTER_ADDR", "MASTER_PORT")
-    return {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
+    secrets = secret_variables()
+    return {k: v for k, v in os.environ.items() if not k.startswith(foreign) and k not in secrets}
 
 
 def _signal_group(process: subprocess.Popen[bytes], number: int) -> None:

@@ -231,7 +231,9 @@ class EmbeddedEtcd:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env={k: v for k, v in os.environ.items() if not k.startswith("ETCD_")},
+                env={
+                    k: v for k, v in os.environ.items() if not k.startswith(("ETCD_", "PADDLE_FT_"))
+                },
                 # Ctrl-C at the terminal is for us; the server is needed until the job has ended.
                 start_new_session=True,
             )

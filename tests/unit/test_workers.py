@@ -86,6 +86,28 @@ def start(tmp_path: Path) -> Iterator[Callable[[str], Workers]]:
         workers.pool.close()
 
 
+def test_neither_secrets_nor_another_launchers_marks_reach_a_worker(
+    start: Callable[[str], Workers], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A script hands its environment on, to loggers and to trackers of experiments."""
+    for name in (
+        "PADDLE_FT_CHECKPOINT__SIGN_KEY",
+        "PADDLE_FT_ETCD__PASSWORD",
+        "MASTER_ADDR",  # paddle.distributed.launch of an outer job, or torchrun
+        "MASTER_PORT",
+        "PADDLE_TRAINER_ENDPOINTS",
+        "PADDLE_MASTER",
+        "MASTER_OF_MINE",
+    ):
+        monkeypatch.setenv(name, "hidden")
+    workers = start(
+        "import os\n"
+        "print(*sorted(k for k, v in os.environ.items() if v == 'hidden'), 'end', flush=True)"
+    )
+    assert workers.lines.get(timeout=30).split() == ["MASTER_OF_MINE", "end"]
+    assert workers.end().exit_code == 0
+
+
 def runs(pid: int) -> bool:
     """Whether the process is there, and not merely to be waited for by somebody."""
     try:
