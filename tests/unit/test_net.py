@@ -26,6 +26,12 @@ def test_an_address_of_another_machine_is_refused() -> None:
         free_ports("192.0.2.1", 1)
 
 
+def test_a_host_that_does_not_resolve_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"--host nosuch\.invalid cannot be resolved"):
+        free_ports("nosuch.invalid", 1)
+    assert free_ports("localhost", 1)
+
+
 def test_the_address_is_the_one_that_reaches_etcd() -> None:
     assert address_towards(["127.0.0.1:2379"]) == "127.0.0.1"
     assert address_towards(["nonsense"]) == "127.0.0.1"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 
 from paddle_ft.agent.ipc import Channel, SnapshotReady
-from paddle_ft.agent.snapshots import PartWritten, SnapshotKeeper
+from paddle_ft.agent.snapshots import PartWritten, SnapshotKeeper, StateFailed
 from paddle_ft.checkpoint.room import CheckpointRoom
 from paddle_ft.config import Config
 from paddle_ft.coordination.actions import Commit
 from paddle_ft.coordination.schema import Fences
+from paddle_ft.failpoints import switched
 from paddle_ft.types import CommitRef, Head, ImageInfo
 from tests.unit.checkpoint_job import Array, array_of, images
 
@@ -180,6 +181,21 @@ def test_workers_that_fail_before_they_have_their_state_do_not_lose_it(
     node.begin(ref)
     assert equal(node.loaded(), state_of(1))
     assert sources(caplog) == [1.6, 0.0, 0.0]
+
+
+@pytest.mark.parametrize(("error", "code"), [("ConfigError", 2), ("CheckpointDamaged", 0)])
+def test_a_snapshot_that_cannot_be_saved_is_told_and_frees_its_buffer(
+    node: Node, error: str, code: int, wait_for: Callable[..., None]
+) -> None:
+    """What another try may mend has no exit code; the workers start again."""
+    node.begin()
+    with switched(f"part.objects=raise:{error}"):
+        node.copy(10, state_of(1), 0)
+        event = node.events.get(timeout=20)
+    assert isinstance(event, StateFailed), event
+    assert (event.generation, event.damaged, event.exit_code) == (1, False, code)
+    wait_for(lambda: node.keeper.pending_step == -1)
+    assert node.save(20, state_of(2), 0).step == 20
 
 
 def test_memory_is_what_is_stated(node: Node) -> None:

@@ -106,6 +106,16 @@ def test_the_culprit_is_named_not_who_lost_it() -> None:
     assert (status.reason, status.collateral) == ("rank 1 was killed by SIGSEGV", False)
 
 
+def test_an_end_in_the_middle_of_a_session_is_a_failure_whatever_its_code() -> None:
+    """``os._exit(0)``, or a library that does so; a script without a session may just end."""
+    quiet = Worker(1, 0, session=True)
+    status = status_of(view(Worker(0), quiet, state=state()))
+    assert (status.state, status.reason) == ("failed", describe_end(quiet))
+    assert "exit code 0" in status.reason
+    both = (Worker(0, 0), Worker(1, 0))
+    assert status_of(view(*both, state=state())).state == "finished"
+
+
 def test_a_worker_that_only_lost_a_peer_gets_patience() -> None:
     """The real culprit may be here and not reaped yet; stopping it would hide it."""
     local = view(Worker(0, EXIT_COLLECTIVE, ended_s=99.9), Worker(1), state=state())

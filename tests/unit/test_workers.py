@@ -108,6 +108,18 @@ def test_neither_secrets_nor_another_launchers_marks_reach_a_worker(
     assert workers.end().exit_code == 0
 
 
+def test_a_full_disk_costs_the_log_not_the_training(
+    start: Callable[[str], Workers], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "log").mkdir()
+    (tmp_path / "log" / "workerlog.0").symlink_to("/dev/full")
+    workers = start("for i in range(100): print(i, flush=True)")
+    assert [workers.lines.get(timeout=30) for _ in range(100)] == [str(i) for i in range(100)]
+    assert workers.end().exit_code == 0
+    (told,) = caplog.messages
+    assert told.endswith("workerlog.0 cannot be written: No space left on device; training goes on")
+
+
 def runs(pid: int) -> bool:
     """Whether the process is there, and not merely to be waited for by somebody."""
     try:
