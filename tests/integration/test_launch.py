@@ -287,7 +287,9 @@ def test_spares_take_over(start: Start, tmp_path: Path, undisturbed: str) -> Non
     assert final(launcher.output)["weights"] == undisturbed
 
 
-def test_a_signal_saves_now(start: Start, tmp_path: Path) -> None:
+def test_a_signal_saves_now_and_a_terminal_that_closes_saves_and_ends(
+    start: Start, tmp_path: Path
+) -> None:
     launcher = start(
         "job", "--checkpoint", str(tmp_path / "store"), "--checkpoint_every", "SIGUSR1", delay=0.1
     )
@@ -295,8 +297,13 @@ def test_a_signal_saves_now(start: Start, tmp_path: Path) -> None:
     assert not list((tmp_path / "store" / "commits").glob("*"))
     launcher.send(signal.SIGUSR1)
     wait_until(lambda: list((tmp_path / "store" / "commits").glob("*.json")))
-    assert steps_done(tmp_path / "record") < STEPS, "it was saved while training went on"
-    assert launcher.wait() == 0, launcher.output
+    saved = steps_done(tmp_path / "record")
+    assert saved < STEPS, "it was saved while training went on"
+    wait_until(lambda: steps_done(tmp_path / "record") > saved)
+    launcher.send(signal.SIGHUP)
+    assert launcher.wait() == 143, launcher.output
+    assert "SIGHUP: saving a last checkpoint, then leaving" in launcher.output
+    assert f"after saving step {steps_done(tmp_path / 'record')}" in launcher.output
 
 
 def children(pid: int) -> list[int]:
