@@ -162,7 +162,8 @@ def parse(arguments: Sequence[str], environ: dict[str, str]) -> Command:
         stem = Path(given.script[0]).stem if not given.module else given.script[0]
         plain = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in stem)
         values["job.id"] = plain.lstrip("._-")[:100] or "job"
-    loaded = load(values, environ, given.config)
+    flags = {path: f"--{name}" for name, path in _DIRECT.items()}
+    loaded = load(values, environ, given.config, flags)
     worker = ("-m", *given.script) if given.module else tuple(given.script)
     return Command(loaded, worker, tuple(notes), given.quiet, given.print_config)
 

@@ -7,10 +7,11 @@ A key that does not exist is an error that names its source, never silently drop
 from __future__ import annotations
 
 import difflib
+import json
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from typing_extensions import Self
@@ -156,18 +157,23 @@ class Loaded:
     """``group.key`` -> ``command line``, ``environment PADDLE_FT_…`` or ``file …``."""
 
     def describe(self) -> Iterator[str]:
-        """``group.key = value    (source)``, a line for each setting; secrets are left out."""
+        """Lines of a TOML file: each setting, its source as a comment; secrets are left out."""
         for group, settings in self.config:
+            yield f"[{group}]"
             for key, value in settings:
+                source = json.dumps(self.sources.get(f"{group}.{key}", "default")).strip('"')
                 if type(settings).model_fields[key].repr:
-                    source = self.sources.get(f"{group}.{key}", "default")
-                    yield f"{group}.{key} = {value!r}    ({source})"
+                    yield f"{key} = {_toml(value)}  # {source}"
+                elif value:
+                    yield f"# {key} is set and kept secret: {source}"
+            yield ""
 
 
 def load(
     command_line: Mapping[str, object],
     environ: Mapping[str, str],
     file: str | None = None,
+    flags: Mapping[str, str] | None = None,
 ) -> Loaded:
     """The configuration from all its sources.
 
@@ -175,6 +181,7 @@ def load(
         command_line: ``group.key`` -> value, for what was given.
         environ: environment; ``PADDLE_FT_<GROUP>__<KEY>`` counts, lists are separated by commas.
         file: path of a TOML file with a table for each group.
+        flags: ``group.key`` -> the flag that it came from, to be named in errors.
 
     Raises:
         ConfigError: an unknown key or a bad value; the sentence names it and its source.
@@ -184,8 +191,10 @@ def load(
     layers = ((_from_file(file), f"file {file}"), (_from_environment(environ), "environment"))
     for layer, source in (*layers, (command_line, "command line")):
         for path, value in layer.items():
-            name = f" {_variable(path)}" if source == "environment" else ""
-            values[path], sources[path] = value, source + name
+            name = _variable(path) if source == "environment" else ""
+            if source == "command line":
+                name = (flags or {}).get(path, "")
+            values[path], sources[path] = value, f"{source} {name}".strip()
     return Loaded(_validate(values, sources), sources)
 
 
@@ -252,7 +261,34 @@ def _validate(values: Mapping[str, object], sources: Mapping[str, str]) -> Confi
     except ValidationError as error:
         first = error.errors()[0]
         path = ".".join(str(part) for part in first["loc"][:2])
-        message = first["msg"].removeprefix("Value error, ")
-        source = sources.get(path)
-        given = f" = {first['input']!r} ({source})" if source else ""
-        raise ConfigError(f"{path}{given}: {message}") from None
+        message = first["msg"]
+        if first["type"] == "value_error":  # settings that do not go together
+            raise ConfigError(f"{path}: {message.removeprefix('Value error, ')}") from None
+        source = sources.get(path, "default")
+        name = source.split()[-1]  # the flag or the variable, where it is one
+        given = f"{path} = {first['input']!r} ({source})"
+        if source.startswith(("command line --", "environment")):
+            given = f"{name}{' ' if name.startswith('-') else '='}{first['input']}"
+        raise ConfigError(f"{given} is not allowed: it must be {allowed(path)}") from None
+
+
+def allowed(path: str) -> str:
+    """What a setting may be, in words: ``a whole number from 1 to 256``."""
+    group, _, key = path.partition(".")
+    field = type(getattr(Config(), group)).model_fields[key]
+    kind = field.annotation
+    if get_origin(kind) is Literal:
+        return " or ".join(json.dumps(choice) for choice in get_args(kind))
+    if kind is str and field.metadata:
+        return "1 to 100 letters, digits, dots, hyphens and _, the first a letter or a digit"
+    words = {int: "a whole number", float: "a number", str: "text"}.get(kind, "a list of texts")
+    for limit in field.metadata:
+        for name, word in (("ge", "from"), ("gt", "above"), ("le", "to")):
+            bound = getattr(limit, name, None)
+            words += "" if bound is None else f" {word} {bound:g}"
+    return words
+
+
+def _toml(value: object) -> str:
+    """A text, a number or a list of texts as TOML writes it, which is as JSON does."""
+    return json.dumps(value).replace("\x7f", "\\u007f")

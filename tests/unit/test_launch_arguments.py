@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from paddle_ft import launch
+from paddle_ft.config import Config, allowed
 from paddle_ft.errors import ConfigError, MachineError
 
 
@@ -85,12 +86,31 @@ def test_precedence_is_flag_environment_file_default(script: str, tmp_path: Path
     )
     job = command.loaded.config.job
     assert (job.spares, job.max_restart, job.join_window_s) == (3, 2, 9.0)
-    told = dict(line.split(" = ") for line in command.loaded.describe())
-    assert told["job.spares"] == "3    (command line)"
-    assert told["job.max_restart"] == "2    (environment PADDLE_FT_JOB__MAX_RESTART)"
-    assert told["job.join_window_s"] == f"9.0    (file {file})"
-    assert told["etcd.lease_ttl_s"] == "5    (default)"
-    assert "etcd.password" not in told
+    told = list(command.loaded.describe())
+    assert "spares = 3  # command line --spares" in told
+    assert "max_restart = 2  # environment PADDLE_FT_JOB__MAX_RESTART" in told
+    assert f"join_window_s = 9.0  # file {file}" in told
+    assert "lease_ttl_s = 5  # default" in told
+
+
+def test_what_is_printed_is_a_file_with_the_same_settings(script: str, tmp_path: Path) -> None:
+    odd = parse(
+        "--log_dir",
+        'a "b"\\\t\x7fя',
+        "--devices",
+        "0,1",
+        script,
+        PADDLE_FT_ETCD__PASSWORD="hidden",
+        PADDLE_FT_JOB__SPARES="1",
+    ).loaded
+    lines = list(odd.describe())
+    assert "# password is set and kept secret: environment PADDLE_FT_ETCD__PASSWORD" in lines
+    assert "hidden" not in "".join(lines)
+    file = tmp_path / "printed.toml"
+    file.write_text("\n".join(lines))
+    again = parse("--config", str(file), script).loaded.config
+    without = {"etcd": odd.config.etcd.model_copy(update={"password": ""})}
+    assert again == odd.config.model_copy(update=without)
 
 
 @pytest.mark.parametrize(
@@ -99,8 +119,14 @@ def test_precedence_is_flag_environment_file_default(script: str, tmp_path: Path
         ([], "there is no script to run"),
         (["--nprocs_per_node", "2", "{script}"], "there is no flag --nprocs_per_node: did you"),
         (["--nproc_per_node"], "--nproc_per_node needs a value"),
-        (["--nproc_per_node", "two", "{script}"], "job.nproc_per_node = 'two' (command line)"),
-        (["--nproc_per_node", "0", "{script}"], "job.nproc_per_node = '0' (command line)"),
+        (
+            ["--nproc_per_node", "two", "{script}"],
+            "--nproc_per_node two is not allowed: it must be a whole",
+        ),
+        (
+            ["--nproc_per_node", "0", "{script}"],
+            "--nproc_per_node 0 is not allowed: it must be a whole number from 1 to 256",
+        ),
         (["nosuch.py"], "there is no script nosuch.py in "),
         (["--module", "nosuch.thing"], "there is no module nosuch.thing"),
         (["--nnodes", "4:2", "{script}"], "--nnodes 4:2: the maximum is below the minimum"),
@@ -108,7 +134,10 @@ def test_precedence_is_flag_environment_file_default(script: str, tmp_path: Path
         (["--checkpoint_every", "soon", "{script}"], "'soon' does not say when to save"),
         (["--run_mode", "ps", "{script}"], "--run_mode ps is not supported"),
         (["--config", "/nosuch.toml", "{script}"], "cannot read the configuration /nosuch.toml"),
-        (["--job_id", "a/b", "{script}"], "job.id = 'a/b' (command line)"),
+        (
+            ["--job_id", "a/b", "{script}"],
+            "--job_id a/b is not allowed: it must be 1 to 100 letters",
+        ),
     ],
 )
 def test_bad_command_lines_are_one_sentence(
@@ -139,6 +168,27 @@ def test_bad_files_are_one_sentence(content: str, told: str, script: str, tmp_pa
         parse("--config", str(file), script)
     assert told in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_what_a_setting_may_be_is_said_with_where_the_value_is_from(
+    script: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(script, PADDLE_FT_CHECKPOINT__MODE="all")
+    told = 'PADDLE_FT_CHECKPOINT__MODE=all is not allowed: it must be "rank0" or "sharded"'
+    assert str(caught.value) == told
+    file = tmp_path / "bad.toml"
+    file.write_text("[job]\nrestart_window_s = 0\n")
+    with pytest.raises(ConfigError) as caught:
+        parse("--config", str(file), script)
+    told = f"job.restart_window_s = 0 (file {file}) is not allowed: it must be a number above 0"
+    assert str(caught.value) == told
+
+
+def test_every_setting_can_say_what_it_may_be() -> None:
+    for group, table in Config():
+        for key, default in table:
+            assert ("number" in allowed(f"{group}.{key}")) == isinstance(default, int | float), key
 
 
 def test_an_unknown_key_in_the_environment_is_an_error(script: str) -> None:
