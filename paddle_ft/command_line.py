@@ -87,6 +87,8 @@ _FLAGS = (
      "SIGUSR1, auto (the interval that loses least), never, or several of them joined by commas "
      "(auto)")),
     ("fault tolerance", "--cache", "DIR", "directory of a local SSD cache in front of the store"),
+    ("fault tolerance", "--durable", "WHERE", ("commit a checkpoint once the store has it: "
+     "remote, or once the local disks have it in --cache: local (remote)")),
     ("fault tolerance", "--max_restart", "K", ("worker failures within job.restart_window_s that "
      "are answered by a restart (3)")),
     ("fault tolerance", "--spares", "K", "worker processes kept ready with paddle imported (0)"),
@@ -179,6 +181,7 @@ _DIRECT = {
     "checkpoint": "checkpoint.url",
     "checkpoint_every": "checkpoint.when",
     "cache": "checkpoint.cache",
+    "durable": "checkpoint.durable",
 }
 
 

@@ -101,6 +101,9 @@ class CheckpointConfig(_Group):
     cache: str = ""
     """Directory of the local SSD cache in front of the store; empty: none."""
     cache_bytes_max: int = Field(20 * 2**30, ge=2**20)
+    durable: Literal["local", "remote"] = "remote"
+    """Where a checkpoint must be to be committed: in the store, or, synced, in the caches of the
+    nodes that wrote it; the store then gets it in the background."""
     when: str = ""
     """When to save: ``auto``, ``never``, or any of ``100`` (steps), ``30s``, ``10min`` and
     ``SIGUSR1``, joined by commas; empty: what the script asks for, or ``auto``. The end of training
@@ -112,6 +115,10 @@ class CheckpointConfig(_Group):
     """Which checkpoints stay: ``last 3, every 1000 steps, best loss 1``; what any of the rules
     wants is kept. Empty: the ``keep_last`` newest."""
     block_bytes: int = Field(4 * 2**20, ge=4096)
+    space_ratio: float = Field(2.2, ge=1.1, le=10)
+    """A checkpoint is spread over objects of at most so many times its bytes, and what the last one
+    wrote. With less, restores read less and rows that change at random are written more often
+    (docs/bench-checkpoint.md)."""
     buffers: int = Field(2, ge=1, le=4)
     """Snapshots of one worker in flight; host memory = buffers x its share of the state."""
     persist_grace_s: float = Field(5.0, ge=0)
@@ -139,6 +146,12 @@ class CheckpointConfig(_Group):
     def _encryption(self) -> Self:
         if self.sse_kms_key_id and self.sse != "aws:kms":
             raise ValueError("sse_kms_key_id needs sse = aws:kms")
+        return self
+
+    @model_validator(mode="after")
+    def _locality(self) -> Self:
+        if self.durable == "local" and not self.cache:
+            raise ValueError("durable = local needs a directory on a local disk: give --cache DIR")
         return self
 
 

@@ -42,7 +42,7 @@ def run(command: Command) -> int:
     from paddle_ft.agent.console import Console
     from paddle_ft.agent.net import NodeName, address_towards
     from paddle_ft.agent.snapshots import own_directory, remove_leftovers, shared_directory
-    from paddle_ft.checkpoint.room import CheckpointRoom
+    from paddle_ft.checkpoint.room import CheckpointRoom, alone
     from paddle_ft.coordination.embedded import EmbeddedEtcd
     from paddle_ft.coordination.etcd import EtcdCoordinator
 
@@ -60,7 +60,9 @@ def run(command: Command) -> int:
         console = Console(name.name, command.quiet)
         for note in command.notes:
             console.say(note)
+        stack.enter_context(alone(config))
         room = CheckpointRoom.open(config)
+        stack.callback(room.close)
         etcd, embedded = config.etcd, None
         if not etcd.endpoints:
             embedded = stack.enter_context(EmbeddedEtcd(run_dir))
@@ -86,6 +88,7 @@ def run(command: Command) -> int:
             tend=embedded.revive if embedded else lambda: None,
         )
         exit_code = agent.run()
+        room.drain(config.job.stop_grace_s, console.say)
         if embedded is not None:
             with contextlib.suppress(PaddleFTError):
                 room.release()

@@ -88,7 +88,7 @@ class Committer:
         try:
             ref = self._room.store_manifest(action)
             failpoint("after_manifest_before_head")
-            head = Head(ref, action.lineage, self._room.identity)
+            head = Head(ref, self._room.lineage(action), self._room.identity)
             txn = schema.commit(self._keys, head, action.obsolete, action.fences)
             if not self._move_head(txn, ref):
                 log.info("step %d was not committed: the job has moved on", action.step)

@@ -319,6 +319,9 @@ class SnapshotKeeper:
                 )
                 break
             except CheckpointDamaged as error:
+                if self._room.coming(ref):
+                    time.sleep(RETRY_INTERVAL_S)
+                    continue
                 self._emit(StateFailed(generation, ref.manifest, True, str(error), 0))
                 return
             except StoreError as error:

@@ -50,11 +50,16 @@ _BINDING = re.compile(r"([0-9a-f]{32})\.([A-Za-z0-9_]{1,64})\Z")
 def identify(store: Store) -> str:
     """The identity of ``store``, which is made by whoever comes first."""
     try:
-        content = store.get(layout.STORE)
+        return identity_in(store)
     except StoreMissing:
         fresh = {"format": FORMAT, "identity": secrets.token_hex(16)}
         store.put(layout.STORE, canonical(fresh), if_absent=True)
-        content = store.get(layout.STORE)
+        return identity_in(store)
+
+
+def identity_in(store: Store) -> str:
+    """The identity of ``store``; raises StoreMissing if it has none."""
+    content = store.get(layout.STORE)
     where = f"{store.url}/{layout.STORE}"
     wire = _json(content, where)
     identity = wire.get("identity")

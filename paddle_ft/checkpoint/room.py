@@ -6,11 +6,14 @@ job's etcd is known, to one history of heads (``bind``).
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+from paddle_ft.checkpoint import backlog, claims
 from paddle_ft.checkpoint import commit as commits
 from paddle_ft.checkpoint.collect import collect, release
 from paddle_ft.checkpoint.deltas import Prints
@@ -19,19 +22,45 @@ from paddle_ft.checkpoint.plan import merge
 from paddle_ft.checkpoint.restore import Near, restore
 from paddle_ft.checkpoint.retention import metrics_of, rule_of
 from paddle_ft.checkpoint.sign import Trust
+from paddle_ft.checkpoint.spool import OWNER
 from paddle_ft.checkpoint.store import Store, open_store
+from paddle_ft.checkpoint.uploads import Uploads
 from paddle_ft.checkpoint.write import read_part, store_manifest, write_part
 from paddle_ft.config import Config
 from paddle_ft.coordination.actions import Commit
-from paddle_ft.errors import CheckpointDamaged
+from paddle_ft.errors import CheckpointDamaged, StoreError
 from paddle_ft.types import CommitRef, Head, ImageInfo, Part
+
+_log = logging.getLogger(__name__)
+
+
+def url_of(config: Config) -> str:
+    """Where the job keeps its checkpoints."""
+    return config.checkpoint.url or f"checkpoints/{config.job.id}"
+
+
+@contextmanager
+def alone(config: Config) -> Iterator[None]:
+    """Keeps other launchers from the store of a job whose etcd is private; raises ConfigError."""
+    if config.etcd.endpoints:
+        yield
+        return
+    plain = config.checkpoint.model_copy(update={"cache": "", "attempts": 1})
+    with claims.alone(open_store(url_of(config), plain), config.job.id):
+        yield
 
 
 class CheckpointRoom:
-    """Every method blocks for as long as the store takes and raises StoreError, CheckpointError."""
+    """Every method blocks for as long as the store takes and raises StoreError, CheckpointError.
 
-    def __init__(self, store: Store, config: Config) -> None:
+    ``uploads``: a commit is durable on the local disk first (``durable = "local"``).
+    """
+
+    def __init__(self, store: Store, config: Config, uploads: Uploads | None = None) -> None:
         self._store = store
+        self._uploads = uploads
+        self._private = not config.etcd.endpoints
+        self._shared = config.job.nodes_max > 1
         self._config = config.checkpoint
         self._trust = Trust.of(config.checkpoint)
         rule_of(config.checkpoint)  # raises what decide would otherwise find out later
@@ -47,10 +76,19 @@ class CheckpointRoom:
 
         Raises ConfigError for a setting that cannot be followed, StoreError.
         """
-        url = config.checkpoint.url or f"checkpoints/{config.job.id}"
-        store = open_store(url, config.checkpoint)
-        room = cls(store, config)
-        store.check()
+        url = url_of(config)
+        if config.checkpoint.durable == "remote":
+            room = cls(open_store(url, config.checkpoint), config)
+        else:
+            remote = open_store(url, config.checkpoint.model_copy(update={"cache": ""}))
+            place, shared = Path(config.checkpoint.cache), config.job.nodes_max > 1
+            uploads = Uploads(place, remote, config.checkpoint, config.job.id, shared=shared)
+            room = cls(uploads.front, config, uploads)
+        try:
+            room._store.check()
+        except BaseException:
+            room.close()
+            raise
         return room
 
     @property
@@ -63,13 +101,33 @@ class CheckpointRoom:
         ``claim`` puts the given value into etcd unless one is there and gives the one that is.
         Raises CheckpointMismatch if the job is bound to another store.
         """
-        value = claim(commits.binding(self._store))
+        value = claim(self._binding_before() or commits.binding(self._store))
         self._owner = commits.bound(self._store, value)
         self.identity = commits.identify(self._store)
+        if self._uploads is not None:
+            if self._private:
+                self._uploads.spool.put(OWNER, value.encode())
+            else:
+                self._uploads.spool.delete([OWNER])
+            self._uploads.start(self._owner, self.identity)
+
+    def _binding_before(self) -> str:
+        """Of a launcher whose private etcd ended with it and of which nothing lives: its history
+        goes on, unless the store is another one by now."""
+        before = self._uploads.spool.recall(OWNER) if self._uploads and self._private else ""
+        same = before.startswith(f"{commits.identify(self._store)}.")
+        return before if same else ""
 
     def commits(self) -> tuple[CommitRef, ...]:
         """What the store holds for a job whose etcd knows of nothing, newest first."""
-        head = commits.adopt(self._store, self._owner)
+        try:
+            head = commits.adopt(self._store, self._owner)
+        except StoreError as error:
+            # What waits here is newer than all of this history that the store has.
+            head = commits.newest_head(self._uploads.spool) if self._uploads else None
+            if head is None:
+                raise
+            _log.warning("The newest checkpoint is looked for in the cache alone: %s", error)
         return (head.newest, *head.lineage) if head else ()
 
     def write_part(
@@ -90,18 +148,19 @@ class CheckpointRoom:
             known = (parent, self._manifest(parent)) if parent else None
         except CheckpointDamaged:
             known = None  # nothing of it can be referred to: everything is written
-        return write_part(
-            self._store,
-            images,
-            owner=self._owner,
-            sequence=sequence,
-            generation=generation,
-            member=member,
-            parent=known,
-            config=self._config,
-            prints=self._prints,
-            places=places,
-        )
+        with self._uploads.attempt(member) if self._uploads else nullcontext():
+            return write_part(
+                self._store,
+                images,
+                owner=self._owner,
+                sequence=sequence,
+                generation=generation,
+                member=member,
+                parent=known,
+                config=self._config,
+                prints=self._prints,
+                places=places,
+            )
 
     def store_manifest(self, action: Commit) -> CommitRef:
         """Merges the parts of ``action`` and stores the manifest that ``head`` will name."""
@@ -121,6 +180,14 @@ class CheckpointRoom:
         ref = replace(ref, metrics=metrics_of(manifest.meta))
         self._manifests[ref.manifest] = manifest
         return ref
+
+    def lineage(self, action: Commit) -> tuple[CommitRef, ...]:
+        """The ancestors that the head after ``action`` keeps: with local durability those, too,
+        that a job goes on from which loses its disks."""
+        if self._uploads is None:
+            return action.lineage
+        settled = self._uploads.settled
+        return backlog.protected(action.head, action.base, action.lineage, settled)
 
     def acknowledge(self, head: Head) -> None:
         """Writes the marker of a commit that etcd has."""
@@ -149,9 +216,15 @@ class CheckpointRoom:
             near=near,
         )
 
+    def coming(self, ref: CommitRef) -> bool:
+        """Whether what ``ref`` lacks may still come: from nodes that have it on their disks."""
+        return self._uploads is not None and self._shared and self._uploads.coming(ref)
+
     def collect(self, head: Head) -> None:
-        """Removes what no checkpoint that is kept refers to."""
-        collect(self._store, head, self._owner)
+        """Removes what no checkpoint that is kept refers to; with local durability that is done
+        once the store has ``head``."""
+        if self._uploads is None:
+            collect(self._store, head, self._owner)
 
     def _manifest(self, ref: CommitRef) -> Manifest:
         """The manifest of ``ref``; the few newest are remembered."""
@@ -163,7 +236,25 @@ class CheckpointRoom:
             del self._manifests[name]
         return manifest
 
+    def drain(self, limit_s: float, say: Callable[[str], None]) -> None:
+        """Waits at most ``limit_s`` for what is not in the store yet; tells ``say`` of it."""
+        left = self._uploads.drain(limit_s, say) if self._uploads else 0
+        if left and self._uploads:
+            say(
+                f"{left / 1e6:.6g} MB of checkpoints are not in {self.url} yet, only in "
+                f"{self._uploads.spool.url}: start the job again with the same --cache"
+            )
+
     def release(self) -> None:
         """The job's etcd is gone for good: nobody will write under this history again."""
+        if self._uploads and self._uploads.spool.waiting():
+            return  # the next launcher goes on with it
         if self._owner:
             release(self._store, self._owner)
+            if self._uploads:
+                self._uploads.spool.delete([OWNER])
+
+    def close(self) -> None:
+        """Gives what it holds on the local disk to the next one."""
+        if self._uploads:
+            self._uploads.close()

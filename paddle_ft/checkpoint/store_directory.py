@@ -27,6 +27,8 @@ from paddle_ft.errors import StoreDenied, StoreError, StoreFull, StoreMissing, S
 from paddle_ft.failpoints import failpoint
 
 _TMP = ".tmp"
+LOCK = ".lock"
+"""Held by a launcher that has the directory for itself (``claims``); no object."""
 _VECTORS_MAX = 512
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -145,7 +147,7 @@ class DirectoryStore:
             relative = os.path.relpath(folder, self._root)
             for file in files:
                 name = file if relative == "." else f"{relative}/{file}"
-                if name.startswith(prefix):
+                if name.startswith(prefix) and name != LOCK:
                     with suppress(FileNotFoundError):
                         status = os.stat(os.path.join(folder, file))
                         result.append(ObjectInfo(name, status.st_size, status.st_mtime))

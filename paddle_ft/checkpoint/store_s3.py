@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
 from typing import Any, NoReturn, TypeVar
 
@@ -129,6 +129,17 @@ class S3Store:
             if age_s > SWEEP_AGE_S and layout.parse(name):
                 with suppress(StoreMissing):
                     self._try("abort_multipart_upload", name, UploadId=upload["UploadId"])
+
+    def abandon(self, names: Collection[str]) -> None:
+        """Gives up what a process that is gone has left of uploads of ``names``, which nobody else
+        writes; raises StoreError."""
+        for folder in sorted({name.rpartition("/")[0] for name in names}):
+            page = self._try("list_multipart_uploads", None, f"{folder}/")
+            for upload in page.get("Uploads", ()):
+                name = upload["Key"][len(self._prefix) :]
+                if name in names:
+                    with suppress(StoreMissing):
+                        self._try("abort_multipart_upload", name, UploadId=upload["UploadId"])
 
     # ------------------------------------------------------------ writing
 
