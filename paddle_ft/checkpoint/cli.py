@@ -8,6 +8,7 @@ import re
 import sys
 import time
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,10 +23,12 @@ from paddle_ft.checkpoint.exchange import Form, export, image_of, read_files
 from paddle_ft.checkpoint.manifest import Manifest, Piece
 from paddle_ft.checkpoint.progress import bar, counted
 from paddle_ft.checkpoint.restore import verify as verify_blocks
+from paddle_ft.checkpoint.retention import metrics_of
 from paddle_ft.checkpoint.sign import Trust, make_keys, signed_manifests
-from paddle_ft.checkpoint.store import Store, open_store
+from paddle_ft.checkpoint.store import Store, open_store, tiers_of
+from paddle_ft.checkpoint.store_directory import DirectoryStore
 from paddle_ft.config import CheckpointConfig
-from paddle_ft.errors import CheckpointDamaged, CheckpointMismatch, ConfigError
+from paddle_ft.errors import CheckpointDamaged, CheckpointMismatch, ConfigError, StoreMissing
 from paddle_ft.types import CommitRef
 
 ckpt_app = typer.Typer(
@@ -45,9 +48,23 @@ def settings_of(config_file: str | None) -> CheckpointConfig:
 
 
 def open_url(url: str, config_file: str | None) -> tuple[Store, Trust]:
-    """The store at ``url``, and who is trusted, by the settings of file and environment."""
+    """The store at ``url``, and who is trusted, by the settings of file and environment.
+
+    Raises StoreMissing for a directory that is not there.
+    """
     settings = settings_of(config_file)
-    return open_store(url, settings), Trust.of(settings)
+    store = open_store(url, settings)
+    place = tiers_of(store)[-1]
+    if isinstance(place, DirectoryStore) and not os.path.isdir(place.url):
+        raise StoreMissing(f"there is no directory {place.url}; correct the URL.")
+    return store, Trust.of(settings)
+
+
+def pinned_by_people(store: Store) -> dict[str, list[str]]:
+    """Who pinned which manifest, without the jobs that began from one (``commit.adopt``)."""
+    jobs = {name.owner for info in store.find(layout.OWNERS) if (name := layout.parse(info.name))}
+    pins = commit.pins(store)
+    return {manifest: sorted(owners - jobs) for manifest, owners in pins.items() if owners - jobs}
 
 
 def choose(store: Store, step: int | None) -> CommitRef:
@@ -75,7 +92,7 @@ def _emit(value: Any) -> None:
 def ls(url: Url, config_file: ConfigFile = None, as_json: Json = False) -> None:
     """List the checkpoints, newest first."""
     store, trust = open_url(url, config_file)
-    pinned, signed = commit.pins(store), signed_manifests(store)
+    pinned, signed = pinned_by_people(store), signed_manifests(store)
     unchecked = trust.verify == "off" or not trust.keys
     rows = []
     for ref in commit.list_commits(store):
@@ -86,7 +103,7 @@ def ls(url: Url, config_file: ConfigFile = None, as_json: Json = False) -> None:
             row |= _facts(commit.read_manifest(store, ref, trust))
         except CheckpointDamaged as error:
             row["damaged"] = str(error)
-        row["pinned"] = sorted(pinned.get(ref.manifest, []))
+        row["pinned"] = pinned.get(ref.manifest, [])
         rows.append(row | {"manifest": ref.manifest})
     if as_json:
         _emit(rows)
@@ -108,6 +125,15 @@ def _facts(manifest: Manifest) -> dict[str, Any]:
         "world_size": manifest.world_size,
         "generation": manifest.generation,
     }
+
+
+def _training(manifest: Manifest) -> dict[str, Any]:
+    """Where training stood, as far as the script told: epoch, samples, loss."""
+    position = manifest.meta.get("position")
+    facts = {}
+    if isinstance(position, Mapping):
+        facts = {name: position[name] for name in ("epoch", "samples") if name in position}
+    return facts | dict(metrics_of(manifest.meta))
 
 
 def _line(row: dict[str, Any]) -> list[str]:
@@ -162,6 +188,7 @@ def show(
         for t in manifest.tensors
     ]
     facts = {"step": ref.step, "sequence": ref.sequence} | _facts(manifest)
+    facts |= _training(manifest)
     facts |= {"manifest": ref.manifest, "sha256": ref.digest, "parent": manifest.parent}
     if as_json:
         _emit(facts | {"objects": manifest.objects, "tensors": tensors, "meta": manifest.meta})
@@ -274,8 +301,8 @@ def unpin(url: Url, step: Step = None, who: Who = "user", config_file: ConfigFil
     store, _ = open_url(url, config_file)
     ref = choose(store, step)
     commit.unpin(store, ref.manifest, who)
-    others = commit.pins(store).get(ref.manifest, frozenset())
-    still = f", but still by {', '.join(sorted(others))}" if others else ""
+    others = pinned_by_people(store).get(ref.manifest)
+    still = f", but still by {', '.join(others)}" if others else ""
     typer.echo(f"step {ref.step} is no longer pinned by {who}{still}")
 
 

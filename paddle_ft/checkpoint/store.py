@@ -19,7 +19,13 @@ from urllib.parse import unquote, urlsplit
 from retrying import Retrying
 
 from paddle_ft.config import CheckpointConfig
-from paddle_ft.errors import ConfigError, StoreDenied, StoreMissing, StoreUnavailable
+from paddle_ft.errors import (
+    ConfigError,
+    StoreDenied,
+    StoreError,
+    StoreMissing,
+    StoreUnavailable,
+)
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -166,7 +172,10 @@ def _transient(error: BaseException) -> bool:
 def probe(store: Store) -> None:
     """``Store.check`` for any store."""
     name, content = f"probe-{secrets.token_hex(8)}", secrets.token_bytes(64)
-    store.put(name, content)
+    try:
+        store.put(name, content)
+    except StoreError as error:  # the object means nothing to the user: it is the store
+        raise type(error)(str(error).replace(f"/{name}", "")) from error
     try:
         found = store.get(name)
     except StoreMissing as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,14 @@ from typer.testing import CliRunner
 from paddle_ft.checkpoint import commit
 from paddle_ft.checkpoint.cli import age, ckpt_app, size
 from paddle_ft.checkpoint.store import open_store
-from paddle_ft.errors import CheckpointDamaged, CheckpointMismatch, ConfigError
+from paddle_ft.errors import (
+    CheckpointDamaged,
+    CheckpointMismatch,
+    ConfigError,
+    StoreError,
+    StoreMissing,
+)
+from tests.unit import checkpoint_job
 from tests.unit.checkpoint_job import BLOCK, SavingJob, load
 
 
@@ -64,6 +72,22 @@ def test_show(job: SavingJob) -> None:
     assert "mean" in run("show", job.store.url)
 
 
+def test_show_tells_where_training_stood(job: SavingJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    meta = {"position": {"epoch": 3, "samples": 640, "plan": None}, "metrics": {"loss": 0.25}}
+    plain = checkpoint_job.images
+    monkeypatch.setattr(
+        checkpoint_job,
+        "images",
+        lambda *a, **k: [(replace(info, meta=meta), data) for info, data in plain(*a, **k)],
+    )
+    job.save(30, {"w": np.zeros(3)})
+    shown = run_json("show", job.store.url)
+    assert (shown["epoch"], shown["samples"], shown["loss"]) == (3, 640, 0.25)
+    lines = [line.split() for line in run("show", job.store.url).splitlines()]
+    assert ["epoch", "3"] in lines
+    assert ["loss", "0.25"] in lines
+
+
 def test_verify(job: SavingJob, tmp_path: Path) -> None:
     assert "step 20: intact" in run("verify", job.store.url)
     assert run("verify", job.store.url, "--all").count("intact") == 2
@@ -105,10 +129,36 @@ def test_gc_tells_first_and_deletes_when_told(job: SavingJob) -> None:
 
 
 def test_nothing_there(tmp_path: Path) -> None:
+    """An empty directory, which a job may be about to use."""
     assert "no checkpoint" in run("ls", tmp_path)
     for command in ("show", "verify", "pin", "gc"):
         with pytest.raises(CheckpointMismatch, match="no checkpoint"):
             run(command, tmp_path)
+
+
+@pytest.mark.parametrize("command", ["ls", "show", "verify", "pin", "gc"])
+def test_a_directory_that_is_not_there_is_an_error(tmp_path: Path, command: str) -> None:
+    with pytest.raises(StoreMissing, match="there is no directory .*nosuch"):
+        run(command, tmp_path / "nosuch")
+    assert not (tmp_path / "nosuch").exists()
+
+
+def test_a_store_that_cannot_be_written_is_named_not_what_it_was_tried_with(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError) as caught:
+        open_store(str(tmp_path / "file")).check()
+    assert str(tmp_path / "file") in str(caught.value)
+    assert "probe" not in str(caught.value)
+
+
+def test_a_job_that_begins_from_a_checkpoint_does_not_show_as_a_pin(job: SavingJob) -> None:
+    run("pin", job.store.url)
+    assert commit.adopt(job.store, commit.new_owner())
+    assert run_json("ls", job.store.url)[0]["pinned"] == ["user"]
+    assert len(commit.pins(job.store)[job.head.newest.manifest]) == 2
+    assert run("unpin", job.store.url) == "step 20 is no longer pinned by user\n"
 
 
 def test_a_step_that_is_not_there_names_those_that_are(job: SavingJob) -> None:
