@@ -1,23 +1,26 @@
-"""``paddle-ft``: launch a job, look at it, look after its checkpoints."""
+"""``paddle-ft``: launch a job, look at it, look after its checkpoints.
+
+What a command needs is imported when it runs, so that help and completion are quick.
+"""
 
 from __future__ import annotations
 
 import sys
 import time
 from collections.abc import Iterator
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from typer.core import TyperGroup
 
 from paddle_ft import launch as launcher
-from paddle_ft.checkpoint.cli import ckpt_app
+from paddle_ft.command_line import version
 from paddle_ft.config import EtcdConfig
 from paddle_ft.coordination import schema
 from paddle_ft.coordination.decide import find_trouble, live_nodes
-from paddle_ft.coordination.etcd import EtcdCoordinator
 from paddle_ft.errors import PaddleFTError
 
 app = typer.Typer(
@@ -26,7 +29,47 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-app.add_typer(ckpt_app, name="ckpt")
+
+
+class _CkptGroup(TyperGroup):
+    """The commands of ``checkpoint.cli``, imported when one of them is asked for."""
+
+    def _real(self) -> TyperGroup:
+        from paddle_ft.checkpoint.cli import ckpt_app
+
+        group = typer.main.get_command(ckpt_app)
+        assert isinstance(group, TyperGroup)
+        return group
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return self._real().list_commands(ctx)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        return self._real().get_command(ctx, cmd_name)
+
+
+_ckpt = typer.Typer(
+    cls=_CkptGroup, no_args_is_help=True, help="Look at checkpoints and look after them."
+)
+_ckpt.callback()(lambda: None)
+app.add_typer(_ckpt, name="ckpt")
+
+
+def _tell_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(version())
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    _version: Annotated[
+        bool,
+        typer.Option("--version", callback=_tell_version, is_eager=True, help="tell it and end"),
+    ] = False,
+) -> None:
+    """Fault-tolerant training with PaddlePaddle."""
+
 
 _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
@@ -44,6 +87,8 @@ def status(
     watch: Annotated[bool, typer.Option(help="go on, a look each second")] = False,
 ) -> None:
     """Show who takes part in a job, its generation and its newest checkpoint."""
+    from paddle_ft.coordination.etcd import EtcdCoordinator
+
     endpoints = tuple(filter(None, etcd.split(",")))
     coordinator = EtcdCoordinator(EtcdConfig(endpoints=endpoints))
     keys = schema.Keys(job_id)

@@ -9,6 +9,7 @@ import argparse
 import difflib
 import importlib.util
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,6 +68,19 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message} (see --help)")
 
 
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        sys.stdout.write(f"{version()}\n")
+        parser.exit()
+
+
+def version() -> str:
+    """``paddle-ft 0.1.0``."""
+    from importlib import metadata
+
+    return f"paddle-ft {metadata.version('paddle-ft')}"
+
+
 _FLAGS = (
     # group, flags, what stands for the value ("" for a switch), help
     ("job", "--nnodes", "N[:M]", "nodes: N, or N:M for at least N and at most M (1)"),
@@ -123,6 +137,7 @@ def build_parser() -> argparse.ArgumentParser:
             groups[title].add_argument(*forms, dest=first[2:], metavar=value, help=told)
         else:
             groups[title].add_argument(*forms, dest=first[2:], action="store_true", help=told)
+    groups["other"].add_argument("--version", action=_Version, nargs=0, help="tell it and end")
     parser.add_argument("script", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     return parser
 

@@ -1,0 +1,49 @@
+"""``paddle-ft``: what it offers, told without loading what it does not need."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from paddle_ft import cli, command_line
+from paddle_ft.checkpoint.cli import ckpt_app
+
+HEAVY = {"boto3", "botocore", "cryptography", "etcd3", "fsspec", "grpc", "paddle"}
+
+
+@pytest.mark.parametrize("module", ["cli", "launch"])
+def test_help_is_told_without_the_heavy_libraries(module: str) -> None:
+    code = f"""if True:
+        import sys
+        from paddle_ft import {module}
+        sys.argv = ["x", "--help"]
+        try:
+            {module}.main()
+        except SystemExit:
+            pass
+        print("loaded:", *({{name.partition(".")[0] for name in sys.modules}} & {HEAVY!r}))
+    """
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "Usage" in told.stdout or "usage" in told.stdout
+    assert told.stdout.endswith("loaded:\n")
+
+
+def test_the_commands_for_checkpoints_are_there() -> None:
+    told = CliRunner().invoke(cli.app, ["ckpt", "--help"])
+    assert told.exit_code == 0
+    names = [command.name or command.callback.__name__ for command in ckpt_app.registered_commands]
+    assert all(f" {name} " in told.output for name in names)
+    assert CliRunner().invoke(cli.app, ["ckpt", "ls", "--help"]).exit_code == 0
+    assert CliRunner().invoke(cli.app, ["ckpt", "nosuch"]).exit_code == 2
+
+
+def test_both_commands_tell_their_version(capsys: pytest.CaptureFixture[str]) -> None:
+    told = CliRunner().invoke(cli.app, ["--version"])
+    with pytest.raises(SystemExit) as ended:
+        command_line.parse(["--version"], {})
+    assert (told.exit_code, ended.value.code) == (0, 0)
+    assert told.output == capsys.readouterr().out == f"{command_line.version()}\n"
+    assert command_line.version().startswith("paddle-ft 0.")
