@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib.util
 import logging
 import os
+import re
 import shutil
 import signal
 import sys
@@ -95,6 +97,21 @@ def run(command: Command) -> int:
         return exit_code
 
 
+def cpu_only() -> bool:
+    """Whether the installed Paddle can use no accelerator; told from its files, since to import it
+    takes seconds. False where it cannot be told."""
+    found = importlib.util.find_spec("paddle")
+    if found is None or found.origin is None or importlib.util.find_spec("paddle_custom_device"):
+        return False  # custom devices are plugins of the build for the CPU
+    try:
+        told = Path(found.origin).with_name("version").joinpath("__init__.py").read_text()
+    except OSError:
+        return False
+    names = ("cuda_version", "hip_version", "xpu_version", "xpu_xre_version")
+    values = re.findall(rf"^(?:{'|'.join(names)})\s*=\s*(\S+)", told, re.MULTILINE)
+    return bool(values) and all(value in ("'False'", "None") for value in values)
+
+
 def _temporary_directory() -> str:
     try:
         return tempfile.gettempdir()
@@ -114,6 +131,12 @@ def check(config: Config) -> None:
         raise ConfigError(
             f"--nproc_per_node {job.nproc_per_node} needs as many devices, but --devices names "
             f"{len(job.devices)}: give one for each process"
+        )
+    if job.devices and cpu_only():
+        raise ConfigError(
+            f"--devices {','.join(job.devices)} needs a Paddle that can use them, and the one that "
+            f"is installed is for the CPU alone: install paddlepaddle-gpu instead, or leave "
+            f"--devices out"
         )
     if config.checkpoint.when:
         policies.parse(config.checkpoint.when)

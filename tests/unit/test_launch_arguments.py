@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
+import sys
 from pathlib import Path
 
 import pytest
@@ -229,6 +230,35 @@ def test_what_the_machine_is_short_of_is_one_sentence() -> None:
 def test_several_nodes_need_an_etcd_they_share(script: str) -> None:
     with pytest.raises(ConfigError, match="--nnodes 2:2 needs an etcd"):
         launch.check(parse("--nnodes", "2", script).loaded.config)
+
+
+@pytest.mark.paddle
+def test_devices_need_a_paddle_that_can_use_them(script: str) -> None:
+    import paddle
+
+    if paddle.is_compiled_with_cuda():
+        assert not launch.cpu_only()
+        return
+    with pytest.raises(ConfigError, match="--devices 0,1 needs .* for the CPU alone"):
+        launch.check(parse("--gpus", "0,1", script).loaded.config)
+
+
+def test_a_paddle_with_an_accelerator_is_not_taken_for_one_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = tmp_path / "paddle" / "version" / "__init__.py"
+    version.parent.mkdir(parents=True)
+    (tmp_path / "paddle" / "__init__.py").write_text("")
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    monkeypatch.delitem(sys.modules, "paddle", raising=False)
+    for line, expected in (
+        ("cuda_version     = 'False'\nhip_version = None\n", True),
+        ("cuda_version     = '12.6'\nhip_version = None\n", False),
+        ("cuda_version = 'False'\nxpu_version = '20240101'\n", False),
+        ("nothing = 1\n", False),
+    ):
+        version.write_text(line)
+        assert launch.cpu_only() is expected, line
 
 
 def test_each_process_needs_a_device(script: str) -> None:
