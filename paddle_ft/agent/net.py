@@ -17,10 +17,17 @@ from paddle_ft.errors import ConfigError
 
 PORTS = range(20000, 32000)
 """Below Linux's ephemeral range, so that no outgoing connection takes one that was handed out."""
+ELSEWHERE = "192.0.2.1"
+"""An address that nobody has (RFC 5737)."""
 
 
 def free_ports(host: str, count: int) -> tuple[int, ...]:
     """``count`` different ports that could be bound on ``host`` a moment ago."""
+    if ":" in host:
+        raise ConfigError(
+            f"--host {host} is an IPv6 address, which Paddle's process groups cannot use: give an "
+            f"IPv4 address or a name of this machine (etcd may be reached over IPv6)"
+        )
     try:
         address = socket.getaddrinfo(host, None, socket.AF_INET)[0][4][0]
     except OSError as error:
@@ -48,9 +55,14 @@ def free_ports(host: str, count: int) -> tuple[int, ...]:
 
 
 def address_towards(endpoints: Sequence[str]) -> str:
-    """Address of this machine that is used to reach the first of ``endpoints`` (host:port)."""
+    """IPv4 address of this machine that is used to reach the first of ``endpoints`` (host:port).
+
+    Where that is reached over IPv6, the address towards the rest of the world: workers talk IPv4.
+    """
     for endpoint in endpoints:
         host, _, port = endpoint.rpartition(":")
+        if host.startswith("[") and host != "[::1]":
+            host = ELSEWHERE
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             try:
                 probe.connect((host, int(port)))  # sends nothing

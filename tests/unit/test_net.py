@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from paddle_ft.agent.net import PORTS, NodeName, address_towards, free_ports
+from paddle_ft.agent.net import ELSEWHERE, PORTS, NodeName, address_towards, free_ports
 from paddle_ft.errors import ConfigError
 
 
@@ -24,6 +24,14 @@ def test_ports_are_free_different_and_out_of_the_kernels_way() -> None:
 def test_an_address_of_another_machine_is_refused() -> None:
     with pytest.raises(ConfigError, match="not an address of this machine"):
         free_ports("192.0.2.1", 1)
+
+
+def test_ipv6_is_refused_for_workers_by_name() -> None:
+    with pytest.raises(ConfigError, match="--host ::1 is an IPv6 address"):
+        free_ports("::1", 1)
+    assert address_towards(["[::1]:2379"]) == "127.0.0.1"
+    elsewhere = address_towards([f"{ELSEWHERE}:2379"])
+    assert address_towards(["[2001:db8::1]:2379"]) == elsewhere
 
 
 def test_a_host_that_does_not_resolve_is_named() -> None:
