@@ -10,6 +10,7 @@ import difflib
 import importlib.util
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -260,3 +261,20 @@ def _check_script(given: argparse.Namespace) -> None:
     elif not os.path.isfile(script):
         where = "" if os.path.isabs(script) else f" in {os.getcwd()}"
         raise ConfigError(f"there is no script {script}{where}")
+    elif script.endswith(".py"):
+        _check_syntax(script)
+
+
+def _check_syntax(script: str) -> None:
+    """What no restart can mend is told before anything starts."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            compile(Path(script).read_bytes(), script, "exec", dont_inherit=True)
+    except OSError as error:
+        raise ConfigError(f"{script} cannot be read: {error.strerror}") from error
+    except SyntaxError as error:
+        line = f", line {error.lineno}" if error.lineno else ""
+        raise ConfigError(f"{script}{line}: {error.msg}") from error
+    except ValueError as error:
+        raise ConfigError(f"{script} is not a Python script: {error}") from error

@@ -227,6 +227,29 @@ def test_what_the_machine_is_short_of_is_one_sentence() -> None:
         os.stat("nosuch")  # nothing is short: a defect, which keeps its traceback
 
 
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"x = 1\nif x\n", "line 2: "),
+        (b"x = '\xff'\n", "line 1: (unicode error)"),
+        (b"\0", "null bytes"),
+        (b"print('\\d', 1 is 1)  # warned of when it runs\n", ""),
+    ],
+)
+def test_a_script_that_is_not_python_is_told_before_anything_starts(
+    tmp_path: Path, content: bytes, told: str
+) -> None:
+    script = tmp_path / "train.py"
+    script.write_bytes(content)
+    if not told:
+        assert parse(str(script)).worker == (str(script),)
+        return
+    with pytest.raises(ConfigError) as caught:
+        parse(str(script))
+    assert str(caught.value).startswith(str(script))
+    assert told in str(caught.value)
+
+
 def test_several_nodes_need_an_etcd_they_share(script: str) -> None:
     with pytest.raises(ConfigError, match="--nnodes 2:2 needs an etcd"):
         launch.check(parse("--nnodes", "2", script).loaded.config)
