@@ -16,6 +16,7 @@ from botocore.config import Config
 from paddle_ft.checkpoint import claims, commit, uploads
 from paddle_ft.checkpoint.restore import verify
 from paddle_ft.checkpoint.store import Store, open_store
+from paddle_ft.coordination.embedded import EmbeddedEtcd
 from tests.contract.store_fixtures import Bucket, served_bucket
 from tests.integration.jobs import FAST_ETCD, TINY, Launcher, final, steps_done, wait_until
 from tests.integration.s3_server import S3Server
@@ -80,6 +81,45 @@ def test_what_was_acknowledged_without_a_store_outlives_a_kill(tmp_path: Path) -
     assert steps_in(unsent) == []
     assert intact(open_store(str(tmp_path / "store")))[-1] == int(final(second.output)["step"])
     assert final(second.output)["weights"] == final(undisturbed.output)["weights"]
+
+
+@pytest.mark.paddle
+@pytest.mark.etcd
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_a_node_that_is_lost_with_its_disk_takes_no_more_than_waited_on_it(tmp_path: Path) -> None:
+    """Of two nodes, one uploads nothing after its first objects; then it is gone, and a newcomer
+    without its cache takes its place: they go on from what the store has."""
+    script = (str(TINY), "--record", str(tmp_path / "record"), "--delay", "0.15")
+    launchers: list[Launcher] = []
+
+    def start(name: str, cache: str, **environ: str) -> Launcher:
+        flags = ("--nnodes", "2", "--job_id", "pair", "--etcd", etcd.endpoint)
+        flags += ("--checkpoint", str(tmp_path / "store"), "--checkpoint_every", "3")
+        flags += ("--durable", "local", "--cache", str(tmp_path / cache))
+        launcher = Launcher(tmp_path / name, (*flags, *script), {**FAST_ETCD, **environ})
+        launchers.append(launcher)
+        return launcher
+
+    with EmbeddedEtcd() as etcd:
+        try:
+            first = start("first", "a")
+            lost = start("lost", "b", PADDLE_FT_FAILPOINTS="upload.before=sleep:500@3")
+            wait_until(lambda: steps_in(tmp_path / "store"))
+            wait_until(lambda: len(steps_in(tmp_path / "a" / "unsent")) >= 2)
+            lost.send(signal.SIGKILL)
+            lost.wait()
+            settled = steps_in(tmp_path / "store")[-1]
+            newcomer = start("newcomer", "c")
+            assert first.wait(150) == 0, first.output
+            assert newcomer.wait() == 0, newcomer.output
+        finally:
+            for launcher in launchers:
+                launcher.close()
+    told = first.output + newcomer.output
+    assert "is awaited: other nodes are uploading it" in told
+    assert f"from the checkpoint of step {settled}" in told
+    assert intact(open_store(str(tmp_path / "store")))[-1] == int(final(told)["step"])
 
 
 @pytest.mark.etcd
