@@ -12,10 +12,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from bench import memory, report, stall, storage, volume
+from bench import longrun, memory, report, stall, storage, volume
 from bench.drive import HERE, torch_peer
 
-PARTS = ("stall", "durable", "throughput", "bytes", "memory")
+PARTS = ("stall", "durable", "throughput", "bytes", "longrun", "memory")
 
 
 def main() -> int:
@@ -54,6 +54,8 @@ def main() -> int:
             rows += storage.measure_throughput(folder, args.mbytes, args.repeat, say)
         if "bytes" in parts:
             rows += volume.measure(folder, args.mbytes, say)
+        if "longrun" in parts:
+            rows += longrun.measure(folder, args.mbytes, say)
         if "memory" in parts:
             rows += memory.measure(folder, args.mbytes, say)
     report.write(args.out, facts, rows, time.monotonic() - begin_s)

@@ -79,8 +79,8 @@ def _embedding(folder: Path, mbytes: float, row_bytes: int, block_bytes: int, ra
         "MB", data[1:], [changed * row_bytes / 1e6], "changed", goal=1.2,
         note=f"manifest and listing {rest[-1]:.2f} MB, {taken_s[-1]:.2f} s for a table of "
         f"{mbytes:.0f} MB; the first change, which is not counted, {data[0]:.2f} MB"
-        + (f"; {CHANGES} changes are too few to meet the one at which deltas.EXTENTS_MAX makes the "
-           "writer store whole blocks again" if random else ""),
+        + (f"; {CHANGES} changes are too few to meet a compaction, see the mean of 200"
+           if random else ""),
     )  # fmt: skip
 
 

@@ -119,6 +119,10 @@ class CheckpointConfig(_Group):
     """A checkpoint is spread over objects of at most so many times its bytes, and what the last one
     wrote. With less, restores read less and rows that change at random are written more often
     (docs/bench-checkpoint.md)."""
+    space_ratio: float = Field(2.3, ge=1.1, le=10)
+    """A checkpoint is spread over objects of at most so many times its bytes, and what the last one
+    wrote. With less, restores read less and rows that change at random are written more often
+    (docs/bench-checkpoint.md)."""
     buffers: int = Field(2, ge=1, le=4)
     """Snapshots of one worker in flight; host memory = buffers x its share of the state."""
     persist_grace_s: float = Field(5.0, ge=0)

@@ -10,13 +10,12 @@ Measured beside sha256 over 4 MiB (1.3 GB/s a thread): tags 1.2 GB/s at 256 byte
 2.1 at 4 KiB; blake2b or sha256 for each sub-block 0.15 to 0.45. Comparing with the bytes themselves
 is faster (3.4 GB/s) but keeps a second copy of the state.
 
-Memory: 16 bytes for each sub-block that differs among the newest three states, and none for
+Memory: 16 bytes for each sub-block that differs among the newest three states, 2 for where it is
+(``Map``, not of tensors that never changed in part), and none for
 tensors that change throughout, for which no tags are made but now and then.
 
-A block in many ranges takes longer to read: at most one read for each object it lies in, and of
-these there are few (``reclaim``). Once it is in ``EXTENTS_MAX`` ranges it is written anew; so rows
-that are drawn at random each time, 1 % of a table, cost their bytes in most checkpoints and all of
-the table in some: with rows of 256 bytes in every 13th, of 1 KiB in every 50th.
+The ranges become a layer of the block (``layers``), whatever their number; how many bytes a
+checkpoint is spread over, and what bringing them together costs, is for ``reclaim`` to decide.
 """
 
 from __future__ import annotations
@@ -31,21 +30,16 @@ from typing import Any
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
-from paddle_ft.checkpoint.manifest import Extent
+from paddle_ft.checkpoint.layers import LAYERS_MAX, Cut, Map, Mask
 
 TAG_BYTES = 16
 GRAIN_BYTES_MIN = 64
 GRAIN_BYTES_MAX = 4096
-EXTENTS_MAX = 4096
-"""A block in more ranges than that is written anew as a whole."""
-EXTENT_BYTES = 32
-"""About what an extent costs in the manifest."""
+ENTRY_BYTES = 64
+"""About what a layer of one block costs beside its rows."""
 PAUSE_WRITES = 14
 """A tensor that changed throughout is looked at again after so many writes."""
 _CHUNK_BYTES = 2**18
-
-Ranges = Sequence[tuple[int, int]]
-"""(first byte, bytes), ascending and apart."""
 
 
 def grain_of(shape: Sequence[int], item_bytes: int) -> int:
@@ -73,6 +67,10 @@ class Print:
     tags: np.ndarray[Any, np.dtype[np.uint64]]
     """(sub-blocks, 2)"""
 
+    @property
+    def cut(self) -> Cut:
+        return Cut(self.first, self.grain, self.nbytes)
+
 
 class Prints:
     """The prints of the blocks written lately, by digest. One thread at a time, but for ``of``."""
@@ -82,13 +80,15 @@ class Prints:
         width = -(-GRAIN_BYTES_MAX // TAG_BYTES) * TAG_BYTES
         self._mask = np.frombuffer(os.urandom(width), np.uint8)
         self._prints: dict[str, Print] = {}
+        self._maps: dict[str, Map] = {}
         self._newest: frozenset[str] = frozenset()
         self._pauses: dict[tuple[str, int], int] = {}
 
     @property
     def nbytes(self) -> int:
         """Of all tags held."""
-        return sum(p.tags.nbytes for p in self._prints.values())
+        tags = sum(p.tags.nbytes for p in self._prints.values())
+        return tags + sum(m.owners.nbytes for m in self._maps.values())
 
     def wanted(self, tensor: tuple[str, int]) -> bool:
         """Whether changes of ``tensor`` (name, rank) are worth looking for."""
@@ -105,15 +105,19 @@ class Prints:
     def get(self, digest: str) -> Print | None:
         return self._prints.get(digest)
 
-    def keep(self, new: dict[str, Print], digests: Iterable[str]) -> None:
-        """Adds ``new`` and forgets what is neither of ``digests`` nor new the last time.
+    def map(self, digest: str) -> Map | None:
+        """Where the sub-blocks of a block with layers are."""
+        return self._maps.get(digest)
+
+    def keep(self, new: dict[str, Print], maps: dict[str, Map], digests: Iterable[str]) -> None:
+        """Adds ``new`` and ``maps``; forgets what is neither of ``digests`` nor new the last time.
 
         The last time counts since its commit may come to be known only now.
         """
-        known = self._prints | new
         wanted = self._newest.union(digests)
-        self._prints = {d: p for d, p in known.items() if d in wanted}
-        self._newest = frozenset(new)
+        self._prints = {d: p for d, p in (self._prints | new).items() if d in wanted}
+        self._maps = {d: m for d, m in (self._maps | maps).items() if d in wanted}
+        self._newest = frozenset(new) | frozenset(maps)
 
     def of(self, block: memoryview, start: int, grain: int) -> Print:
         """The print of a block that begins at byte ``start`` of its tensor."""
@@ -164,77 +168,15 @@ def _folded(words: Any) -> Any:
     return words
 
 
-def changed(old: Print, new: Print) -> Ranges | None:
-    """Where ``new`` differs from ``old``; None if they are cut differently."""
+def changed(old: Print, new: Print) -> Mask | None:
+    """Which sub-blocks of ``new`` differ from ``old``; None if they are cut differently."""
     if (old.first, old.grain, old.nbytes) != (new.first, new.grain, new.nbytes):
         return None
-    differs = (old.tags != new.tags).any(axis=1)
-    edges = np.flatnonzero(np.diff(differs, prepend=False, append=False))
-    head = bool(new.first)
-
-    def byte(index: int) -> int:
-        """Where sub-block ``index`` begins."""
-        if head:
-            index -= 1
-        return 0 if index < 0 else min(new.first + index * new.grain, new.nbytes)
-
-    bounds = [byte(int(index)) for index in edges]
-    return [(a, b - a) for a, b in zip(bounds[::2], bounds[1::2], strict=True)]
+    differs: Mask = (old.tags != new.tags).any(axis=1)
+    return differs
 
 
-def worthwhile(ranges: Ranges, old: Sequence[Extent], nbytes: int) -> bool:
-    """Whether writing ``ranges`` upon ``old`` is better than writing the block of ``nbytes``."""
-    extents = len(old) + 2 * len(ranges)  # at most
-    cost = sum(n for _, n in ranges) + EXTENT_BYTES * extents
-    return bool(ranges) and extents <= EXTENTS_MAX and cost <= nbytes // 2
-
-
-def within(extents: Iterable[Extent], start: int, nbytes: int) -> list[Extent]:
-    """The extents that make up ``nbytes`` bytes from ``start`` of what ``extents`` make up."""
-    result: list[Extent] = []
-    at = 0
-    for e in extents:
-        first, last = max(start, at), min(start + nbytes, at + e.nbytes)
-        if first < last:
-            result.append(Extent(e.object, e.offset + first - at, last - first))
-        at += e.nbytes
-    return result
-
-
-def overlaid(old: Sequence[Extent], ranges: Ranges, new: Extent, nbytes: int) -> tuple[Extent, ...]:
-    """``old`` with ``ranges`` replaced by the bytes at ``new``, which holds them in a row."""
-    starts, at = [], 0
-    for e in old:
-        starts.append(at)
-        at += e.nbytes
-    result: list[Extent] = []
-    index = position = taken = 0
-
-    def take_old(end: int) -> None:
-        nonlocal index, position
-        while position < end:
-            while starts[index] + old[index].nbytes <= position:
-                index += 1
-            e, inside = old[index], position - starts[index]
-            n = min(e.nbytes - inside, end - position)
-            _append(result, Extent(e.object, e.offset + inside, n))
-            position += n
-
-    for start, n in ranges:
-        take_old(start)
-        _append(result, Extent(new.object, new.offset + taken, n))
-        taken += n
-        position += n
-    assert taken == new.nbytes
-    take_old(nbytes)
-    return tuple(result)
-
-
-def _append(extents: list[Extent], extent: Extent) -> None:
-    """Adds ``extent``, to the last one if it goes on where that ends."""
-    if extents:
-        last = extents[-1]
-        if (last.object, last.offset + last.nbytes) == (extent.object, extent.offset):
-            extents[-1] = Extent(last.object, last.offset, last.nbytes + extent.nbytes)
-            return
-    extents.append(extent)
+def worthwhile(mask: Mask, cut: Cut, layers: int, share_max: float = 0.5) -> bool:
+    """Whether writing ``mask`` as one more layer is better than writing the whole block."""
+    cost = np.count_nonzero(mask) * (cut.grain + 2) + ENTRY_BYTES
+    return layers < LAYERS_MAX and bool(mask.any() and cost <= cut.nbytes * share_max)

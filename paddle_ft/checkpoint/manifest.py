@@ -1,9 +1,10 @@
 """Manifests and part listings: what a checkpoint consists of, and their JSON form.
 
 Pure. A tensor is a list of blocks, cut every ``block_bytes`` from the tensor's own first byte, so
-that the cuts do not depend on the number of ranks. A block is known by the sha256 of its bytes and
-is found by its extents, which are ranges of objects in the store: one for a block written as a
-whole; several for one that was written as changes to an older block.
+that the cuts do not depend on the number of ranks. What a block is stands in ``content``.
+
+Format 2 (written) has layers and the bytes in use of each object. Format 1 (read) has neither: a
+block that was written as changes to an older one is in many extents.
 
 ``decode_manifest`` and ``decode_part`` refuse everything that does not hold together (unknown
 format, extents beyond their object, a tensor whose blocks do not add up to its shape, …) with
@@ -13,84 +14,25 @@ CheckpointDamaged and nothing else, whatever the bytes are.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Annotated, Any
 
-from pydantic import ConfigDict, Field, TypeAdapter
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from typing_extensions import NotRequired, TypedDict
 
-from paddle_ft.checkpoint.boxes import Box, PartOf, unfit, whole_of
+from paddle_ft.checkpoint.boxes import Box, unfit
+from paddle_ft.checkpoint.content import ITEM_BYTES as ITEM_BYTES
+from paddle_ft.checkpoint.content import Block as Block
+from paddle_ft.checkpoint.content import Extent as Extent
+from paddle_ft.checkpoint.content import Layer as Layer
+from paddle_ft.checkpoint.content import Piece as Piece
 from paddle_ft.errors import CheckpointDamaged
 from paddle_ft.types import Scope, ShardOf
 
-FORMAT = 1
-
-ITEM_BYTES: Mapping[str, int] = {
-    "bool": 1, "int8": 1, "uint8": 1, "int16": 2, "uint16": 2, "int32": 4, "uint32": 4,
-    "int64": 8, "uint64": 8, "float8_e4m3fn": 1, "float8_e5m2": 1, "float16": 2, "bfloat16": 2,
-    "float32": 4, "float64": 8, "complex64": 8, "complex128": 16,
-}  # fmt: skip
-"""Bytes of one element of each dtype that can be saved."""
-
-
-@dataclass(frozen=True, slots=True)
-class Extent:
-    """``nbytes`` bytes from ``offset`` of ``object``."""
-
-    object: str
-    offset: int
-    nbytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class Block:
-    """The bytes with this sha256 (hex); they are the extents put together."""
-
-    digest: str
-    nbytes: int
-    extents: tuple[Extent, ...]
-    codec: str = ""
-    """How the extents are to be decoded: ``""`` as they are, ``zlib``."""
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """A tensor, or a run of blocks of one from byte ``start``, as stored.
-
-    In a manifest every piece is a whole tensor (``start`` 0). ``rank`` is -1 for replicated
-    tensors, else the rank whose local tensor this is.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    scope: Scope
-    rank: int
-    start: int
-    blocks: tuple[Block, ...]
-    shard: ShardOf | None = None
-    """What the local tensor of this rank is of one that is divided among them."""
-
-    @property
-    def part(self) -> PartOf:
-        """Which elements of which tensor these are."""
-        if self.shard is None:
-            return PartOf(self.name, self.dtype, self.shape, whole_of(self.shape), shard=False)
-        box = Box(self.shard.start, self.shape)
-        return PartOf(self.name, self.dtype, self.shard.whole, box, shard=True)
-
-    @property
-    def nbytes(self) -> int:
-        """Of this piece."""
-        return sum(block.nbytes for block in self.blocks)
-
-    @property
-    def nbytes_whole(self) -> int:
-        """Of the tensor it belongs to."""
-        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+FORMAT = 2
+_READABLE = (1, 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +56,8 @@ class PartListing:
     pieces: tuple[Piece, ...]
     meta: Mapping[str, Any] | None = None
     """Rank 0's JSON values, in the part that holds rank 0."""
+    used: Mapping[str, int] = field(default_factory=dict)
+    """Bytes of each object that this part has in use; empty if unknown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +79,8 @@ class Manifest:
     objects: Mapping[str, int]
     tensors: tuple[Piece, ...]
     meta: Mapping[str, Any] = field(default_factory=dict)
+    used: Mapping[str, int] = field(default_factory=dict)
+    """Bytes of each object that are in use; empty if unknown."""
 
     @property
     def nbytes(self) -> int:
@@ -146,6 +92,13 @@ class Manifest:
 
 _Count = Annotated[int, Field(ge=0, lt=2**63)]
 _Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+_Digest32 = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+_Table = tuple[_Count, _Count, _Count, _Digest32]
+"""index of the object; offset, bytes and digest of its table"""
+_Plain = tuple[_Digest, _Count, str, list[_Count]]
+"""digest, bytes, codec, and (index of the object, offset, bytes) of every extent in a row"""
+_Layered = tuple[_Digest, _Count, str, list[_Count], _Count, list[_Count]]
+"""the same, key, and (index of the first table, number of tables) of every run of layers"""
 _Name = Annotated[str, Field(min_length=1, max_length=4096)]
 _strict = ConfigDict(strict=True, extra="forbid")
 
@@ -160,8 +113,7 @@ class _WirePiece(TypedDict):
     start: _Count
     shard: NotRequired[tuple[list[_Count], list[_Count]]]
     """first element and shape of the whole, for shards only"""
-    blocks: list[tuple[_Digest, _Count, str, list[_Count]]]
-    """digest, bytes, codec, and (index of the object, offset, bytes) of every extent in a row"""
+    blocks: list[_Plain | _Layered]
 
 
 class _WirePart(TypedDict):
@@ -178,6 +130,8 @@ class _WirePart(TypedDict):
     ranks: list[_Count]
     parent: str
     objects: list[tuple[_Name, _Count]]
+    used: NotRequired[list[_Count]]
+    tables: NotRequired[list[_Table]]
     pieces: list[_WirePiece]
     meta: dict[str, Any] | None
 
@@ -196,6 +150,8 @@ class _WireManifest(TypedDict):
     created_s: float
     bytes_new: _Count
     objects: list[tuple[_Name, _Count]]
+    used: NotRequired[list[_Count]]
+    tables: NotRequired[list[_Table]]
     tensors: list[_WirePiece]
     meta: dict[str, Any]
 
@@ -212,7 +168,9 @@ def canonical(value: object) -> bytes:
     )
 
 
-def _wire_pieces(pieces: Iterable[Piece], index: Mapping[str, int]) -> list[dict[str, Any]]:
+def _wire_pieces(
+    pieces: Iterable[Piece], index: Mapping[str, int], tables: Mapping[Layer, int]
+) -> list[dict[str, Any]]:
     return [
         {
             "name": p.name,
@@ -221,19 +179,28 @@ def _wire_pieces(pieces: Iterable[Piece], index: Mapping[str, int]) -> list[dict
             "scope": p.scope,
             "rank": p.rank,
             "start": p.start,
-            "blocks": [
-                (
-                    b.digest,
-                    b.nbytes,
-                    b.codec,
-                    [n for e in b.extents for n in (index[e.object], e.offset, e.nbytes)],
-                )
-                for b in p.blocks
-            ],
+            "blocks": [_wire_block(b, index, tables) for b in p.blocks],
         }
         | ({"shard": (p.shard.start, p.shard.whole)} if p.shard else {})
         for p in pieces
     ]
+
+
+def _wire_block(
+    block: Block, index: Mapping[str, int], tables: Mapping[Layer, int]
+) -> tuple[Any, ...]:
+    extents = [n for e in block.extents for n in (index[e.object], e.offset, e.nbytes)]
+    plain = (block.digest, block.nbytes, block.codec, extents)
+    if not block.layers:
+        return plain
+    runs: list[int] = []
+    for layer in block.layers:
+        number = tables[layer]
+        if runs and runs[-2] + runs[-1] == number:
+            runs[-1] += 1
+        else:
+            runs += [number, 1]
+    return (*plain, block.key, runs)
 
 
 def encode_manifest(manifest: Manifest) -> bytes:
@@ -249,8 +216,17 @@ def encode_part(part: PartListing) -> bytes:
 def _encode(kind: str, value: Manifest | PartListing, key: str, pieces: tuple[Piece, ...]) -> bytes:
     objects = sorted(value.objects.items())
     index = {name: i for i, (name, _) in enumerate(objects)}
+    layers = {layer for p in pieces for b in p.blocks for layer in b.layers}
+    # In the order of the names of their objects, so that the layers of a block are in few runs.
+    tables = {
+        layer: i for i, layer in enumerate(sorted(layers, key=lambda y: (y.object, y.offset)))
+    }
     wire = {name: getattr(value, name) for name in value.__slots__}
-    wire |= {"format": FORMAT, "kind": kind, "objects": objects, key: _wire_pieces(pieces, index)}
+    wire |= {"format": FORMAT, "kind": kind, "objects": objects}
+    wire[key] = _wire_pieces(pieces, index, tables)
+    wire["tables"] = [(index[y.object], y.offset, y.nbytes, y.digest) for y in tables]
+    if used := wire.pop("used"):
+        wire["used"] = [used.get(name, 0) for name, _ in objects]
     return canonical(wire)
 
 
@@ -305,7 +281,7 @@ def _decode(
         raise _damaged(where, "not JSON") from None
     if not isinstance(head, dict) or head.get("kind") != kind:
         raise _damaged(where, f"not a {kind}")
-    if head.get("format") != FORMAT:
+    if head.get("format") not in _READABLE:
         raise CheckpointDamaged(
             f"{where} has format {head.get('format')!r}, which this version cannot read; "
             f"use the version of paddle_ft that wrote it."
@@ -314,7 +290,9 @@ def _decode(
         wire = _adapter(shape).validate_json(data)
         pairs = wire.pop("objects")
         objects = _objects(pairs)
-        pieces = tuple(_piece(p, pairs, wire["block_bytes"]) for p in wire.pop(key))
+        wire["used"] = _used(wire.pop("used", []), pairs)
+        tables = [_table(t, pairs) for t in wire.pop("tables", [])]
+        pieces = tuple(_piece(p, pairs, tables, wire["block_bytes"]) for p in wire.pop(key))
         _require(all(p.rank < wire["world_size"] for p in pieces), "a rank is out of range")
     except ValueError as error:
         raise _damaged(where, _first_line(error)) from None
@@ -325,10 +303,9 @@ def _decode(
 
 
 def _first_line(error: ValueError) -> str:
-    errors = getattr(error, "errors", None)
-    if errors is None:
+    if not isinstance(error, ValidationError):
         return str(error).partition("\n")[0]
-    first = errors(include_url=False, include_input=False)[0]
+    first = error.errors(include_url=False, include_input=False)[0]
     return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
 
 
@@ -338,11 +315,28 @@ def _objects(pairs: list[tuple[str, int]]) -> dict[str, int]:
     return objects
 
 
-def _piece(wire: _WirePiece, objects: list[tuple[str, int]], block_bytes: int) -> Piece:
+def _used(used: list[int], pairs: list[tuple[str, int]]) -> dict[str, int]:
+    if not used:
+        return {}
+    _require(len(used) == len(pairs), "not every object has its bytes in use")
+    _require(all(n <= size for n, (_, size) in zip(used, pairs, strict=True)), "too many in use")
+    return {name: n for n, (name, _) in zip(used, pairs, strict=True)}
+
+
+def _table(wire: tuple[int, int, int, str], objects: list[tuple[str, int]]) -> Layer:
+    index, offset, nbytes, digest = wire
+    fits = index < len(objects) and offset + nbytes <= objects[index][1]
+    _require(fits, "a table is outside its object")
+    return Layer(objects[index][0], offset, nbytes, digest)
+
+
+def _piece(
+    wire: _WirePiece, objects: list[tuple[str, int]], tables: list[Layer], block_bytes: int
+) -> Piece:
     name = wire["name"]
     _require(wire["dtype"] in ITEM_BYTES, f"tensor {name} has an unknown dtype")
     _require((wire["scope"] == "local") == (wire["rank"] >= 0), f"tensor {name} has a wrong rank")
-    blocks = tuple(_block(name, b, objects) for b in wire["blocks"])
+    blocks = tuple(_block(name, b, objects, tables) for b in wire["blocks"])
     piece = Piece(
         name=name,
         dtype=wire["dtype"],
@@ -375,11 +369,15 @@ def _shard(wire: _WirePiece) -> ShardOf | None:
 
 
 def _block(
-    tensor: str, wire: tuple[str, int, str, list[int]], objects: list[tuple[str, int]]
+    tensor: str,
+    wire: tuple[Any, ...],
+    objects: list[tuple[str, int]],
+    tables: list[Layer],
 ) -> Block:
-    digest, nbytes, codec, numbers = wire
+    digest, nbytes, codec, numbers, key, runs = wire if len(wire) == 6 else (*wire, 0, [])
     _require(codec in ("", "zlib"), f"tensor {tensor} has a block with an unknown codec")
-    _require(len(numbers) % 3 == 0 and bool(numbers), f"tensor {tensor} has a block without place")
+    placed = len(numbers) % 3 == 0 and bool(numbers or runs)
+    _require(placed, f"tensor {tensor} has a block without place")
     extents = []
     for i in range(0, len(numbers), 3):
         index, offset, length = numbers[i : i + 3]
@@ -388,9 +386,13 @@ def _block(
             f"tensor {tensor} has a block outside its object",
         )
         extents.append(Extent(objects[index][0], offset, length))
-    if not codec:
-        _require(
-            sum(e.nbytes for e in extents) == nbytes,
-            f"tensor {tensor} has a block whose extents do not add up",
-        )
-    return Block(digest, nbytes, tuple(extents), codec)
+    whole = codec or not extents or sum(e.nbytes for e in extents) == nbytes
+    _require(bool(whole), f"tensor {tensor} has a block whose extents do not add up")
+    layers: list[Layer] = []
+    for first, count in zip(runs[::2], runs[1::2], strict=False):
+        fits = 0 < count <= len(tables) - max(first, len(layers))
+        _require(fits, f"tensor {tensor} has a block with wrong layers")
+        layers += tables[first : first + count]
+    sound = len(set(layers)) == len(layers) and len(runs) % 2 == 0 and not (codec and layers)
+    _require(sound and bool(layers) == bool(key), f"tensor {tensor} has a block with wrong layers")
+    return Block(digest, nbytes, tuple(extents), codec, key, tuple(layers))

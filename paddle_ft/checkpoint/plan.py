@@ -149,7 +149,7 @@ def merge(
         raise CheckpointDamaged(f"{what} has no single description by rank 0; save again.")
     tensors = _assemble(what, [piece for part in parts for piece in part.pieces])
     sizes = {name: size for part in parts for name, size in part.objects.items()}
-    used = {e.object for t in tensors for b in t.blocks for e in b.extents}
+    used = {name for t in tensors for b in t.blocks for name in b.objects}
     old = {name for parent in parents.values() for name in parent.objects}
     return Manifest(
         owner=first.owner,
@@ -164,7 +164,19 @@ def merge(
         objects={name: sizes[name] for name in sorted(used)},
         tensors=tensors,
         meta=metas[0],
+        used=_used(parts, {name: sizes[name] for name in sorted(used)}),
     )
+
+
+def _used(parts: Sequence[PartListing], sizes: Mapping[str, int]) -> dict[str, int]:
+    """Bytes in use of each object; {} if not every part tells. What two parts both have in use,
+    being equal, counts twice, but no object is more than full."""
+    if not all(part.used for part in parts if part.objects):
+        return {}
+    return {
+        name: min(size, sum(part.used.get(name, 0) for part in parts))
+        for name, size in sizes.items()
+    }
 
 
 def kept(head: Head | None) -> frozenset[str]:

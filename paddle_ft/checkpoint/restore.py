@@ -23,6 +23,7 @@ from paddle_ft.checkpoint.crew import Crew
 from paddle_ft.checkpoint.manifest import Block, Manifest, Piece
 from paddle_ft.checkpoint.plan import ReadPlan, Target, batches, plan_read, scatter
 from paddle_ft.checkpoint.store import Store, tiers_of
+from paddle_ft.checkpoint.tables import GAP_BYTES, Tables, read_layers
 from paddle_ft.checkpoint.write import digest_of
 from paddle_ft.errors import (
     CheckpointDamaged,
@@ -37,7 +38,6 @@ from paddle_ft.types import CommitRef, ImageInfo
 _log = logging.getLogger(__name__)
 READ_THREADS = 8
 _BATCH_BYTES = 16 * 2**20
-_GAP_BYTES = 64 * 2**10
 
 Near = Callable[[Block], Iterable[memoryview]]
 """Copies of a block in this machine's memory, that are there or once were; they are verified."""
@@ -120,13 +120,14 @@ def fetch(
     checkpoint in errors. Raises CheckpointDamaged, StoreError.
     """
     stop = threading.Event()
+    tables = Tables(store)
 
     def work(batch: list[Target]) -> Counter[str]:
         if stop.is_set():
             return Counter()
         try:
             rest = [t for t in batch if near is None or not _copied(near, t, image)]
-            came = _fetch_batch(store, manifest, rest, image)
+            came = _fetch_batch(store, tables, manifest, rest, image)
             came["memory"] = _nbytes(batch) - _nbytes(rest)
             return came
         except BaseException:
@@ -156,17 +157,18 @@ def _copied(near: Near, target: Target, image: memoryview) -> bool:
 
 
 def _fetch_batch(
-    store: Store, manifest: str, batch: list[Target], image: memoryview
+    store: Store, tables: Tables, manifest: str, batch: list[Target], image: memoryview
 ) -> Counter[str]:
     """Brings ``batch`` to its places from the nearest tiers that have it; from where it came."""
     missing = list(batch)
     reason = "altered"
     came: Counter[str] = Counter()
+    tables.fetch(t.block for t in missing)
     *nearer, last = tiers_of(store)
     for tier in nearer:
         held = _held(tier, missing)
         try:
-            _read(tier, missing, image)
+            _read(tier, tables, missing, image)
         except StoreError as error:
             # Whatever is wrong with a nearer tier, the last one has everything.
             _log.info("%s", error)
@@ -176,21 +178,21 @@ def _fetch_batch(
         came["store"] = total - _nbytes(missing) - came["cache"]
         if not missing:
             return came
-        bad = {e.object for t in missing for e in t.block.extents}
+        bad = {name for t in missing for name in t.block.objects}
         _log.warning("Dropped from %s, being altered: %s.", tier.url, ", ".join(sorted(bad)))
         tier.delete(bad)
     came["store"] += _nbytes(missing)
     try:
-        _read(last, missing, image)
+        _read(last, tables, missing, image)
     except StoreMissing:
         reason = "missing or too short"
     else:
         missing = [t for t in missing if not _intact(t, image)]
     # A body may have been altered on its way: once more, each block by itself.
-    missing = [t for t in missing if not _read_alone(last, t, image)]
+    missing = [t for t in missing if not _read_alone(last, tables, t, image)]
     if missing:
         bad_one = missing[0]
-        names = sorted({e.object for e in bad_one.block.extents})
+        names = sorted(bad_one.block.objects)
         raise CheckpointDamaged(
             f"{store.url}/{manifest} is damaged: {bad_one.block.nbytes} bytes of tensor "
             f"{bad_one.tensor} are {reason} in {', '.join(names)}; use an older checkpoint."
@@ -201,7 +203,7 @@ def _fetch_batch(
 def _held(tier: Store, targets: Iterable[Target]) -> int:
     """Bytes of ``targets`` that ``tier`` has and need not fetch from the one behind."""
     holds: Callable[[str], bool] = getattr(tier, "holds", lambda name: True)
-    return _nbytes(t for t in targets if all(holds(e.object) for e in t.block.extents))
+    return _nbytes(t for t in targets if all(map(holds, t.block.objects)))
 
 
 def _place(target: Target, image: memoryview) -> memoryview:
@@ -212,15 +214,15 @@ def _intact(target: Target, image: memoryview) -> bool:
     return digest_of(_place(target, image)) == target.block.digest
 
 
-def _read_alone(store: Store, target: Target, image: memoryview) -> bool:
+def _read_alone(store: Store, tables: Tables, target: Target, image: memoryview) -> bool:
     try:
-        _read(store, [target], image)
+        _read(store, tables, [target], image)
     except StoreMissing:
         return False
     return _intact(target, image)
 
 
-def _read(store: Store, targets: Sequence[Target], image: memoryview) -> None:
+def _read(store: Store, tables: Tables, targets: Sequence[Target], image: memoryview) -> None:
     """Brings the bytes of ``targets`` into ``image``, unverified."""
     plain = [t for t in targets if not t.block.codec]
     wanted = []
@@ -229,12 +231,13 @@ def _read(store: Store, targets: Sequence[Target], image: memoryview) -> None:
         for extent in target.block.extents:
             wanted.append((extent, at))
             at += extent.nbytes
-    for run in scatter(wanted, _GAP_BYTES, _BATCH_BYTES):
+    for run in scatter(wanted, GAP_BYTES, _BATCH_BYTES):
         store.read_into(
             run.object,
             run.offset,
             [memoryview(bytearray(n)) if at < 0 else image[at : at + n] for at, n in run.places],
         )
+    read_layers(store, tables, targets, image)
     for target in targets:
         if target.block.codec:
             _read_coded(store, target.block, _place(target, image))
@@ -262,6 +265,7 @@ def verify(store: Store, ref: CommitRef, manifest: Manifest) -> list[CheckpointD
     16 MiB, or one block if larger.
     """
     store = tiers_of(store)[-1]
+    tables = Tables(store)
 
     def work(piece: Piece) -> CheckpointDamaged | None:
         targets = [Target(piece.name, block, 0) for block in piece.blocks]
@@ -271,7 +275,7 @@ def verify(store: Store, ref: CommitRef, manifest: Manifest) -> list[CheckpointD
                 placed.append(Target(target.tensor, target.block, offset))
                 offset += target.block.nbytes
             try:
-                _fetch_batch(store, ref.manifest, placed, memoryview(bytearray(offset)))
+                _fetch_batch(store, tables, ref.manifest, placed, memoryview(bytearray(offset)))
             except CheckpointDamaged as error:
                 return error
         return None

@@ -240,7 +240,7 @@ def something_is_lost(seed: int) -> bool:
 
 def objects_grow_old(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is moved out of objects of which little is used."""
-    monkeypatch.setattr("paddle_ft.checkpoint.write.sparse", lambda manifest: frozenset())
+    monkeypatch.setattr("paddle_ft.checkpoint.write.sparse", lambda *_: frozenset())
 
 
 @pytest.mark.parametrize("reclaim", [True, False])

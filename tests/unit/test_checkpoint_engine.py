@@ -92,8 +92,9 @@ def test_only_changed_blocks_are_written(tmp_path: Path) -> None:
     ref = job.save(3, state)
     changed = deltas.grain_of(state["big"].shape, 4)
     assert changed < BLOCK
-    assert sum(i.nbytes for i in job.store.find("data/")) == before + changed
-    assert commit.read_manifest(job.store, ref).bytes_new == changed
+    table = sum(i.nbytes for i in job.store.find("data/")) - before - changed
+    assert 0 < table < deltas.ENTRY_BYTES
+    assert commit.read_manifest(job.store, ref).bytes_new == changed + table
     assert same(load(job.store, ref), state)
 
 
