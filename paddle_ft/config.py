@@ -115,10 +115,6 @@ class CheckpointConfig(_Group):
     """Which checkpoints stay: ``last 3, every 1000 steps, best loss 1``; what any of the rules
     wants is kept. Empty: the ``keep_last`` newest."""
     block_bytes: int = Field(4 * 2**20, ge=4096)
-    space_ratio: float = Field(2.2, ge=1.1, le=10)
-    """A checkpoint is spread over objects of at most so many times its bytes, and what the last one
-    wrote. With less, restores read less and rows that change at random are written more often
-    (docs/bench-checkpoint.md)."""
     space_ratio: float = Field(2.3, ge=1.1, le=10)
     """A checkpoint is spread over objects of at most so many times its bytes, and what the last one
     wrote. With less, restores read less and rows that change at random are written more often
