@@ -191,7 +191,10 @@ class CheckpointRoom:
 
     def acknowledge(self, head: Head) -> None:
         """Writes the marker of a commit that etcd has."""
-        commits.mark_committed(self._store, head)
+        if self._uploads is not None:
+            self._uploads.acknowledge(head)
+        else:
+            commits.mark_committed(self._store, head)
 
     def restore(
         self,

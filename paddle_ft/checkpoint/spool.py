@@ -108,8 +108,8 @@ class Spool(DirectoryStore):
                     f"{self._cache.url} holds {unsent - nbytes} bytes that wait for their upload; "
                     f"make cache_bytes_max larger than {self._bytes_max}."
                 )
+            self._cache.make_room(self._writing + nbytes)
             self._writing += nbytes
-            self._cache.make_room(self._writing)
         try:
             self.put(name, data)
         finally:

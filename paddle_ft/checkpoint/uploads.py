@@ -35,7 +35,7 @@ from paddle_ft.errors import (
     StoreUnavailable,
 )
 from paddle_ft.failpoints import failpoint
-from paddle_ft.types import CommitRef
+from paddle_ft.types import CommitRef, Head
 
 _log = logging.getLogger(__name__)
 RETRY_INTERVAL_S = 2.0
@@ -123,6 +123,17 @@ class Uploads:
         if self._thread is None or not self._thread.is_alive():
             self.spool.close()  # else the end of the process does
 
+    def acknowledge(self, head: Head) -> None:
+        """Writes the marker of ``head``; at once to the store if the disk does not take it and
+        the store is not behind. Raises StoreError."""
+        try:
+            commit.mark_committed(self.front, head)
+        except StoreError:
+            if self._gap(head.newest):
+                raise
+            commit.mark_committed(self._behind, head)
+            self._settled = max(self._settled, head.newest.sequence)
+
     def coming(self, ref: CommitRef) -> bool:
         """Whether objects of ``ref`` that are out of reach may be on their way from other nodes.
 
@@ -169,7 +180,12 @@ class Uploads:
     def _begin(self) -> None:
         abandon = getattr(self._remote, "abandon", None)
         if abandon is not None:
-            abandon({info.name for info in self.spool.waiting()})
+            try:
+                abandon({info.name for info in self.spool.waiting()})
+            except StoreUnavailable:
+                raise
+            except StoreError as error:
+                _log.info("half uploads stay until they are swept: %s", error)
         found = [layout.parse(name) for name in commit.marker_names(self._remote)]
         mine = [p.sequence for p in found if p is not None and p.owner == self._owner]
         self._settled = max([*mine, self._settled])
@@ -191,7 +207,10 @@ class Uploads:
     def _put(self, name: str) -> str:
         if self._closed.is_set():
             return ""
-        content = self.spool.get(name)
+        try:
+            content = self.spool.get(name)
+        except StoreMissing:
+            return ""  # of an attempt that failed
         failpoint("upload.before")
         self._behind.put(name, content)
         failpoint("upload.stored")
@@ -218,15 +237,8 @@ class Uploads:
             self.spool.delete([name])
             return
         head = commit.read_marker(self.spool, name)
-        try:
-            manifest = commit.read_manifest(self._remote, head.newest)
-        except CheckpointDamaged as error:
-            _log.info("the marker of step %d waits: %s", head.newest.step, error)
-            return
-        prefixes = {"/".join(n.split("/")[:2]) + "/" for n in manifest.objects}
-        sizes = {i.name: i.nbytes for p in sorted(prefixes) for i in self._remote.find(p)}
-        if gap := backlog.missing(manifest.objects, sizes):
-            _log.info("the marker of step %d waits for %s", head.newest.step, ", ".join(gap))
+        if gap := self._gap(head.newest):
+            _log.debug("the marker of step %d waits for %s", head.newest.step, ", ".join(gap))
             return
         failpoint("upload.complete")
         self._behind.put(name, self.spool.get(name))
@@ -238,6 +250,16 @@ class Uploads:
         if own:
             with suppress(StoreMissing):
                 self._collect(name)
+
+    def _gap(self, ref: CommitRef) -> tuple[str, ...]:
+        """What the store lacks of ``ref``."""
+        try:
+            manifest = commit.read_manifest(self._remote, ref)
+        except CheckpointDamaged:
+            return (ref.manifest,)
+        prefixes = {"/".join(n.split("/")[:2]) + "/" for n in manifest.objects}
+        sizes = {i.name: i.nbytes for p in sorted(prefixes) for i in self._remote.find(p)}
+        return backlog.missing(manifest.objects, sizes)
 
     def _collect(self, name: str) -> None:
         try:

@@ -17,7 +17,7 @@ from paddle_ft.checkpoint import layout, uploads
 from paddle_ft.checkpoint.collect import collect
 from paddle_ft.checkpoint.store import open_store
 from paddle_ft.config import CheckpointConfig, load
-from paddle_ft.errors import CheckpointDamaged, ConfigError, StoreError
+from paddle_ft.errors import CheckpointDamaged, ConfigError, StoreError, StoreFull
 from tests.unit import local_job
 from tests.unit.local_job import Launcher, away, come_back, in_store, leave, refs, wait_until
 
@@ -152,6 +152,22 @@ def test_the_bound_holds_and_the_store_takes_the_rest(
     assert job.drained()
     [newest, *_] = refs(open_store(str(tmp_path / "store")))
     assert newest.step == step
+
+
+def test_a_cache_that_fails_makes_commits_wait_for_the_store(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = start()
+
+    def refuse(name: str, data: object) -> None:
+        raise StoreFull(f"{name} does not fit.")
+
+    monkeypatch.setattr(job.uploads.spool, "keep", refuse)
+    for step in (1, 2):
+        job.save(step)
+        assert in_store(tmp_path)[step]
+    with away(tmp_path), pytest.raises(StoreError):
+        job.save(3)
 
 
 def test_copies_give_way_to_what_waits_and_come_after_it(start: Start, tmp_path: Path) -> None:
@@ -298,8 +314,9 @@ def test_every_step_has_a_failpoint(start: Start) -> None:
     assert set(NAMES) <= set(names)
 
 
-@pytest.mark.parametrize("passing", [1, 4])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "passing"), [*((name, 4) for name in NAMES), ("upload.settled", 1)]
+)
 def test_a_crash_at_any_step_loses_nothing(tmp_path: Path, name: str, passing: int) -> None:
     code, acknowledged = run_steps(tmp_path, f"{name}=crash@{passing}")
     assert code == failpoints.EXIT_CRASHED
