@@ -95,16 +95,35 @@ def test_whatever_happens_what_is_kept_loads_bit_for_bit(
 
 
 def test_what_was_never_committed_is_not_built_upon() -> None:
-    """The same bytes are written twice, as other layers: the map of the first is not used."""
+    """One writer lays the bytes upon an older checkpoint and is not heard, another one upon the
+    newest; where the first put the rows says nothing of where they are."""
     store = ModelStore()
-    job = SavingJob(store, keep=1, block_bytes=BLOCK, space_ratio=1.1)
-    table = table_of(2000)
+    job = SavingJob(store, keep=2, block_bytes=BLOCK)
+    one, other = Prints(), Prints()
+    state: dict[str, Array] = {"table": table_of(2000)}
     rng = np.random.default_rng(2)
-    for step in range(1, 40):
-        forsaken(job, {"table": table}, step)
-        ref = job.save(step, {"table": table})
-        assert same(loaded(store, commit.read_manifest(store, ref)), {"table": table})
-        change(table, 100, rng)
+    job.prints[0] = other
+    forsaken(job, state, 1)
+    job.prints[0] = one
+    job.save(1, state)
+    first = job.head
+    job.prints[0] = other
+    change(state["table"], 50, rng)
+    forsaken(job, state, 2)
+    job.save(2, state)
+    change(state["table"], 50, rng)
+    second, job.head, job.prints[0] = job.head, first, one
+    forsaken(job, state, 3)
+    job.head, job.prints[0] = second, other
+    ref = job.save(3, state)
+    [piece] = commit.read_manifest(store, ref).tensors
+    assert all(len(b.layers) == 2 for b in piece.blocks)
+    job.prints[0] = one
+    change(state["table"], 50, rng)
+    ref = job.save(4, state)
+    [piece] = commit.read_manifest(store, ref).tensors
+    assert all(len(b.layers) == 3 for b in piece.blocks)
+    assert same(loaded(store, commit.read_manifest(store, ref)), state)
 
 
 def test_twins_that_go_different_ways() -> None:
