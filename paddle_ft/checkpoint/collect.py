@@ -16,7 +16,7 @@ from paddle_ft.checkpoint.crew import Crew
 from paddle_ft.checkpoint.manifest import FORMAT, Manifest, canonical, decode_manifest
 from paddle_ft.checkpoint.plan import kept
 from paddle_ft.checkpoint.retention import Roots, garbage
-from paddle_ft.checkpoint.store import ObjectInfo, Store
+from paddle_ft.checkpoint.store import ObjectInfo, Store, naming_the_store
 from paddle_ft.errors import CheckpointDamaged, StoreMissing
 from paddle_ft.failpoints import failpoint
 from paddle_ft.types import CommitRef, Head
@@ -142,8 +142,9 @@ def _over(store: Store, infos: list[ObjectInfo], owner: str, quiet_s: float) -> 
 def _now_s(store: Store) -> float:
     """The store's clock; 0 if it has none."""
     name = f"probe-{secrets.token_hex(8)}"
-    store.put(name, b"")
-    try:
-        return max((info.modified_s for info in store.find(name)), default=0.0)
-    finally:
-        store.delete([name])
+    with naming_the_store(name):
+        store.put(name, b"")
+        try:
+            return max((info.modified_s for info in store.find(name)), default=0.0)
+        finally:
+            store.delete([name])

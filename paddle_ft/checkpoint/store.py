@@ -8,9 +8,10 @@ configured number of attempts with exponential back-off and jitter.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import secrets
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ParamSpec, Protocol, TypeVar
@@ -171,11 +172,22 @@ def _transient(error: BaseException) -> bool:
 
 def probe(store: Store) -> None:
     """``Store.check`` for any store."""
-    name, content = f"probe-{secrets.token_hex(8)}", secrets.token_bytes(64)
+    name = f"probe-{secrets.token_hex(8)}"
+    with naming_the_store(name):
+        _probe(store, name, secrets.token_bytes(64))
+
+
+@contextlib.contextmanager
+def naming_the_store(name: str) -> Iterator[None]:
+    """Takes ``name`` out of error messages: an object of ours that means nothing to the user."""
     try:
-        store.put(name, content)
-    except StoreError as error:  # the object means nothing to the user: it is the store
+        yield
+    except StoreError as error:
         raise type(error)(str(error).replace(f"/{name}", "")) from error
+
+
+def _probe(store: Store, name: str, content: bytes) -> None:
+    store.put(name, content)
     try:
         found = store.get(name)
     except StoreMissing as error:
