@@ -266,6 +266,10 @@ def no_check(*_: object) -> None:
     pass
 
 
+KNOWN = {"parent": 122, "order": 25, "rivals": 49}
+"""A seed that has shown the hole: looked at first, since the search for one takes seconds."""
+
+
 @pytest.mark.parametrize("hole", ["window", "parent", "pins", "order", "rivals"])
 def test_without_one_of_the_rules_something_is_lost(
     hole: str, monkeypatch: pytest.MonkeyPatch
@@ -281,7 +285,7 @@ def test_without_one_of_the_rules_something_is_lost(
         monkeypatch.setattr(commit, "pin", pin_without_looking)
     else:  # what others committed after us does not count
         monkeypatch.setattr("paddle_ft.checkpoint.collect._rivals", lambda *_: frozenset())
-    assert any(something_is_lost(seed) for seed in range(300))
+    assert any(something_is_lost(seed) for seed in (KNOWN.get(hole, 0), *range(300)))
 
 
 def pin_without_looking(store: ModelStore, ref: CommitRef, who: str, reason: str = "") -> None:
