@@ -16,7 +16,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from paddle_ft.checkpoint import backlog, commit, layout
@@ -246,10 +246,9 @@ class Uploads:
         if own:
             self._settled = max(self._settled, parsed.sequence)
         failpoint("upload.settled")
-        self.spool.sent(name)
         if own:
-            with suppress(StoreMissing):
-                self._collect(name)
+            self._collect(head)
+        self.spool.sent(name)
 
     def _gap(self, ref: CommitRef) -> tuple[str, ...]:
         """What the store lacks of ``ref``."""
@@ -261,9 +260,9 @@ class Uploads:
         sizes = {i.name: i.nbytes for p in sorted(prefixes) for i in self._remote.find(p)}
         return backlog.missing(manifest.objects, sizes)
 
-    def _collect(self, name: str) -> None:
+    def _collect(self, head: Head) -> None:
         try:
-            collect(self._behind, commit.read_marker(self._remote, name), self._owner)
+            collect(self._behind, head, self._owner)
         except PaddleFTError as error:
             _log.warning("old checkpoints stay for now: %s", error)
 

@@ -69,10 +69,14 @@ def test_markers_come_in_the_order_of_commits(start: Start, tmp_path: Path) -> N
     leave(tmp_path)
     for step in (2, 3, 4):
         job.save(step)
-    with failpoints.switched("upload.settled=raise@2"):
+    seen: list[list[int]] = []
+    store = open_store(str(tmp_path / "store"))
+    with failpoints.switched(
+        upload__settled=lambda: seen.append(sorted(ref.step for ref in refs(store)))
+    ):
         come_back(tmp_path)
-        wait_until(lambda: 3 in in_store(tmp_path))
-    assert job.drained()
+        assert job.drained()
+    assert seen == [[1, 2]]
     assert max(in_store(tmp_path)) == 4
 
 
@@ -86,6 +90,7 @@ def test_a_launcher_goes_on_with_what_another_left(start: Start, tmp_path: Path)
     second = start()  # the store is still away
     assert second.head is not None
     assert second.head.newest.step == 2
+    assert second.room._owner == first.room._owner
     assert second.holds(second.head.newest)
     second.save(3)
     come_back(tmp_path)
@@ -96,6 +101,7 @@ def test_a_launcher_goes_on_with_what_another_left(start: Start, tmp_path: Path)
     third = start()
     assert third.head is not None
     assert third.head.newest.step == 3
+    assert third.room._owner != first.room._owner
 
 
 def test_another_file_system_in_its_place_gets_nothing_for_good(
