@@ -124,7 +124,7 @@ class Watch:
 
     def __init__(self, session: Any) -> None:
         self.snapshots: list[dict[str, Any]] = []
-        self._recorder, self._keeper = session._recorder, session._keeper
+        self._recorder, self._keeper = session._saver._recorder, session._keeper
         self._acquire, self._wait = self._keeper.acquire, self._recorder.wait_copied
         self._buffer = -1
         self._take = self._recorder.take

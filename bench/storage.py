@@ -20,7 +20,7 @@ from paddle_ft.checkpoint import plan
 from paddle_ft.checkpoint.room import CheckpointRoom
 from paddle_ft.checkpoint.store import Store, open_store
 from paddle_ft.config import CheckpointConfig, Config
-from paddle_ft.coordination.decide import Commit
+from paddle_ft.coordination.actions import Commit
 from paddle_ft.coordination.schema import Fences
 from paddle_ft.types import CommitRef, Head, ImageInfo, TensorSpec
 

@@ -20,7 +20,7 @@ from paddle_ft import launch as launcher
 from paddle_ft.command_line import version
 from paddle_ft.config import EtcdConfig
 from paddle_ft.coordination import schema
-from paddle_ft.coordination.decide import find_trouble, live_nodes
+from paddle_ft.coordination.view import find_trouble, live_nodes
 from paddle_ft.errors import PaddleFTError
 
 app = typer.Typer(

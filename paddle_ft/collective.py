@@ -1,8 +1,9 @@
 """The process group of one generation: join, sum, broadcast, and errors that name what happened.
 
-The engine is Paddle's own group (gloo on the CPU), set up by ``init_parallel_env``, so that
-``paddle.distributed`` works in the same script. Whatever is told apart here is told apart by the
-type of the error alone: a peer that is lost ends the operation with CollectiveFailed.
+The engine is Paddle's own group (gloo on the CPU), so that ``paddle.distributed`` works in the same
+script. Under the launcher it is built by ``gloo``, and can be left for the next one; otherwise, and
+on accelerators, by ``init_parallel_env``. Whatever is told apart here is told apart by the type of
+the error alone: a peer that is lost ends the operation with CollectiveFailed.
 """
 
 from __future__ import annotations
@@ -11,11 +12,15 @@ import ctypes
 import os
 import socket
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from paddle_ft.checkpoint.snapshot import nbytes_of
+import numpy as np
+import numpy.typing as npt
+
+from paddle_ft.checkpoint.snapshot import Source, nbytes_of
 from paddle_ft.errors import CollectiveFailed, ConfigError
+from paddle_ft.gloo import GlooGroups
 
 JOIN_TIMEOUT_S = 300.0
 _POLL_INTERVAL_S = 0.01
@@ -28,6 +33,9 @@ class Collective:
     def __init__(self, rank: int, world_size: int) -> None:
         self.rank = rank
         self.world_size = world_size
+        self.groups: GlooGroups | None = None
+        """Set where the group can be left for another one."""
+        self._staging: Any = None
 
     @classmethod
     def from_environment(cls) -> Collective:
@@ -43,6 +51,31 @@ class Collective:
                 "the script with paddle_ft.launch, or unset both to run it alone."
             )
         return cls(rank, world_size)
+
+    def join_next(self, number: int, timeout_s: float = JOIN_TIMEOUT_S) -> None:
+        """Leaves the group there was, for that of generation ``number``; returns once all are in.
+
+        Rank and world size are those of the new one already. Raises CollectiveFailed if a member
+        is lost meanwhile, or if this worker is ordered into yet another group.
+        """
+        assert self.groups is not None
+        if self.world_size == 1:
+            self.groups.number = number
+            return
+        host, port = _rendezvous()
+        if self.rank != 0:
+            _await_listening((host, port), timeout_s, lambda: self.groups_wanted > number)
+        try:
+            self.groups.build(number, self.rank, self.world_size, f"{host}:{port}")
+            self.sum([1])
+        except Exception as error:  # Paddle's own have the most various types
+            raise peer_loss(error, self.rank, "forming the group") from error
+        self.groups.settle()
+
+    @property
+    def groups_wanted(self) -> int:
+        """Number of the newest group this worker was ordered into."""
+        return self.groups.wanted if self.groups is not None else 0
 
     def join(self, timeout_s: float = JOIN_TIMEOUT_S) -> None:
         """Sets the group up unless the script has done so; returns once all ranks are there.
@@ -76,11 +109,18 @@ class Collective:
         """``numbers`` summed over all ranks, each for itself. Raises CollectiveFailed."""
         if self.world_size == 1:
             return numbers
+        result: list[int] = self.sum_words(np.array(numbers, dtype=np.int64)).tolist()
+        return result
+
+    def sum_words(self, words: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """As ``sum``, of an array."""
+        if self.world_size == 1 or not words.size:
+            return words
         import paddle
 
-        tensor = paddle.to_tensor(numbers, dtype="int64")
+        tensor = paddle.to_tensor(words)
         self.all_reduce(tensor)
-        result: list[int] = tensor.tolist()
+        result: npt.NDArray[np.int64] = tensor.numpy()
         return result
 
     def check_same(self, number: int, what: str) -> None:
@@ -102,6 +142,31 @@ class Collective:
             dist.broadcast(tensor, root)
         except RuntimeError as error:
             raise peer_loss(error, self.rank, "a broadcast") from error
+
+    def broadcast_bytes(self, data: npt.NDArray[np.uint8], root: int) -> None:
+        """Overwrites ``data`` with that of ``root``, as long as it. Raises CollectiveFailed."""
+        if self.world_size == 1 or not data.size:
+            return
+        import paddle
+
+        tensor = paddle.to_tensor(data)
+        self.broadcast(tensor, root)
+        if self.rank != root:
+            ctypes.memmove(data.ctypes.data, tensor.data_ptr(), data.size)
+
+    def broadcast_filled(self, nbytes: int, root: int, sources: list[Source] | None) -> Any:
+        """A tensor of ``nbytes`` bytes that ``root`` fills from ``sources``; valid until the next.
+
+        Raises CollectiveFailed.
+        """
+        import paddle
+
+        if self._staging is None or self._staging.shape[0] != nbytes:
+            self._staging = paddle.empty([nbytes], dtype="uint8")
+        for source in sources or ():
+            source.copy(self._staging.data_ptr(), lambda: False)
+        self.broadcast(self._staging, root)
+        return self._staging
 
     def broadcast_all(self, tensors: Iterable[Any], root: int = 0) -> None:
         """``broadcast`` of many tensors, small ones packed together. Raises CollectiveFailed."""
@@ -174,9 +239,14 @@ def _rendezvous() -> tuple[str, int]:
     return host, int(port)
 
 
-def _await_listening(address: tuple[str, int], timeout_s: float) -> None:
+def _await_listening(
+    address: tuple[str, int], timeout_s: float, stop: Callable[[], bool] = lambda: False
+) -> None:
+    """Returns once somebody listens there; raises CollectiveFailed at the time-out or ``stop``."""
     deadline_s = time.monotonic() + timeout_s
     while True:
+        if stop():
+            raise CollectiveFailed("Another group is to be joined.")
         try:
             socket.create_connection(address, timeout=1.0).close()
             return

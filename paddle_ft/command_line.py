@@ -106,7 +106,10 @@ _FLAGS = (
      "remote, or once the local disks have it in --cache: local (remote)")),
     ("fault tolerance", "--max_restart", "K", ("worker failures within job.restart_window_s that "
      "are answered by a restart (3)")),
-    ("fault tolerance", "--spares", "K", "worker processes kept ready with paddle imported (0)"),
+    ("fault tolerance", "--spares", "K", ("worker processes kept ready to take over, with the "
+     "script run up to its session (0)")),
+    ("fault tolerance", "--recovery", "HOW", ("in_place: workers that are left go on with what "
+     "they have in memory, where the script allows it; restart: all are started again (in_place)")),
     ("fault tolerance", "--master", "ADDRESS", ("etcd://host:port is the same as --etcd; a plain "
      "host:port is not needed")),
     ("other", "--config", "FILE", ("TOML file of settings, as configs/default.toml; flags win "
@@ -194,6 +197,7 @@ _DIRECT = {
     "log_dir": "job.log_dir",
     "max_restart": "job.max_restart",
     "spares": "job.spares",
+    "recovery": "job.recovery",
     "checkpoint": "checkpoint.url",
     "checkpoint_every": "checkpoint.when",
     "cache": "checkpoint.cache",

@@ -42,8 +42,11 @@ class JobConfig(_Group):
     """Address under which other nodes reach this one; empty: found out."""
     node: str = ""
     """Name of this node; empty: the host name."""
+    recovery: Literal["in_place", "restart"] = "in_place"
+    """What becomes of the workers that are left when one is lost: they go on with what they have in
+    memory, where the script allows it, or all are started again."""
     spares: int = Field(0, ge=0, le=256)
-    """Worker processes kept ready on this node, with paddle imported already."""
+    """Worker processes kept ready on this node, with the script run up to its session."""
     max_restart: int = Field(3, ge=0)
     """Worker failures within ``restart_window_s`` that are answered by a restart."""
     restart_window_s: float = Field(300.0, gt=0)

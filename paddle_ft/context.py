@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +36,16 @@ class Context:
     env: SessionEnv | None = field(default_factory=lambda: _session_env())
     """What the launcher has told; None without a launcher."""
 
+    def take(self, env: Mapping[str, str]) -> None:
+        """The launcher has told anew: another generation, and perhaps another rank in it.
+
+        The variables change as well, for the script and for ``paddle.distributed``.
+        """
+        os.environ.update(env)
+        self.env = _session_env()
+        now = Collective.from_environment()
+        self.collective.rank, self.collective.world_size = now.rank, now.world_size
+
     @property
     def generation(self) -> int:
         return self.env.generation if self.env else 1
@@ -58,15 +69,17 @@ class Context:
 
     def connect(self) -> Keeper:
         """Where snapshots go. Raises PaddleFTError if the agent does not answer, StoreError."""
-        rank, world_size = self.collective.rank, self.collective.world_size
         if self.env is not None:
-            return AgentKeeper(self.env.socket, rank, world_size, self.env.generation)
+            groups = self.collective.groups
+            if groups is None:
+                return AgentKeeper(self.env.socket)
+            return AgentKeeper(self.env.socket, lambda o: groups.abort_before(o.generation))
         if self.url is None:
             return NullKeeper()
         # Loads what talks to object stores.
         from paddle_ft.standalone import StandaloneKeeper
 
-        return StandaloneKeeper(self.url, rank)
+        return StandaloneKeeper(self.url, self.collective.rank)
 
     def schedule(self) -> Schedule:
         """When to save: what the launcher was told, else what the script says, else ``auto``."""
@@ -76,8 +89,11 @@ class Context:
             rule = self.save or parse("auto")
         return Schedule(rule, self.env.mtbf_s if self.env else 0.0)
 
-    def teller(self) -> Teller:
-        return Teller(Beacon(self.env.beacon) if self.env and self.env.beacon else None)
+    def teller(self, position: Position) -> Teller:
+        """Tells where the session is; begins with ``position``."""
+        teller = Teller(Beacon(self.env.beacon) if self.env and self.env.beacon else None)
+        teller.tell(position, None)
+        return teller
 
 
 class Teller:

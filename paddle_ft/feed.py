@@ -45,11 +45,26 @@ class Feed:
     ) -> None:
         self.stream = stream
         self._steps = _Steps(dataset, stream, rank, collate_fn or collate)
+        self._dataset = dataset
+        self._collate_fn = collate_fn
         self._rank = rank
         self._world_size = world_size
         self._num_workers = num_workers
         self._loading: Any = None
         """Paddle's iterator over what loader processes give, while there are such."""
+
+    def of(self, rank: int, world_size: int) -> Feed:
+        """The same stream for another rank, or this one."""
+        if (rank, world_size) == (self._rank, self._world_size):
+            return self
+        return Feed(
+            self._dataset,
+            self.stream,
+            rank=rank,
+            world_size=world_size,
+            num_workers=self._num_workers,
+            collate_fn=self._collate_fn,
+        )
 
     def run(self, number: int, epoch: int, offset: int) -> Iterator[tuple[Item, Any]]:
         """From the position on; ``number`` is that of the first batch."""

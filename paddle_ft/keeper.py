@@ -22,6 +22,8 @@ from paddle_ft.agent.ipc import (
     Committed,
     Farewell,
     Hello,
+    LostPeer,
+    Order,
     PauseRequest,
     Released,
     RestoreReply,
@@ -31,9 +33,15 @@ from paddle_ft.agent.ipc import (
     SnapshotReady,
 )
 from paddle_ft.checkpoint.snapshot import Image
-from paddle_ft.errors import EXIT_WORKER_FAILED, ConfigError, StoreFull, WorkerFailed
+from paddle_ft.errors import (
+    EXIT_WORKER_FAILED,
+    CollectiveFailed,
+    ConfigError,
+    StoreFull,
+    WorkerFailed,
+)
 from paddle_ft.exits import end, say
-from paddle_ft.types import ImageInfo
+from paddle_ft.types import ImageInfo, Recovery
 
 _TELL_INTERVAL_S = 5.0
 _NO_MEMORY_RETRY_S = 5.0
@@ -41,6 +49,10 @@ _NO_MEMORY_TIMEOUT_S = 60.0
 _ANSWER_TIMEOUT_S = 60.0
 
 Kind = Literal["done", "paused", "fatal", "collective"]
+
+
+class Superseded(CollectiveFailed):
+    """What was waited for is not needed: this worker is to join another group."""
 
 
 class Keeper(Protocol):
@@ -55,6 +67,8 @@ class Keeper(Protocol):
     pause_exit_code: int
     asked: frozenset[int]
     """Signals on which a rule may want to save; whoever has saved empties it."""
+    order: Order | None
+    """The newest order to join another group."""
 
     def restore(self) -> Image | None:
         """The state to start from."""
@@ -77,6 +91,15 @@ class Keeper(Protocol):
     def wait_committed(self, step: int) -> None:
         """Returns once the checkpoint of ``step`` is safe; says what it waits for."""
 
+    def join(self, rank: int, world_size: int, generation: int, recovery: Recovery) -> None:
+        """Tells that this worker is ``rank`` of ``generation``, and what it can do in the next."""
+
+    def lost_peer(self, reason: str) -> None:
+        """Tells that the group is broken, and why."""
+
+    def wait_order(self, after: int) -> Order:
+        """The newest order for a generation later than ``after``, once there is one."""
+
     def close(
         self, kind: Kind | None, reason: str = "", exit_code: int = 0, step: int = -1
     ) -> None:
@@ -91,6 +114,16 @@ class NullKeeper:
     pause_reason = ""
     pause_exit_code = 0
     asked: frozenset[int] = frozenset()
+    order: Order | None = None
+
+    def join(self, rank: int, world_size: int, generation: int, recovery: Recovery) -> None:
+        pass
+
+    def lost_peer(self, reason: str) -> None:
+        pass
+
+    def wait_order(self, after: int) -> Order:
+        raise AssertionError("nobody gives orders")
 
     def restore(self) -> Image | None:
         return None
@@ -117,17 +150,23 @@ class NullKeeper:
 
 
 class AgentKeeper:
-    """The agent at the other end of ``socket``. A process that loses its agent ends at once."""
+    """The agent at the other end of ``socket``. A process that loses its agent ends at once.
+
+    ``on_order`` is called from a thread for each order that is to be followed at once.
+    """
 
     saves = True
     pause_exit_code = 0
 
-    def __init__(self, socket: str, rank: int, world_size: int, generation: int) -> None:
+    def __init__(self, socket: str, on_order: Callable[[Order], None] = lambda _: None) -> None:
         self.committed_step = -1
         self.pause_reason = ""
         self.asked: frozenset[int] = frozenset()
-        self._rank = rank
-        self._world_size = world_size
+        self.order: Order | None = None
+        self._on_order = on_order
+        self._rank = -1
+        self._world_size = 0
+        self._generation = 0
         self._changed = threading.Condition()
         self._maps: list[mmap.mmap] = []
         self._nbytes = 0
@@ -143,13 +182,32 @@ class AgentKeeper:
                 f"The agent of this worker does not answer at {socket} ({error.strerror}); start "
                 f"the script with paddle_ft.launch, or unset PADDLE_FT to run it alone."
             ) from None
-        self._channel.send(Hello(rank, generation, os.getpid()))
         threading.Thread(target=self._read, name="agent", daemon=True).start()
+
+    # ------------------------------------------------------------ generations
+
+    def join(self, rank: int, world_size: int, generation: int, recovery: Recovery) -> None:
+        self._rank, self._world_size, self._generation = rank, world_size, generation
+        self._channel.send(Hello(rank, generation, os.getpid(), recovery))
+
+    def lost_peer(self, reason: str) -> None:
+        self._channel.send(LostPeer(reason))
+
+    def wait_order(self, after: int) -> Order:
+        with self._changed:
+            what = "a place in the job" if after == 0 else "the group to be formed again"
+            self._wait_until(lambda: self._is_ordered(after), what, quiet=after == 0)
+            assert self.order is not None
+            return self.order
+
+    def _is_ordered(self, after: int, at_once: bool = False) -> bool:
+        order = self.order
+        return order is not None and order.generation > after and (order.at_once or not at_once)
 
     # ------------------------------------------------------------ the state to start from
 
     def restore(self) -> Image | None:
-        reply = self._ask(RestoreRequest(self._rank, self._world_size), None)
+        reply = self._ask(RestoreRequest(self._rank, self._world_size), None, at_once=True)
         assert isinstance(reply, RestoreReply)
         if reply.info is None:
             return None
@@ -172,7 +230,7 @@ class AgentKeeper:
             return None
         with self._changed:
             if wait:
-                self._wait_until(lambda: bool(self._free), "a free snapshot buffer")
+                self._wait_unless_ordered(lambda: bool(self._free), "a free snapshot buffer")
             if not self._free:
                 return None
             buffer = self._free.pop(0)
@@ -182,7 +240,7 @@ class AgentKeeper:
         with self._changed:  # what is in flight refers to the buffers by number
             if not wait and not self._all_free():
                 return False
-            self._wait_until(self._all_free, "snapshots to be written")
+            self._wait_unless_ordered(self._all_free, "snapshots to be written")
         deadline_s = time.monotonic() + _NO_MEMORY_TIMEOUT_S
         while True:
             reply = self._ask(Allocate(self._rank, max(nbytes, 1)), _ANSWER_TIMEOUT_S)
@@ -214,7 +272,7 @@ class AgentKeeper:
 
     def wait_committed(self, step: int) -> None:
         with self._changed:
-            self._wait_until(
+            self._wait_unless_ordered(
                 lambda: self.committed_step >= step, f"the checkpoint of step {step} to be stored"
             )
 
@@ -230,19 +288,40 @@ class AgentKeeper:
         self._channel.close()
 
     def _ask(
-        self, message: RestoreRequest | Allocate, timeout_s: float | None
+        self,
+        message: RestoreRequest | Allocate,
+        timeout_s: float | None,
+        at_once: bool = False,
     ) -> RestoreReply | Allocated:
-        self._reply = None
-        self._channel.send(message)
+        """``at_once``: an order that is to be followed at once raises Superseded."""
         with self._changed:
+            self._reply = None
+            self._channel.send(message)
             what = "the agent" if timeout_s else "the checkpoint to be loaded"
-            self._wait_until(lambda: self._reply is not None, what, timeout_s)
+
+            def over() -> bool:
+                return self._reply is not None or (
+                    at_once and self._is_ordered(self._generation, at_once=True)
+                )
+
+            self._wait_until(over, what, timeout_s)
             reply: RestoreReply | Allocated | None = self._reply
-        assert reply is not None
+        if reply is None:
+            raise Superseded(f"Rank {self._rank} is to join another group.")
         return reply
 
+    def _wait_unless_ordered(self, condition: Callable[[], bool], what: str) -> None:
+        """As ``_wait_until``; raises Superseded if an order comes first."""
+        self._wait_until(lambda: condition() or self._is_ordered(self._generation), what)
+        if not condition():
+            raise Superseded(f"Rank {self._rank} is to join another group.")
+
     def _wait_until(
-        self, condition: Callable[[], bool], what: str, timeout_s: float | None = None
+        self,
+        condition: Callable[[], bool],
+        what: str,
+        timeout_s: float | None = None,
+        quiet: bool = False,
     ) -> None:
         """Waits with ``_changed`` held; tells what for, every few seconds.
 
@@ -256,7 +335,8 @@ class AgentKeeper:
                     f"Rank {self._rank} waited {waited_s:.0f} s for {what}; see "
                     f"the log of the launcher."
                 )
-            say(f"rank {self._rank} waits for {what} ({waited_s:.0f} s)")
+            if not quiet:
+                say(f"rank {self._rank} waits for {what} ({waited_s:.0f} s)")
 
     def _read(self) -> None:
         while True:
@@ -277,9 +357,16 @@ class AgentKeeper:
                     self.pause_reason = message.reason or "asked by the agent"
                 elif isinstance(message, SaveRequest):
                     self.asked |= {message.number}
-                elif isinstance(message, RestoreReply | Allocated):
+                elif isinstance(message, RestoreReply):
+                    if message.generation == self._generation:
+                        self._reply = message
+                elif isinstance(message, Allocated):
                     self._reply = message
+                elif isinstance(message, Order):
+                    self.order = message
                 self._changed.notify_all()
+            if isinstance(message, Order) and message.at_once:
+                self._on_order(message)
         if not self._closing:
             say(f"rank {self._rank} lost its agent and ends")
             end(EXIT_WORKER_FAILED)

@@ -43,6 +43,10 @@ class Schedule:
     def saved(self, step: int, now_s: float) -> None:
         self.saved_step, self.saved_at_s = step, now_s
 
+    def lost(self, safe_step: int) -> None:
+        """What was saved after ``safe_step`` may not have become a checkpoint."""
+        self.saved_step = min(self.saved_step, max(safe_step, 0))
+
     def held(self, seconds: float | None) -> None:
         """Training waited so long for one snapshot; the mean over some ten of them counts."""
         if seconds is None:
@@ -64,12 +68,15 @@ class Ballot:
     """No buffer is free for it."""
     pause: bool = False
     """All shall save and leave after this step."""
+    regroup: bool = False
+    """All shall leave the group for another one after this step."""
     present: tuple[int, ...] = ()
     """1 for each trained parameter that has a gradient here."""
 
     def to_numbers(self) -> list[int]:
         """What is summed over the ranks."""
-        return [1, self.step, int(self.due), int(self.busy), int(self.pause), *self.present]
+        flags = (self.due, self.busy, self.pause, self.regroup)
+        return [1, self.step, *map(int, flags), *self.present]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,19 +85,25 @@ class Verdict:
 
     save: bool = False
     pause: bool = False
+    regroup: bool = False
     present: tuple[int, ...] = ()
     """For each trained parameter, on how many ranks it has a gradient."""
 
     @classmethod
     def of(cls, sums: Sequence[int], world_size: int, step: int) -> Verdict:
         """The verdict of the summed ballots; raises ConfigError if the ranks are out of step."""
-        votes, steps, due, busy, pause, *present = sums
+        votes, steps, due, busy, pause, regroup, *present = sums
         if votes != world_size or steps != step * world_size:
             raise ConfigError(
                 f"The ranks are at different steps (this one at {step}); call s.step equally often "
                 f"on all ranks."
             )
-        return cls(save=due > 0 and busy == 0, pause=pause > 0, present=tuple(present))
+        return cls(
+            save=due > 0 and busy == 0,
+            pause=pause > 0,
+            regroup=regroup > 0,
+            present=tuple(present),
+        )
 
 
 # ---------------------------------------------------------------- the position

@@ -15,7 +15,8 @@ from paddle_ft.checkpoint import plan
 from paddle_ft.checkpoint.snapshot import Snapshot, Source, in_place
 from paddle_ft.exits import say
 from paddle_ft.keeper import Keeper
-from paddle_ft.state import Entry, TrainingState
+from paddle_ft.nested import Entry
+from paddle_ft.state import TrainingState
 from paddle_ft.types import ImageInfo, TensorSpec
 
 

@@ -11,15 +11,18 @@ a loop without ``batches``, at the end of ``step``). There, everything that belo
 before has happened, also what the script does after ``s.step``, and nothing of the next one. All
 ranks take it at the same step: they agree by a vote, a sum of small integers over the ranks, before
 each optimizer step.
+
+When a peer is lost, nothing is applied, and the group is formed anew when the next batch is asked
+for (``regroup``); what is handed out then is the batch of the step that was not applied.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
+import numpy as np
 from typing_extensions import Self
 
 from paddle_ft.checkpoint.snapshot import Image
@@ -34,15 +37,15 @@ from paddle_ft.errors import (
 )
 from paddle_ft.exits import Leave, install_hook, say
 from paddle_ft.feed import Feed
-from paddle_ft.gradients import Gradients
-from paddle_ft.keeper import Keeper, NullKeeper
+from paddle_ft.keeper import Keeper, NullKeeper, Superseded
+from paddle_ft.nested import Copy
 from paddle_ft.policies import Rule, parse
 from paddle_ft.progress import Ballot, Position, Verdict
-from paddle_ft.recorder import Recorder
+from paddle_ft.regroup import Membership
+from paddle_ft.saver import Saver
 from paddle_ft.state import TrainingState
 from paddle_ft.streams import Streams
-
-LrStep = Literal["step", "epoch", "manual"]
+from paddle_ft.update import LrStep, Update, check_lr_step
 
 
 def session(
@@ -74,13 +77,7 @@ def session(
 
     Raises (on entering) ConfigError, CheckpointMismatch, CollectiveFailed, StoreError.
     """
-    if lr_step not in ("step", "epoch", "manual"):
-        raise ConfigError(f"lr_step is {lr_step!r}: use 'step', 'epoch' or 'manual'.")
-    if lr_step != "manual" and type(lr_scheduler).__name__ == "ReduceOnPlateau":
-        raise ConfigError(
-            "ReduceOnPlateau needs a metric that only the script knows: give lr_step='manual' and "
-            "call its step yourself."
-        )
+    check_lr_step(lr_step, lr_scheduler)
     context = Context(checkpoint, parse(save) if isinstance(save, str) else save)
     return Session(model, optimizer, lr_scheduler, lr_step, context)
 
@@ -110,11 +107,15 @@ class Session:
         self._lr_step = lr_step
         self._state = TrainingState(model, optimizer, lr_scheduler)
         self._keeper: Keeper = NullKeeper()
-        self._recorder: Recorder | None = None
+        self._saver: Saver | None = None
         self._image: Image | None = None
         self._position = Position()
         self._entered = self._started = False
         self._verdict = Verdict()
+        self._cut_short = False
+        """The step under way was not applied: the group is broken."""
+        self._copies: dict[str, Copy] = {}
+        """Of what a script may change in a round, as it was when the round began."""
 
     @property
     def rank(self) -> int:
@@ -168,31 +169,15 @@ class Session:
         if context.env is not None:  # or SIGTERM from the agent would print a stack
             paddle.disable_signal_handler()
         parallel = isinstance(self._model, paddle.DataParallel)
-        self._reduces = self.world_size > 1 and not parallel
-        self._keeper = context.connect()
-        self._image = self._keeper.restore()
-        self._collective.join()
-        if self._image is not None:
-            self._state.restore(self._image)
-            info = self._image.info
-            self._position = Position.from_meta(info.meta.get("position", {}), info.step)
-        elif self.world_size > 1:
-            self._collective.broadcast_all(self._state.model_tensors().values())
-        self._collective.check_same(self.global_step, "step to start from")
-        self._gradients = Gradients(self._model.parameters(), self._collective)
+        self._members = Membership(context, self._state, parallel)
+        self._keeper = self._members.keeper
+        self._members.first()
+        self._image, self._position = self._members.image, self._members.position
+        how = (self._lr_scheduler, self._lr_step, self._collective, parallel)
+        self._update = Update(self._model, self._optimizer, *how)
         self._streams = Streams(self.rank, self.world_size, not parallel, self._position)
-        self._recorder = Recorder(
-            self._keeper,
-            self._state,
-            rank=self.rank,
-            world_size=context.writers,
-            mode=context.mode,
-            block_bytes=context.block_bytes,
-        )
-        self._schedule = context.schedule()
-        self._schedule.saved(self.global_step, time.monotonic())
-        self._teller = context.teller()
-        self._teller.tell(self._position, None)
+        self._saver = Saver(context, self._keeper, self._state, self.global_step)
+        self._teller = self._context.teller(self._position)
 
     def register(self, name: str, thing: Any) -> None:
         """Saves and restores ``thing`` too, from its ``state_dict`` and by its ``set_state_dict``.
@@ -256,74 +241,104 @@ class Session:
 
     def _run(self, number: int, feed: Feed) -> Iterator[Any]:
         self._start_stepping()
-        yield from self._streams.run(number, feed, self._between_rounds)
+        for data in self._streams.run(number, feed, self._between_rounds):
+            if self._streams.open_batches == 1 and self._members.recovery == "in_place":
+                self._members.check_own_state()
+                self._copies = self._state.changeable(self._lr_step == "manual")
+            yield data
 
     def _start_stepping(self) -> None:
         """Once all is registered: the image is needed no longer."""
         if self._started:
             return
-        self._started = True
+        self._started = self._members.started = True
+        self._members.image = None
         if self._image is not None:
             self._state.check_all_registered(self._image)
             self._image = None
 
-    def step(self, loss: Any = None, *, scaler: Any = None) -> None:
+    def step(self, loss: Any = None, *, scaler: Any = None) -> bool:
         """Ends a step: sums the gradients over the ranks, agrees, applies them, and clears them.
+
+        Gives whether it was applied. It is not if a peer was lost meanwhile: the loop is handed
+        the same batch once more then, and the job goes on as if that had been the first time, with
+        registered objects (and a scheduler that the script steps) as they were before it.
 
         ``loss`` is shown, and rank 0's is kept with the checkpoint. Call this equally often on all
         ranks. Of several batches since the last step the gradients add up, as without a session.
         With a ``paddle.amp.GradScaler`` as ``scaler`` (to be registered, too) it applies the step.
 
-        Raises CollectiveFailed if a peer is lost; nothing was applied then.
+        Raises CollectiveFailed if a peer is lost and the group cannot be formed again in place.
         """
         assert self._entered, "call s.step inside of the with block"
         self._start_stepping()
+        if not self._streams.in_loop or not self._streams.open_batches:
+            self._members.cannot_change()  # its batch could not be handed out again
         ends_epoch = self._streams.close_round()
-        present = self._gradients.reduce(self._streams.weight) if self._reduces else []
-        self._verdict = self._vote(present)
-        if self._recorder is not None:
-            self._schedule.held(self._recorder.before_step(loss))
-        if self._reduces:
-            self._gradients.finish(self._verdict.present)
-        if scaler is None:
-            self._optimizer.step()
-        else:
-            scaler.step(self._optimizer)
-            scaler.update()
-        steps_lr = self._lr_step == "step" or (self._lr_step == "epoch" and ends_epoch)
-        if steps_lr and self._lr_scheduler is not None:
-            self._lr_scheduler.step()
-        self._gradients.clear()
+        try:
+            if self._members.ordered_at_once or self._cut_short:
+                raise Superseded(f"Rank {self.rank} is to join another group.")
+            self._verdict = self._vote(self._update.reduce(self._streams.weight))
+        except CollectiveFailed as error:
+            if self._members.recovery != "in_place":
+                raise
+            self._cut_short = True
+            self._update.drop()
+            self._members.broken(error)
+            return False
+        if self._saver is not None:
+            self._saver.before_step(loss)
+        self._update.apply(self._verdict.present, scaler, ends_epoch)
         self._position.step += 1
+        self._streams.applied()
         self._teller.tell(self._position, loss)
         if not self._streams.in_loop:
             self._between_rounds()
+        return True
 
     def _vote(self, present: list[int]) -> Verdict:
-        keeper, step = self._keeper, self.global_step + 1
-        due = keeper.saves and (self.rank == 0 or bool(keeper.asked))
-        due = due and self._schedule.due(step, time.monotonic(), keeper.asked)
+        step, saver = self.global_step + 1, self._saver
         ballot = Ballot(
             step=step,
-            due=due,
-            busy=keeper.saves and not keeper.free(),
-            pause=bool(keeper.pause_reason),
+            due=saver is not None and saver.is_due(step),
+            busy=saver is not None and saver.is_busy(),
+            pause=bool(self._keeper.pause_reason),
+            regroup=self._members.ordered,
             present=tuple(present),
         )
-        return Verdict.of(self._collective.sum(ballot.to_numbers()), self.world_size, step)
+        numbers, own = ballot.to_numbers(), self._members.own_words()
+        sums = self._collective.sum_words(np.concatenate([numbers, own]))
+        verdict = Verdict.of(sums[: len(numbers)].tolist(), self.world_size, step)
+        self._members.agree(sums[len(numbers) :])
+        return verdict
 
-    def _between_rounds(self) -> None:
-        """Takes the snapshot that the last vote asked for."""
+    def _between_rounds(self) -> bool:
+        """Does what the last vote asked for; gives whether the loop goes on from elsewhere."""
         verdict, self._verdict = self._verdict, Verdict()
-        if not (verdict.save or verdict.pause):
-            return
-        if self._keeper.saves and self._recorder is not None:
-            position, pause = self._position.to_meta(), verdict.pause
-            if self._recorder.take(self.global_step, position, wait=pause, beside=not pause):
-                self._schedule.saved(self.global_step, time.monotonic())
-                self._keeper.asked = frozenset()
+        if self._cut_short or verdict.regroup or self._members.ordered_at_once:
+            self._regroup()
+            return True
+        if self._saver is not None and (verdict.save or verdict.pause):
+            self._saver.save(self._position, verdict.pause)
         if verdict.pause:
             self._leave_paused()
+        return False
+
+    def _regroup(self) -> None:
+        """Goes on in another group, from the furthest step that any of its ranks has applied."""
+        if self._saver is not None:
+            self._saver.abandon()
+        self._update.drop()
+        if self._cut_short:
+            self._streams.rewind()
+            self._state.undo(self._copies)
+        self._members.next(self._position)
+        self._cut_short = False
+        self._streams.resize(self.rank, self.world_size)
+        self._streams.move_to(self._members.position)
+        if self._saver is not None:
+            self._saver.regrouped()
+        self._teller = self._context.teller(self._position)
 
     def _leave_paused(self) -> NoReturn:
         keeper = self._keeper
@@ -349,8 +364,8 @@ class Session:
             except PaddleFTError as failure:
                 self._abort(failure)
             return
-        if self._recorder is not None:
-            self._recorder.abandon()
+        if self._saver is not None:
+            self._saver.abandon()
         self._streams.kill()
         if isinstance(error, Leave):
             return
@@ -362,13 +377,16 @@ class Session:
 
     def _finish(self) -> None:
         """The last checkpoint, unless that step is safe already."""
-        keeper, step = self._keeper, self.global_step
-        if keeper.saves and self._recorder is not None:
-            self._recorder.wait_copied()
-            if step not in (keeper.committed_step, self._recorder.published_step):
-                self._recorder.take(step, self._position.to_meta(), wait=True, beside=False)
-            keeper.wait_committed(step)
-        keeper.close("done", step=step)
+        while True:
+            try:
+                if self._cut_short:
+                    raise Superseded("The last step was not applied.")
+                if self._saver is not None:
+                    self._saver.save_last(self._position)
+                break
+            except Superseded:
+                self._regroup()
+        self._keeper.close("done", step=self.global_step)
 
     def _abort(self, error: PaddleFTError) -> NoReturn:
         """Tells the agent why this process ends, and ends it or lets ``error`` do so."""

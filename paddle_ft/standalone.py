@@ -15,6 +15,7 @@ from types import FrameType
 from typing import Any
 
 from paddle_ft import config as settings
+from paddle_ft.agent.ipc import Order
 from paddle_ft.checkpoint import commit, plan, retention
 from paddle_ft.checkpoint.restore import fetch, infos
 from paddle_ft.checkpoint.snapshot import Image
@@ -29,7 +30,7 @@ from paddle_ft.errors import (
 )
 from paddle_ft.exits import say
 from paddle_ft.keeper import Kind
-from paddle_ft.types import ImageInfo
+from paddle_ft.types import ImageInfo, Recovery
 
 _log = logging.getLogger(__name__)
 _TELL_INTERVAL_S = 5.0
@@ -47,6 +48,7 @@ class StandaloneKeeper:
         self.pause_reason = ""
         self.pause_exit_code = 0
         self.asked: frozenset[int] = frozenset()
+        self.order: Order | None = None
         self._rank = rank
         self._config = settings.load({}, os.environ).config.checkpoint
         self._store = open_store(url, self._config)
@@ -60,6 +62,15 @@ class StandaloneKeeper:
         self._lock = threading.RLock()
         self._handlers: dict[int, Any] = {}
         self._catch_signals()
+
+    def join(self, rank: int, world_size: int, generation: int, recovery: Recovery) -> None:
+        pass
+
+    def lost_peer(self, reason: str) -> None:
+        pass
+
+    def wait_order(self, after: int) -> Order:
+        raise AssertionError("nobody gives orders")
 
     # ------------------------------------------------------------ the state to start from
 

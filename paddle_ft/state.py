@@ -14,36 +14,25 @@ tensor is JSON (``plain``).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from paddle_ft.checkpoint.manifest import ITEM_BYTES
-from paddle_ft.checkpoint.snapshot import Image, array_of, dtype_name, nbytes_of, write_tensor
+from paddle_ft.checkpoint.snapshot import Image, write_tensor
 from paddle_ft.errors import CheckpointMismatch, ConfigError
+from paddle_ft.nested import (
+    Copy,
+    Entry,
+    given_back,
+    is_tensor,
+    no_tensor,
+    refuse,
+    taken_from,
+    tensor_of,
+)
 from paddle_ft.plain import from_plain, to_plain
 from paddle_ft.types import Scope, TensorSpec
 
 _STATISTICS = ("_mean", "_variance")
 _MASTER = "master_weight"
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One tensor to be saved."""
-
-    name: str
-    tensor: Any
-    """A Paddle tensor or a NumPy array."""
-    scope: Scope
-    steady: bool
-    """Only the optimizer's step changes it."""
-
-    def spec(self) -> TensorSpec:
-        shape = tuple(int(n) for n in self.tensor.shape)
-        nbytes = nbytes_of(self.tensor)
-        return TensorSpec(self.name, dtype_name(self.tensor), shape, self.scope, 0, nbytes)
 
 
 class TrainingState:
@@ -75,25 +64,25 @@ class TrainingState:
 
         Registered ones are read now: use the result before training goes on.
         """
-        entries = [*self._model_entries(), *self._optimizer_entries()]
+        entries = [*self.model_entries(), *self._optimizer_entries()]
         for name, thing in self._registered.items():
-            entries += _taken_from(f"registered/{name}", thing.state_dict())[1]
+            entries += taken_from(f"registered/{name}", thing.state_dict())[1]
         return entries
 
     def meta(self) -> dict[str, Any]:
         """The rest, as JSON values."""
         schedulers = {
-            name: to_plain(scheduler.state_dict(), f"the state of {name}", _refuse)
+            name: to_plain(scheduler.state_dict(), f"the state of {name}", refuse)
             for name, scheduler in self._schedulers.items()
         }
         registered = {
-            name: _taken_from(f"registered/{name}", thing.state_dict())[0]
+            name: taken_from(f"registered/{name}", thing.state_dict())[0]
             for name, thing in self._registered.items()
         }
         other = {
-            key: to_plain(value, f"optimizer/other/{key}", _refuse)
+            key: to_plain(value, f"optimizer/other/{key}", refuse)
             for key, value in self._other_entries().items()
-            if not _is_tensor(value)
+            if not is_tensor(value)
         }
         lr = None
         if self._lr_at_start is not None:
@@ -125,7 +114,7 @@ class TrainingState:
             keys.setdefault(tensor.name, key)
         return keys
 
-    def _model_entries(self) -> Iterator[Entry]:
+    def model_entries(self) -> Iterator[Entry]:
         buffers = {id(buffer) for _, buffer in self.model.named_buffers()}
         seen: set[int] = set()
         for key, tensor in self.model_tensors().items():
@@ -143,7 +132,7 @@ class TrainingState:
         for name, tensor in self._slots().items():
             yield Entry(name, tensor, "replicated", steady=True)
         for key, value in self._other_entries().items():
-            if _is_tensor(value):
+            if is_tensor(value):
                 yield Entry(f"optimizer/other/{key}", value, "replicated", steady=False)
 
     def _slots(self) -> dict[str, Any]:
@@ -203,7 +192,7 @@ class TrainingState:
         self._make_slots(parameters)
         entries = [
             entry
-            for entry in [*self._model_entries(), *self._optimizer_entries()]
+            for entry in [*self.model_entries(), *self._optimizer_entries()]
             if not entry.name.startswith("optimizer/other/")
         ]
         given = [n for n in image.names() if not n.startswith("registered/") and n not in other]
@@ -220,10 +209,17 @@ class TrainingState:
         Raises ConfigError if it cannot be saved, CheckpointMismatch if ``image`` lacks it.
         """
         _check_registered(name, thing, self._registered)
-        _taken_from(f"registered/{name}", thing.state_dict())
+        taken_from(f"registered/{name}", thing.state_dict())
         self._registered[name] = thing
-        if image is None:
-            return
+        if image is not None:
+            self._restore_registered(name, image)
+
+    def restore_registered(self, image: Image) -> None:
+        """Puts back the state of every registered object; raises CheckpointMismatch."""
+        for name in self._registered:
+            self._restore_registered(name, image)
+
+    def _restore_registered(self, name: str, image: Image) -> None:
         saved = image.info.meta.get("state", {}).get("registered", {})
         if name not in saved:
             raise CheckpointMismatch(
@@ -231,9 +227,22 @@ class TrainingState:
                 f"register what was registered when it was saved, or start with another "
                 f"--checkpoint."
             )
-        state = from_plain(saved[name], lambda reference: _given_back(image, reference))
-        setter = getattr(thing, "set_state_dict", None) or thing.load_state_dict
-        setter(state)
+        state = from_plain(saved[name], lambda reference: given_back(image, reference))
+        _set_state(self._registered[name], state)
+
+    # ------------------------------------------------------------ undoing
+
+    def changeable(self, manual_lr: bool) -> dict[str, Copy]:
+        """What a script may change between two steps: registered objects, schedulers it steps."""
+        things = dict(self._registered)
+        things |= {f" {name}": s for name, s in self._schedulers.items()} if manual_lr else {}
+        return {name: Copy.of(name, thing.state_dict()) for name, thing in things.items()}
+
+    def undo(self, copies: Mapping[str, Copy]) -> None:
+        """Puts back what ``changeable`` gave."""
+        for name, copy in copies.items():
+            thing = self._schedulers[name[1:]] if name[:1] == " " else self._registered[name]
+            _set_state(thing, copy.value())
 
     def check_all_registered(self, image: Image) -> None:
         """Raises CheckpointMismatch if ``image`` has registered objects that are not there."""
@@ -271,9 +280,9 @@ class TrainingState:
         state = dict(self.optimizer.state_dict())
         for name in names:
             key = self._native(name.removeprefix("optimizer/other/"))
-            state[key] = _tensor_of(image, name)
+            state[key] = tensor_of(image, name)
         for key, value in plain.items():
-            state[self._native(key)] = from_plain(value, _no_tensor)
+            state[self._native(key)] = from_plain(value, no_tensor)
         self.optimizer.set_state_dict(state)
 
     def _restore_schedulers(self, image: Image, meta: Mapping[str, Any]) -> None:
@@ -285,7 +294,7 @@ class TrainingState:
                 f"this script; use what it was saved with, or start with another --checkpoint."
             )
         for name, scheduler in self._schedulers.items():
-            scheduler.set_state_dict(from_plain(saved[name], _no_tensor))
+            scheduler.set_state_dict(from_plain(saved[name], no_tensor))
         lr = meta.get("lr")
         # A rate that the script was started with anew counts; one it had set on the way is kept.
         if lr and self._lr_at_start == lr[0] and lr[1] != lr[0]:
@@ -331,56 +340,6 @@ def _constant_lr(optimizer: Any) -> float | None:
     return float(rate) if isinstance(rate, int | float) else None
 
 
-# ---------------------------------------------------------------- tensors inside of values
-
-
-def _is_tensor(value: object) -> bool:
-    return isinstance(value, np.ndarray) or hasattr(value, "data_ptr")
-
-
-def _taken_from(name: str, state: object) -> tuple[Any, list[Entry]]:
-    """``state`` as JSON, and the tensors that were in it."""
-    entries: list[Entry] = []
-
-    def take(where: str, value: object) -> dict[str, Any] | None:
-        if not _is_tensor(value) or dtype_name(value) not in ITEM_BYTES:
-            return None
-        entries.append(Entry(where, value, "replicated", steady=False))
-        return {"name": where, "array": isinstance(value, np.ndarray)}
-
-    plain = to_plain(state, name, take)
-    if len({entry.name for entry in entries}) != len(entries):
-        raise ConfigError(f"{name}: two tensors have the same path; use keys without '/'.")
-    return plain, entries
-
-
-def _given_back(image: Image, reference: Mapping[str, Any]) -> Any:
-    name = reference["name"]
-    if not reference["array"]:
-        return _tensor_of(image, name)
-    spec = image.spec(name)
-    assert spec is not None, f"{name} is referred to but not in the image"
-    return array_of(spec.dtype, spec.shape, image.read(name)).copy()
-
-
-def _tensor_of(image: Image, name: str) -> Any:
-    import paddle
-
-    spec = image.spec(name)
-    assert spec is not None, f"{name} is referred to but not in the image"
-    tensor = paddle.empty(list(spec.shape), dtype=spec.dtype)
-    write_tensor(tensor, image.read(name))
-    return tensor
-
-
-def _refuse(where: str, value: object) -> None:
-    return None
-
-
-def _no_tensor(reference: Mapping[str, Any]) -> Any:
-    raise ValueError(f"{reference} refers to a tensor where there cannot be one")
-
-
 def _check_registered(name: str, thing: Any, registered: Mapping[str, Any]) -> None:
     if not name or "/" in name:
         raise ConfigError(f"{name!r} cannot be registered: use a name without '/'.")
@@ -392,3 +351,8 @@ def _check_registered(name: str, thing: Any, registered: Mapping[str, Any]) -> N
             f"{name!r} cannot be registered: {type(thing).__name__} lacks state_dict or "
             f"set_state_dict; give it both."
         )
+
+
+def _set_state(thing: Any, state: Any) -> None:
+    setter = getattr(thing, "set_state_dict", None) or thing.load_state_dict
+    setter(state)

@@ -1,12 +1,13 @@
 """The loops of a training script over its data: which one runs, where it stands, what it weighs.
 
 Invariant: ``position`` is that of the batches handed out; at the end of a round of the loop it is
-where a resumed run goes on.
+where a resumed run goes on. A round whose step was not applied can be done again (``rewind``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import fields, replace
 from typing import Any
 
 from paddle_ft import sampling
@@ -33,6 +34,29 @@ class Streams:
         self._calls = 0
         self._feed: Feed | None = None
         self._round: list[sampling.Item] = []
+        self._begun_at = replace(position)
+        """Where the round began."""
+
+    def resize(self, rank: int, world_size: int) -> None:
+        """From the next batch on, the slices are those of ``rank`` of ``world_size``."""
+        if self._world_size != world_size:
+            self.weight = 1.0 / world_size
+        self._rank, self._world_size = rank, world_size
+
+    def rewind(self) -> None:
+        """The batches since the last applied step are handed out again."""
+        self.move_to(self._begun_at)
+
+    def move_to(self, position: Position) -> None:
+        """Goes on from ``position``, in place of where it stood."""
+        for field in fields(position):
+            setattr(self.position, field.name, getattr(position, field.name))
+        self._round.clear()
+
+    @property
+    def open_batches(self) -> int:
+        """Batches handed out since the last step."""
+        return len(self._round)
 
     @property
     def batch_weight(self) -> float:
@@ -64,11 +88,24 @@ class Streams:
             self.position.check(plan)
         return number, Feed(dataset, plan, rank=self._rank, world_size=self._world_size, **loading)
 
-    def run(self, number: int, feed: Feed, between_rounds: Callable[[], None]) -> Iterator[Any]:
-        """The data of stream ``number`` from where the job stands; nothing if it is over."""
+    def run(self, number: int, feed: Feed, between_rounds: Callable[[], bool]) -> Iterator[Any]:
+        """The data of stream ``number`` from where the job stands; nothing if it is over.
+
+        ``between_rounds()``: whether the job stands elsewhere now, or has other ranks.
+        """
+        again = True
+        while again:
+            if self.position.stream > number:
+                return
+            again = False
+            for data in self._run(number, feed.of(self._rank, self._world_size)):
+                yield data
+                if again := between_rounds():
+                    self.kill()
+                    break
+
+    def _run(self, number: int, feed: Feed) -> Iterator[Any]:
         position = self.position
-        if position.stream > number:
-            return
         if position.stream < number:
             position.turn_to(number)
         position.plan = feed.stream
@@ -79,6 +116,8 @@ class Streams:
                     "Two loops over s.batches run at the same time, which cannot be resumed; join "
                     "the datasets with paddle.io.ComposeDataset and use one loop."
                 )
+            if not self._round:
+                self._begun_at = replace(position)
             position.advance(item.batch)
             self._round.append(item)
             self.in_loop = True
@@ -86,7 +125,6 @@ class Streams:
                 yield data
             finally:
                 self.in_loop = False
-            between_rounds()
 
     def kill(self) -> None:
         """Ends what loads data beside this process, which is about to end."""
@@ -105,3 +143,7 @@ class Streams:
         ends_epoch = self._round[-1].batch.last
         self._round.clear()
         return ends_epoch
+
+    def applied(self) -> None:
+        """The step of the round that was closed has been applied."""
+        self._begun_at = replace(self.position)

@@ -48,12 +48,22 @@ class Member:
     slots: int
     """Worker processes on this node (nproc_per_node)."""
     ports: tuple[int, ...]
-    """Free ports on ``host``: ``ports[0]`` for the rendezvous store, then one for each slot."""
+    """Free ports on ``host``: ``ports[0]`` for a rendezvous store, then one for each slot, then
+    more for the stores of further generations."""
 
     @property
     def id(self) -> str:
         return f"{self.node}.{self.incarnation}"
 
+    def rendezvous_port(self, generation: int) -> int:
+        """Port for the store of ``generation``: a group that is left still occupies its own."""
+        usable = (self.ports[0], *self.ports[self.slots + 1 :])
+        return usable[generation % len(usable)]
+
+
+Recovery = Literal["", "in_place", "restart"]
+"""What can be done with a script's workers when the group changes: they go on with what they have
+in memory, or they are started again; "" while that is not known."""
 
 NodeState = Literal["idle", "running", "paused", "failed", "finished"]
 
@@ -76,6 +86,12 @@ class NodeStatus:
     left; -1 if none."""
     damaged: tuple[str, ...] = ()
     """Manifests that this node could not restore because bytes are lost in every tier."""
+    recovery: Recovery = ""
+    """What the script's own workers here have said they can do."""
+    alive: int = 0
+    """Workers of ``generation`` that run and have joined it or try to."""
+    ready: bool = False
+    """This node is no member, and its workers wait at the door with everything prepared."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +145,22 @@ class Generation:
     """Times of worker failures (seconds since 1970, clock of the leader) within the window."""
     restarts: int = 0
     """How many generations of this job came before because of a failure."""
+    since: tuple[int, ...] = ()
+    """For each member, the oldest generation whose workers there go on in this one with the state
+    they have; a member that has been one since then has seen every change. Empty, or the number of
+    this generation: workers start anew, from ``restore`` or with the state of a peer."""
+    planned: bool = False
+    """Nothing is wrong with the generation before: its workers leave it together, after a step."""
+
+    @property
+    def in_place(self) -> bool:
+        """Whether workers of an earlier generation bring their state along."""
+        return any(number < self.number for number in self.since)
+
+    def workers_since(self, member_id: str) -> int:
+        """The oldest generation whose workers go on at ``member_id``; its own number if none do."""
+        numbers = dict(zip(self.member_ids(), self.since, strict=False))
+        return numbers.get(member_id, self.number)
 
     @property
     def world_size(self) -> int:

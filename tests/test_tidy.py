@@ -43,6 +43,9 @@ LAYERS = (
             "coordination.schema",
             "coordination.actions",
             "coordination.decide",
+            "coordination.grouping",
+            "coordination.view",
+            "meeting",
             "coordination.endpoints",
             "agent.supervise",
             "agent.worker_env",
@@ -73,6 +76,7 @@ LAYERS = (
             "agent.net",
             "agent.tether",
             "collective",
+            "gloo",
             "gradients",
             "feed",
         ],
@@ -83,6 +87,12 @@ LAYERS = (
             "agent.*",
             "session",
             "state",
+            "nested",
+            "local_state",
+            "regroup",
+            "saver",
+            "transfer",
+            "update",
             "exits",
             "keeper",
             "recorder",
@@ -113,7 +123,11 @@ ONLY_IN = {
     "paddle": [
         "session",
         "state",
+        "nested",
+        "regroup",
+        "transfer",
         "collective",
+        "gloo",
         "gradients",
         "feed",
         "checkpoint.snapshot",
@@ -137,10 +151,7 @@ MODULES_OF = {
 
 FILE_LINES_MAX = 400
 FUNCTION_LINES_MAX = 60
-LONGER = {
-    # Every cluster-wide decision on one page, so that they can be read against each other.
-    "paddle_ft/coordination/decide.py": 485,
-}
+LONGER = {}
 """Files and functions (``path`` or ``path:name``) that are longer, and how long. Only shrinks."""
 SHRUNK_LINES = 20
 """By how much one of them may be shorter than written down before that is to be lowered."""

@@ -18,16 +18,17 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from paddle_ft.agent.committer import Committer
 from paddle_ft.agent.console import Console, Progress
+from paddle_ft.agent.events import Changed, CommitDone, Defect, Scanned
 from paddle_ft.agent.group import Said, WorkerGroup
 from paddle_ft.agent.membership import Membership, TransactionDone
 from paddle_ft.agent.snapshots import PartWritten, SnapshotKeeper, StateFailed
 from paddle_ft.agent.supervise import (
+    Dismiss,
     Leave,
     LocalAction,
     LocalView,
@@ -35,13 +36,14 @@ from paddle_ft.agent.supervise import (
     StartWorkers,
     StopWorkers,
     TellPause,
+    spares_due,
     supervise,
 )
 from paddle_ft.agent.workers import WorkerEnded
 from paddle_ft.checkpoint.room import CheckpointRoom
 from paddle_ft.config import Config
-from paddle_ft.coordination import actions, schema
-from paddle_ft.coordination import decide as cluster
+from paddle_ft.coordination import actions, schema, view
+from paddle_ft.coordination.decide import decide
 from paddle_ft.coordination.kv import Coordinator
 from paddle_ft.coordination.mirror import JobMirror
 from paddle_ft.errors import EXIT_SIGINT, EXIT_SIGTERM, CoordinationError
@@ -54,28 +56,6 @@ TICK_S = 0.2
 EVENTS_MAX = 10_000
 ASK_TO_SAVE = (signal.SIGUSR1, signal.SIGUSR2)
 """Passed on to the workers, whose rules decide what they mean."""
-
-
-@dataclass(frozen=True, slots=True)
-class _CommitDone:
-    head: Head | None
-
-
-@dataclass(frozen=True, slots=True)
-class _Scanned:
-    found: tuple[CommitRef, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class _Defect:
-    """Something on another thread failed in a way it must not."""
-
-    error: Exception
-
-
-@dataclass(frozen=True, slots=True)
-class _Changed:
-    """etcd changed, or the lease did: look again."""
 
 
 class Agent:
@@ -121,7 +101,7 @@ class Agent:
         self._group = WorkerGroup(config, command, run_dir, self._snapshots, console, self._emit)
         self._committer = Committer(coordinator, keys, self._mirror, room, lambda: self._closed)
         self._damaged: tuple[str, ...] = ()
-        self._marks = cluster.Marks()
+        self._marks = view.Marks()
         self._found: tuple[CommitRef, ...] | None = None
         self._scanning = False
         self._commit_running = False
@@ -195,7 +175,7 @@ class Agent:
 
     def _wake(self) -> None:
         if self._events.empty():  # else the loop is about to look anyway
-            self._events.put(_Changed())
+            self._events.put(Changed())
 
     def _turn(self) -> Leave | None:
         """Takes what has happened, decides, acts; gives the end when there is one."""
@@ -211,12 +191,12 @@ class Agent:
         now_s = time.monotonic()
         self._rejoin_if_lost()
         state = self._mirror.state()
-        self._marks = cluster.observe(self._marks, state, now_s)
+        self._marks = view.observe(self._marks, state, now_s)
         self._follow_head(state)
         end = self._supervise(state, now_s)
         if end is None:
             self._decide(state, now_s)
-            self._group.refill()
+            self._refill(state)
         self._console.progress(self._progress(state))
         return end
 
@@ -237,13 +217,13 @@ class Agent:
             if event.succeeded:
                 self._wrote_revision = event.revision
             self._membership.done(event)
-        elif isinstance(event, _CommitDone):
+        elif isinstance(event, CommitDone):
             self._commit_running = False
             if event.head is not None:
                 self._tell_committed(event.head)
-        elif isinstance(event, _Scanned):
+        elif isinstance(event, Scanned):
             self._found, self._scanning = event.found, False
-        elif isinstance(event, _Defect):
+        elif isinstance(event, Defect):
             raise event.error
 
     def _take_signals(self) -> None:
@@ -279,7 +259,7 @@ class Agent:
             try:
                 result = work()
             except Exception as error:  # noqa: BLE001  the loop raises it
-                result = _Defect(error)
+                result = Defect(error)
             if result is not None:
                 self._emit(result)
 
@@ -287,8 +267,8 @@ class Agent:
 
     # ------------------------------------------------------------ this node's workers
 
-    def _supervise(self, state: schema.JobState, now_s: float) -> Leave | None:
-        view = LocalView(
+    def _local_view(self, state: schema.JobState) -> LocalView:
+        return LocalView(
             me=self._membership.me,
             state=state,
             group=self._group.facts(),
@@ -300,7 +280,11 @@ class Agent:
             leaving_since_s=self._leaving_since_s,
             leaving_code=self._leaving_code,
             hurried=self._hurried,
+            at_the_door=self._group.at_the_door,
         )
+
+    def _supervise(self, state: schema.JobState, now_s: float) -> Leave | None:
+        view = self._local_view(state)
         for action in supervise(view, self._membership.published, now_s, self._config.job):
             if isinstance(action, Leave):
                 return action
@@ -314,10 +298,18 @@ class Agent:
             self._group.stop(gently=action.gently)
         elif isinstance(action, TellPause):
             self._group.tell_pause(action.reason)
-        elif isinstance(action, StartWorkers):
+        elif isinstance(action, Dismiss):
+            self._group.dismiss(action.generation)
+        else:
             assert state.generation is not None
             sequence = state.head.value.newest.sequence if state.head else 0
-            self._group.start(state.generation, self._membership.me, sequence)
+            turn = self._group.start if isinstance(action, StartWorkers) else self._group.order
+            turn(state.generation, self._membership.me, sequence)
+
+    def _refill(self, state: schema.JobState) -> None:
+        spares, reserve = spares_due(self._local_view(state), self._config.job)
+        generation = state.generation.value if state.generation else None
+        self._group.refill(spares, reserve, generation, self._membership.me)
 
     def _restore_failed(self, event: StateFailed) -> None:
         self._group.cannot_restore(event)
@@ -329,7 +321,7 @@ class Agent:
     def _decide(self, state: schema.JobState, now_s: float) -> None:
         if self._mirror.revision < max(self._wrote_revision, self._committer.moved_revision):
             return  # what was done last is not to be seen yet, and would be done again
-        view = cluster.View(
+        seen = view.View(
             me=self._membership.me,
             state=state,
             marks=self._marks,
@@ -340,7 +332,7 @@ class Agent:
             found=self._found,
             store=self._room.identity,
         )
-        decision = cluster.decide(view, now_s, self._config)
+        decision = decide(seen, now_s, self._config)
         if decision.reason != self._told_reason:
             self._told_reason = decision.reason
             log.info("%s", decision.reason)
@@ -354,7 +346,7 @@ class Agent:
         elif isinstance(action, actions.ScanStore):
             if not self._scanning:
                 self._scanning = True
-                self._in_background(lambda: _Scanned(self._committer.scan()), "scan")
+                self._in_background(lambda: Scanned(self._committer.scan()), "scan")
         elif isinstance(action, actions.ImportHead):
             send("import", schema.commit(keys, action.head, (), action.fences))
         elif isinstance(action, actions.Propose):
@@ -365,7 +357,7 @@ class Agent:
             send("finish", schema.finish(keys, action.outcome, action.fences))
         elif not self._commit_running:
             self._commit_running = True
-            self._in_background(lambda: _CommitDone(self._committer.commit(action)), "commit")
+            self._in_background(lambda: CommitDone(self._committer.commit(action)), "commit")
 
     def _follow_head(self, state: schema.JobState) -> None:
         """Lets the workers know of a commit; the leader's own after the marker is written."""
@@ -377,9 +369,9 @@ class Agent:
         elif self._committer.acknowledged != head.newest.manifest and not self._commit_running:
             self._commit_running = True  # the leader before may have died before its marker
 
-            def repair() -> _CommitDone:
+            def repair() -> CommitDone:
                 self._committer.acknowledge(head)
-                return _CommitDone(head)
+                return CommitDone(head)
 
             self._in_background(repair, "marker")
 

@@ -15,6 +15,7 @@ import shutil
 import tempfile
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from paddle_ft.checkpoint.manifest import Block
@@ -57,9 +58,11 @@ class Buffers:
                     return ()
             return tuple(str(path) for path, _ in files)
 
-    def view(self, generation: int, rank: int, index: int) -> memoryview:
+    def view(self, generation: int, rank: int, index: int) -> memoryview | None:
+        """One buffer; None if it is gone, or another generation's now."""
         with self._lock:
-            return memoryview(self._files[generation, rank][index][1])
+            files = self._files.get((generation, rank))
+            return memoryview(files[index][1]) if files else None
 
     def hold(self, generation: int, rank: int, index: int, places: dict[str, int]) -> None:
         """Notes where in a buffer the blocks are that were written from it."""
@@ -75,6 +78,26 @@ class Buffers:
                 for (generation, rank, index), places in self._places.items()
                 if (at := places.get(block.digest)) is not None
             ]
+
+    def hand_on(self, ranks: Mapping[int, int], before: int, generation: int) -> None:
+        """Workers that go on keep their buffers. ``ranks``: old to new ones."""
+        with self._lock:
+            moved = {
+                (generation, new): self._files.pop((before, old))
+                for old, new in ranks.items()
+                if (before, old) in self._files
+            }
+            kept = {
+                (generation, ranks[rank], index): places
+                for (number, rank, index), places in self._places.items()
+                if number == before and rank in ranks
+            }
+            self._files |= moved
+            self._places = {
+                key: places
+                for key, places in self._places.items()
+                if not (key[0] == before and key[1] in ranks)
+            } | kept
 
     def drop_before(self, generation: int) -> None:
         """Frees the buffers of earlier generations."""

@@ -1,13 +1,13 @@
-"""The workers of this node's current generation, seen from the loop.
+"""The workers of this node's current generation, and those in reserve, seen from the loop.
 
-Invariant: what is kept here is about one generation; messages and ends of earlier ones are
-dropped at the door.
+Invariant: a worker is known by its process, which may go through several generations; messages and
+ends of processes that are not among the current ones are dropped at the door.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,20 +23,20 @@ from paddle_ft.types import CommitRef, Generation, Versioned, encode
 
 HEARD_OUT_S = 1.0
 """How long after a worker's end its connection may stay open before the end counts all the same."""
+GROUPS_MAX = 50
+"""Through so many groups a worker goes before it is replaced: Paddle never frees one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Said:
-    """Event: a worker's Hello or Farewell, or None when its connection has closed."""
+    """Event: what a worker says of itself, or None when its connection has closed."""
 
-    generation: int
-    rank: int
     channel: ipc.Channel
-    message: ipc.Hello | ipc.Farewell | None
+    message: ipc.Hello | ipc.LostPeer | ipc.Farewell | None
 
 
 class WorkerGroup:
-    """Starts, tells, stops and describes the workers.
+    """Starts, tells, orders, stops and describes the workers.
 
     Args:
         emit: takes Said and WorkerEnded from other threads.
@@ -58,14 +58,23 @@ class WorkerGroup:
         self._emit = emit
         self._socket = str(run_dir / "agent.sock")
         self._listener: ipc.Listener | None = None
-        self._pool = WorkerPool(
-            command, Path(config.job.log_dir), config.job.spares, emit, console.worker_line
-        )
+        self._pool = WorkerPool(command, Path(config.job.log_dir), emit, console.worker_line)
         self._workers: dict[int, Worker] = {}
+        self._rank_of: dict[int, int] = {}
+        """By process id."""
         self._channels: dict[int, ipc.Channel] = {}
+        """By process id."""
+        self._ready: dict[int, ipc.Channel] = {}
+        """By process id, of those that wait at the door of their session."""
         self._ended: dict[int, WorkerEnded] = {}
+        """By process id: ends that count once the connection is heard out."""
+        self._groups: dict[int, int] = {}
+        """By process id: how many groups it has been ordered into."""
+        self._orders: dict[int, ipc.Order] = {}
+        """By rank: for workers that have not come to their session yet."""
         self._beacons: dict[int, Beacon] = {}
         self._pause_told = False
+        self._dismissed_s: float | None = None
         self._since_s = time.monotonic()
         self.generation = 0
         """Number of the generation whose workers were started last; 0 before the first."""
@@ -78,81 +87,178 @@ class WorkerGroup:
 
     def facts(self) -> Group | None:
         """What ``supervise`` looks at; None before the first generation."""
-        if not self.generation:
-            return None
         for event in list(self._ended.values()):
             if time.monotonic() - event.at_s > HEARD_OUT_S:  # a child it forked holds the socket
-                self._channels.pop(event.rank, None)
-                self.ended(self._ended.pop(event.rank))
+                self._channels.pop(event.pid, None)
+                self.ended(self._ended.pop(event.pid))
+        if not self.generation:
+            return None
         workers = tuple(self._workers[rank] for rank in sorted(self._workers))
-        return Group(self.generation, workers, self._pause_told)
+        return Group(self.generation, workers, self._pause_told, self._dismissed_s)
+
+    @property
+    def at_the_door(self) -> int:
+        """Processes in reserve that have said they are ready."""
+        return len(self._ready)
+
+    # ------------------------------------------------------------ one generation
 
     def start(self, versioned: Versioned[Generation], me: str, sequence: int) -> None:
-        """Starts this node's workers of a generation, and loads its restore point.
+        """Starts this node's workers of a generation, and sees to its restore point.
 
         ``sequence`` is that of the head.
         """
+        for rank in list(self._workers):
+            self._pool.drop(rank)  # ended all of them, but some may not have been reaped
+        self._workers, self._rank_of = {}, {}
+        self._turn_to(versioned, me, sequence, {})
+
+    def order(self, versioned: Versioned[Generation], me: str, sequence: int) -> None:
+        """The workers go on in another generation; those that cannot are replaced."""
+        generation = versioned.value
+        first = generation.first_rank(me)
+        turn = generation.number % generation.world_size
+        stay: dict[int, int] = {}
+        for slot, rank in enumerate(sorted(self._workers)):
+            pid, new = self._pool.pid(rank), first + slot
+            worn = pid is not None and self._groups.get(pid, 0) >= GROUPS_MAX and new == turn
+            if pid is None or self._workers[rank].exit_code is not None or worn:
+                self._pool.drop(rank)
+            else:
+                stay[rank] = new
+        self._pool.rename(stay)
+        kept = {new: self._workers[old] for old, new in stay.items()}
+        self._workers = {
+            r: replace(w, rank=r, lost_peer="", kind="", reason="") for r, w in kept.items()
+        }
+        self._rank_of = {pid: r for r in self._workers if (pid := self._pool.pid(r)) is not None}
+        self._turn_to(versioned, me, sequence, stay)
+
+    def _turn_to(
+        self,
+        versioned: Versioned[Generation],
+        me: str,
+        sequence: int,
+        stay: Mapping[int, int],
+    ) -> None:
+        """``stay``: old and new ranks of workers that go on."""
         generation = versioned.value
         first = generation.first_rank(me)
         ranks = range(first, first + self._config.job.nproc_per_node)
         self.generation, self.generation_revision = generation.number, versioned.mod_revision
-        self.restore_failed, self.restore_fatal, self._pause_told = "", 0, False
-        self._workers = {rank: Worker(rank) for rank in ranks}
-        self._channels.clear()
-        self._ended.clear()
+        self.restore_failed, self.restore_fatal = "", 0
+        self._pause_told, self._dismissed_s = False, None
+        self._orders.clear()
         self._beacons.clear()
-        self._snapshots.begin(
-            generation.number, me, ranks, generation.world_size, generation.restore, sequence
-        )
+        self._snapshots.begin(generation, me, ranks, sequence, stay)
         self._console.generation(generation, me)
-        self._pool.start(
-            generation.number,
-            [self._spec(generation, me, slot, rank) for slot, rank in enumerate(ranks)],
-        )
+        for slot, rank in enumerate(ranks):
+            spec = self._spec(generation, me, slot, rank)
+            order = ipc.Order(generation.number, dict(spec.env), not generation.planned)
+            if rank in self._workers:
+                self._send_order(rank, order)
+            else:
+                self._fill(generation.number, spec, order)
+        self._pool.write_pids(generation.number, list(self._ready))
 
-    def _spec(self, generation: Generation, me: str, slot: int, rank: int) -> WorkerSpec:
-        path = self._run_dir / f"beacon-{rank}"
-        self._beacons[rank] = Beacon.create(path)
+    def _fill(self, generation: int, spec: WorkerSpec, order: ipc.Order) -> None:
+        """Gives ``rank`` a worker: who waits at the door, else a new one."""
+        self._workers[spec.rank] = Worker(spec.rank)
+        pid = next((p for p in (*self._ready, *self._pool.reserve())), None)
+        if pid is None:
+            pid = self._pool.start(generation, spec)
+        else:
+            self._pool.take(pid, spec.rank)
+            channel = self._ready.pop(pid, None)
+            if channel is not None:
+                self._channels[pid] = channel
+                channel.send(order)
+            else:
+                self._orders[spec.rank] = order
+        self._rank_of[pid] = spec.rank
+
+    def _send_order(self, rank: int, order: ipc.Order) -> None:
+        pid = self._pool.pid(rank)
+        if pid is None:
+            return
+        self._groups[pid] = self._groups.get(pid, 0) + 1
+        channel = self._channels.get(pid)
+        if channel is not None:
+            channel.send(order)
+        else:  # it is on its way to its session
+            self._orders[rank] = order
+
+    def _session(self, generation: int, beacon: str) -> SessionEnv:
         checkpoint = self._config.checkpoint
-        session = SessionEnv(
+        return SessionEnv(
             job=self._config.job.id,
-            generation=generation.number,
-            restarts=generation.restarts,
+            generation=generation,
+            restarts=0,
             socket=self._socket,
-            beacon=str(path),
+            beacon=beacon,
             mode=checkpoint.mode,
             block_bytes=checkpoint.block_bytes,
             when=checkpoint.when,
-            mtbf_s=(time.monotonic() - self._since_s) / generation.restarts
-            if generation.restarts
-            else 0.0,
+            recovery=self._config.job.recovery,
+        )
+
+    def _spec(self, generation: Generation, me: str, slot: int, rank: int) -> WorkerSpec:
+        path = self._run_dir / f"beacon-{generation.number}-{rank}"
+        self._beacons[rank] = Beacon.create(path)
+        for old in self._run_dir.glob(f"beacon-{generation.number - 2}-*"):
+            old.unlink(missing_ok=True)
+        restarts = generation.restarts
+        session = replace(
+            self._session(generation.number, str(path)),
+            restarts=restarts,
+            mtbf_s=(time.monotonic() - self._since_s) / restarts if restarts else 0.0,
+            in_place=generation.in_place,
+            restored_step=generation.restore.step if generation.restore else -1,
         )
         env = dict(worker_env(generation, me, slot, devices=self._config.job.devices))
         env[SESSION_VARIABLE] = encode(session).decode()
         return WorkerSpec(rank, env)
+
+    def refill(self, spares: int, reserve: int, generation: Generation | None, me: str) -> None:
+        """Keeps ``spares`` and ``reserve`` processes ready; see ``supervise.spares_due``."""
+        env: dict[str, str] = {}
+        if reserve and generation is not None:
+            member = me if me in generation.member_ids() else generation.members[0].id
+            env = dict(worker_env(generation, member, 0, devices=self._config.job.devices))
+            waits = replace(self._session(0, ""), waits=True)
+            env[SESSION_VARIABLE] = encode(waits).decode()
+        self._pool.refill(spares, reserve, env)
+
+    # ------------------------------------------------------------ what they are told
 
     def stop(self, gently: bool) -> None:
         """Ends the workers. ``gently`` is for scripts that cannot save: that is their pause."""
         self._pause_told = self._pause_told or gently
         self._pool.stop(gently=gently)
 
+    def dismiss(self, generation: int) -> None:
+        """The workers leave at the step after which their group goes on without them."""
+        self._dismissed_s = time.monotonic()
+        for channel in self._members():
+            channel.send(ipc.Order(generation, {}, at_once=False, dismissed=True))
+
     def tell_pause(self, reason: str) -> None:
         self._pause_told = True
-        for channel in self._channels.values():
+        for channel in self._members():
             channel.send(ipc.PauseRequest(reason))
 
     def ask_to_save(self, number: int) -> None:
         """Passes a signal on to the workers, whose rules may want to save on it."""
-        for channel in self._channels.values():
+        for channel in self._members():
             channel.send(ipc.SaveRequest(number))
 
     def tell_committed(self, commit: CommitRef) -> None:
         if commit.generation == self.generation:
-            for channel in self._channels.values():
+            for channel in self._members():
                 channel.send(ipc.Committed(commit.step, commit.sequence))
 
-    def refill(self) -> None:
-        self._pool.refill()
+    def _members(self) -> list[ipc.Channel]:
+        return [channel for pid, channel in self._channels.items() if pid in self._rank_of]
 
     def reading(self) -> Reading | None:
         """Where the worker that is furthest is."""
@@ -163,42 +269,59 @@ class WorkerGroup:
 
     def ended(self, event: WorkerEnded) -> None:
         """A process has ended; it counts once everything it had said before has been heard."""
-        if event.generation != self.generation:
+        self._ready.pop(event.pid, None)
+        if event.pid in self._channels:
+            self._ended[event.pid] = event
             return
-        if event.rank in self._channels:
-            self._ended[event.rank] = event
-            return
-        self._pool.reap(event.rank)
-        self._workers[event.rank] = replace(
-            self._workers[event.rank],
-            exit_code=event.exit_code,
-            stopped=event.stopped,
-            ended_s=event.at_s,
-        )
+        self._pool.reap(event)
+        self._groups.pop(event.pid, None)
+        rank = self._rank_of.pop(event.pid, None)
+        if rank is not None:
+            self._workers[rank] = replace(
+                self._workers[rank],
+                exit_code=event.exit_code,
+                stopped=event.stopped,
+                ended_s=event.at_s,
+            )
 
     def said(self, event: Said) -> None:
-        worker = self._workers.get(event.rank)
-        if worker is None or event.generation != self.generation:
-            return
-        message = event.message
+        channel, message = event.channel, event.message
+        rank = self._rank_of.get(channel.pid)
         if message is None:
-            if self._channels.get(event.rank) is event.channel:
-                del self._channels[event.rank]
-                if event.rank in self._ended:
-                    self.ended(self._ended.pop(event.rank))
+            if self._ready.get(channel.pid) is channel:
+                del self._ready[channel.pid]
+            if self._channels.get(channel.pid) is channel:
+                del self._channels[channel.pid]
+                if channel.pid in self._ended:
+                    self.ended(self._ended.pop(channel.pid))
         elif isinstance(message, ipc.Hello):
-            self._channels[event.rank] = event.channel
-            self._workers[event.rank] = replace(worker, session=True)
-            if self._pause_told:
-                event.channel.send(ipc.PauseRequest("the job pauses"))
+            self._hello(channel, message, rank)
+        elif rank is None:
+            return
+        elif isinstance(message, ipc.LostPeer):
+            if channel.generation == self.generation:
+                self._workers[rank] = replace(self._workers[rank], lost_peer=message.reason)
         else:
-            self._workers[event.rank] = replace(
-                worker,
+            self._workers[rank] = replace(
+                self._workers[rank],
                 kind=message.kind,
                 reason=message.reason,
                 fatal_code=message.exit_code,
                 step=message.step,
             )
+
+    def _hello(self, channel: ipc.Channel, message: ipc.Hello, rank: int | None) -> None:
+        if rank is None:
+            if message.generation == 0 and channel.pid in self._pool.reserve():
+                self._ready[channel.pid] = channel
+                self._pool.write_pids(self.generation, list(self._ready))
+            return  # else of a process that has been given up
+        self._channels[channel.pid] = channel
+        self._workers[rank] = replace(self._workers[rank], session=True, recovery=message.recovery)
+        if rank in self._orders and message.generation != self.generation:
+            channel.send(self._orders[rank])
+        if self._pause_told:
+            channel.send(ipc.PauseRequest("the job pauses"))
 
     def cannot_restore(self, event: StateFailed) -> None:
         if event.generation == self.generation:
@@ -209,9 +332,10 @@ class WorkerGroup:
         """Runs on the connection's thread: a worker waits here for its state, nobody else."""
         if isinstance(message, ipc.Hello):
             channel.rank, channel.generation = message.rank, message.generation
+            channel.pid = message.pid
         generation, rank = channel.generation, channel.rank
-        if message is None or isinstance(message, ipc.Hello | ipc.Farewell):
-            self._emit(Said(generation, rank, channel, message))
+        if message is None or isinstance(message, ipc.Hello | ipc.LostPeer | ipc.Farewell):
+            self._emit(Said(channel, message))
         elif isinstance(message, ipc.RestoreRequest):
             reply = self._snapshots.wait_restored(generation, rank)
             if reply is not None:

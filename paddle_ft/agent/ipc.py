@@ -16,6 +16,8 @@ through the beacon (``agent.beacon``), tensors through shared memory.
                              <-   Committed(step)     (acknowledged: never lost from here on)
                              <-   SaveRequest         (agree with all ranks, save, go on)
                              <-   PauseRequest        (agree with all ranks, save, leave)
+                             <-   Order               (join the group of another generation)
+      LostPeer(reason)       ->                       (waits for an Order)
       Farewell(…)            ->                       (why the process is about to end)
 """
 
@@ -25,13 +27,13 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter
 
-from paddle_ft.types import ImageInfo
+from paddle_ft.types import ImageInfo, Recovery
 
 log = logging.getLogger("paddle_ft")
 
@@ -44,7 +46,10 @@ LINE_BYTES_MAX = 64 * 1024 * 1024
 class Hello:
     rank: int
     generation: int
+    """0 from a worker that has everything prepared and waits for an Order."""
     pid: int
+    recovery: Recovery = ""
+    """Whether this worker can go on in another group; "" from one that waits at the door."""
     type: Literal["hello"] = "hello"
 
 
@@ -62,6 +67,7 @@ class RestoreReply:
     info: ImageInfo | None
     """All replicated tensors and this rank's local ones, with their place in the file."""
     sequence: int = -1
+    generation: int = 0
     type: Literal["restored"] = "restored"
 
 
@@ -112,6 +118,26 @@ class PauseRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class Order:
+    """Leave the group you are in and join that of ``generation``."""
+
+    generation: int
+    env: Mapping[str, str]
+    """As for a worker that is started for it."""
+    at_once: bool
+    """The group is broken: leave it now, in the middle of a step. Else: all together, after one."""
+    dismissed: bool = False
+    """There is no place for this worker in it: it ends."""
+    type: Literal["order"] = "order"
+
+
+@dataclass(frozen=True, slots=True)
+class LostPeer:
+    reason: str
+    type: Literal["lost_peer"] = "lost_peer"
+
+
+@dataclass(frozen=True, slots=True)
 class SaveRequest:
     """The launcher was sent signal ``number``: a rule may want to save on it."""
 
@@ -132,8 +158,8 @@ class Farewell:
     type: Literal["farewell"] = "farewell"
 
 
-ToAgent = Hello | RestoreRequest | RestoreTaken | Allocate | SnapshotReady | Farewell
-ToWorker = RestoreReply | Allocated | Released | Committed | PauseRequest | SaveRequest
+ToAgent = Hello | LostPeer | RestoreRequest | RestoreTaken | Allocate | SnapshotReady | Farewell
+ToWorker = Order | RestoreReply | Allocated | Released | Committed | PauseRequest | SaveRequest
 _Message = Annotated[ToAgent | ToWorker, Field(discriminator="type")]
 _adapter: TypeAdapter[Any] = TypeAdapter(_Message)
 
@@ -145,6 +171,7 @@ class Channel:
         self.generation = -1
         self.rank = -1
         """Whose connection it is, once its Hello has come; agent's end only."""
+        self.pid = 0
         self._connection = connection
         self._reader = connection.makefile("rb")
         self._lock = threading.Lock()

@@ -21,6 +21,8 @@ from paddle_ft.types import Member, NodeRecord, NodeStatus
 
 log = logging.getLogger("paddle_ft")
 
+STORE_PORTS = 7
+"""Ports for the stores of groups that are formed before new ports have been told."""
 PAUSE_S = 0.5
 """Between two tries of a write that etcd refused or did not answer."""
 
@@ -89,7 +91,7 @@ class Membership:
             incarnation=uuid.uuid4().hex[:12],
             host=self._host,
             slots=slots,
-            ports=free_ports(self._host, slots + 1),
+            ports=free_ports(self._host, slots + 1 + STORE_PORTS),
         )
         record = NodeRecord(member, NodeStatus(damaged=damaged), leaving)
         result = self._coordinator.transact(schema.register(self._keys, record, self.lease))
@@ -124,8 +126,9 @@ class Membership:
         if self._record is None:
             return
         member = self._record.member
-        if action.status.state != "running":
-            ports = free_ports(self._host, member.slots + 1)
+        generation = self._record.status.generation
+        if action.status.state != "running" or action.status.generation != generation:
+            ports = free_ports(self._host, member.slots + 1 + STORE_PORTS)
             member = replace(member, ports=ports)
         record = NodeRecord(member, action.status, action.leaving)
         txn = schema.update_record(self._keys, record, self.lease, self._revision)

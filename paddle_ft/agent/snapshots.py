@@ -46,7 +46,7 @@ from paddle_ft.errors import (
     PaddleFTError,
     StoreError,
 )
-from paddle_ft.types import CommitRef, ImageInfo, Part
+from paddle_ft.types import CommitRef, Generation, ImageInfo, Part
 
 __all__ = [
     "PartWritten",
@@ -87,6 +87,15 @@ class _Image:
 
 
 @dataclass(frozen=True, slots=True)
+class _Load:
+    """A restore point, until it is loaded."""
+
+    ref: CommitRef
+    ranks: tuple[int, ...]
+    world_size: int
+
+
+@dataclass(frozen=True, slots=True)
 class _Job:
     generation: int
     step: int
@@ -124,6 +133,7 @@ class SnapshotKeeper:
         self._untaken: set[int] = set()
         """Ranks that have not mapped the restored image yet."""
         self._restore_done = True
+        self._load: _Load | None = None
         self._closed = False
         self.trouble = ""
         """Why the newest write is not getting on; "" if all is well. For the status line."""
@@ -134,38 +144,52 @@ class SnapshotKeeper:
 
     def begin(
         self,
-        generation: int,
+        generation: Generation,
         member: str,
         ranks: Sequence[int],
-        world_size: int,
-        restore: CommitRef | None,
         sequence: int,
+        stay: Mapping[int, int],
     ) -> None:
         """Turns to ``generation``; loads its restore point in the background.
 
-        ``sequence`` is that of the head, which is past ``restore`` if that one is a fallback.
+        Where workers go on in place it is loaded when one of them asks for it, since others have
+        newer states. ``sequence`` is that of the head, which is past the restore point if that is
+        a fallback. ``stay``: old and new ranks of the workers here that go on.
         """
+        number, restore = generation.number, generation.restore
         with self._lock:
-            self._generation = generation
+            before, self._generation = self._generation, number
             self._member = member
             self._ranks = frozenset(ranks)
+            dropped = [image for images in self._arrived.values() for image in images.values()]
             self._arrived.clear()
+            self._load = _Load(restore, tuple(ranks), generation.world_size) if restore else None
             self._restored.clear()
             self._untaken.clear()
             self._restore_done = restore is None
             self._base, self._sequence = restore, sequence
             self._lock.notify_all()
+        for image in dropped:
+            image.channel.send(Released(image.message.buffer))
         for path in self._directory.glob("restore-*"):
             path.unlink(missing_ok=True)
-        if restore is None:
-            self._buffers.drop_before(generation)
+        self._buffers.hand_on(stay, before, number)
+        if restore is None or generation.in_place:
+            self._buffers.drop_before(number)
         else:
-            threading.Thread(
-                target=self._restore,
-                args=(generation, restore, tuple(ranks), world_size),
-                name="restore",
-                daemon=True,
-            ).start()
+            self._start_loading(number)
+
+    def _start_loading(self, generation: int) -> None:
+        with self._lock:
+            load, self._load = self._load, None
+            if load is None or generation != self._generation:
+                return
+        threading.Thread(
+            target=self._restore,
+            args=(generation, load.ref, load.ranks, load.world_size),
+            name="restore",
+            daemon=True,
+        ).start()
 
     def committed(self, commit: CommitRef) -> None:
         """``commit`` is the newest: later parts refer to its blocks."""
@@ -188,12 +212,13 @@ class SnapshotKeeper:
 
     def wait_restored(self, generation: int, rank: int) -> RestoreReply | None:
         """What ``rank`` starts from; None once the generation is over. Blocks while loading."""
+        self._start_loading(generation)
         with self._lock:
             while True:
                 if generation != self._generation or self._closed:
                     return None
                 if self._restore_done:
-                    return self._restored.get(rank, RestoreReply(None, None))
+                    return self._restored.get(rank, RestoreReply(None, None, -1, generation))
                 self._lock.wait(timeout=1.0)
 
     def taken(self, generation: int, rank: int) -> None:
@@ -210,6 +235,7 @@ class SnapshotKeeper:
         step = message.info.step
         with self._lock:
             if generation != self._generation:
+                channel.send(Released(message.buffer))
                 return
             images = self._arrived.setdefault(step, {})
             images[message.info.rank] = _Image(channel, message)
@@ -239,16 +265,14 @@ class SnapshotKeeper:
                     self.trouble = ""
 
     def _write(self, job: _Job) -> None:
-        if self._over(job.generation):
-            return  # its buffers may be gone
-        images = [
-            (
-                image.message.info,
-                self._buffers.view(job.generation, image.message.info.rank, image.message.buffer),
-            )
-            for image in job.images
-        ]
+        images: list[tuple[ImageInfo, memoryview]] = []
         try:
+            for image in job.images:
+                info = image.message.info
+                view = self._buffers.view(job.generation, info.rank, image.message.buffer)
+                if view is None:
+                    return  # the generation is over
+                images.append((info, view))
             while not self._over(job.generation):
                 try:
                     with self._lock:
@@ -344,7 +368,7 @@ class SnapshotKeeper:
                 self._buffers.drop_before(generation)
                 self._untaken = set(infos)
                 self._restored = {
-                    rank: RestoreReply(str(path), info, ref.sequence)
+                    rank: RestoreReply(str(path), info, ref.sequence, generation)
                     for rank, info in infos.items()
                 }
                 self._restore_done = True

@@ -1,8 +1,9 @@
 """What one node does next with its own workers: start, stop, pause, report, leave. Pure.
 
 Invariants:
-- workers run for one generation only, and only while this node is a member of it;
-- workers of a later generation are started after every worker of the one before has ended;
+- workers run for one generation at a time, and only while this node is a member of it; they are
+  ordered into the next one if it takes workers of theirs, and ended otherwise;
+- where they are ended, those of a later generation are started after the last of them is gone;
 - what is published about the workers names the generation it is about;
 - a node asked to leave goes once its state is committed, or when it is not needed, or when its
   grace is over; in the last case it says that nothing was saved.
@@ -12,14 +13,14 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from paddle_ft.config import JobConfig
-from paddle_ft.coordination.decide import live_nodes
 from paddle_ft.coordination.schema import JobState
+from paddle_ft.coordination.view import live_nodes
 from paddle_ft.errors import EXIT_COLLECTIVE, EXIT_PAUSED
-from paddle_ft.types import Generation, NodeStatus
+from paddle_ft.types import Generation, NodeStatus, Recovery
 
 COLLATERAL_PATIENCE_S = 0.5
 """How long a worker that only lost a peer is given company before the others are stopped: the
@@ -41,6 +42,10 @@ class Worker:
     """Of the checkpoint it handed over before it left; -1 if none."""
     session: bool = False
     """The script uses a session: it can be asked to save and leave."""
+    recovery: Recovery = ""
+    """What it can do when the group changes, by its own word."""
+    lost_peer: str = ""
+    """Why its group is broken, by its own word; it waits to be ordered into another."""
     stopped: bool = False
     """The agent ended it."""
     ended_s: float = 0.0
@@ -53,10 +58,21 @@ class Group:
     generation: int
     workers: tuple[Worker, ...]
     pause_told: bool = False
+    dismissed_s: float | None = None
+    """Since when its workers know that there is no place for them in the next one."""
 
     @property
     def running(self) -> bool:
-        return any(w.exit_code is None for w in self.workers)
+        return self.alive > 0
+
+    @property
+    def alive(self) -> int:
+        return sum(w.exit_code is None for w in self.workers)
+
+    @property
+    def recovery(self) -> Recovery:
+        told = {w.recovery for w in self.workers}
+        return "restart" if "restart" in told else "in_place" if "in_place" in told else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +93,27 @@ class LocalView:
     leaving_code: int = 0
     hurried: bool = False
     """Asked to leave a second time: do not wait for anything."""
+    at_the_door: int = 0
+    """Workers in reserve that have everything prepared."""
 
 
 @dataclass(frozen=True, slots=True)
 class StartWorkers:
     generation: Generation
+
+
+@dataclass(frozen=True, slots=True)
+class OrderWorkers:
+    """They go on in ``generation``; those that have ended are replaced."""
+
+    generation: Generation
+
+
+@dataclass(frozen=True, slots=True)
+class Dismiss:
+    """Their group goes on without them: they leave it together with the others."""
+
+    generation: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,14 +140,22 @@ class Leave:
     reason: str
 
 
-LocalAction = StartWorkers | StopWorkers | TellPause | Publish | Leave
+LocalAction = StartWorkers | OrderWorkers | Dismiss | StopWorkers | TellPause | Publish | Leave
 
 
-def status_of(view: LocalView) -> NodeStatus:
-    """What the workers' ends say about their generation."""
-    group = view.group
+def status_of(view: LocalView, slots: int = 1) -> NodeStatus:
+    """What the workers' ends say about their generation; ``slots``: workers of a node."""
+    group, generation = view.group, view.state.generation
+    member = generation is not None and view.me in generation.value.member_ids()
+    ready = not member and view.at_the_door >= slots
     if group is None:
-        return NodeStatus(damaged=view.damaged)
+        return NodeStatus(damaged=view.damaged, ready=ready)
+    recovery: Recovery = "restart" if view.restore_failed else group.recovery
+    status = _status(view, group)
+    return replace(status, recovery=recovery, alive=group.alive, ready=ready)
+
+
+def _status(view: LocalView, group: Group) -> NodeStatus:
     pending = view.pending_step
     if view.restore_failed:
         return NodeStatus(
@@ -142,6 +182,12 @@ def status_of(view: LocalView) -> NodeStatus:
             damaged=view.damaged,
         )
     if group.running:
+        lost = next((w for w in group.workers if w.lost_peer), None)
+        if lost is not None:
+            reason = f"rank {lost.rank} lost a peer"
+            return NodeStatus(
+                "failed", group.generation, reason, collateral=True, damaged=view.damaged
+            )
         return NodeStatus("running", group.generation, damaged=view.damaged)
     paused = [w for w in group.workers if _paused(w)]
     if paused or (group.pause_told and any(w.stopped for w in group.workers)):
@@ -211,7 +257,7 @@ def supervise(
         config: the job's settings.
     """
     actions: list[LocalAction] = []
-    status = status_of(view)
+    status = status_of(view, config.nproc_per_node)
     leaving = view.leaving_since_s is not None
     if published is not None and (published.status != status or published.leaving != leaving):
         actions.append(Publish(status, leaving))
@@ -225,18 +271,23 @@ def supervise(
         return (*actions, end)
     if running:
         assert view.group is not None
-        actions += _while_running(view, view.group, status, mine, now_s)
+        actions += _while_running(view, view.group, status, now_s, config)
     elif generation is not None and mine and generation.number > view.launched:
         actions.append(StartWorkers(generation))
     return tuple(actions)
 
 
 def _while_running(
-    view: LocalView, group: Group, status: NodeStatus, mine: bool, now_s: float
+    view: LocalView, group: Group, status: NodeStatus, now_s: float, config: JobConfig
 ) -> Sequence[LocalAction]:
     generation = view.state.generation.value if view.state.generation else None
-    if generation is None or not mine or generation.number != group.generation:
-        return [StopWorkers(f"generation {group.generation} is over")]
+    if generation is None or generation.number != group.generation:
+        due = _into(generation, view.me, group, now_s, config) if generation else _over(group)
+        return [due] if due is not None else []
+    if view.me not in generation.member_ids():
+        return [_over(group)]
+    if status.state == "failed" and status.recovery == "in_place":
+        return []  # the leader forms another group, and these go on in it
     if status.state == "failed":
         first_s = min((w.ended_s for w in group.workers if _failed(w)), default=now_s)
         if status.collateral and now_s - first_s < COLLATERAL_PATIENCE_S:
@@ -250,6 +301,44 @@ def _while_running(
     return []
 
 
+def _over(group: Group) -> StopWorkers:
+    return StopWorkers(f"generation {group.generation} is over")
+
+
+def _into(
+    generation: Generation, me: str, group: Group, now_s: float, config: JobConfig
+) -> LocalAction | None:
+    """What becomes of running workers when their generation is not the present one any more."""
+    if group.recovery != "in_place" or generation.number < group.generation:
+        return _over(group)
+    if me in generation.member_ids():
+        goes_on = generation.workers_since(me) <= group.generation
+        return OrderWorkers(generation) if goes_on else _over(group)
+    if not generation.planned:
+        return _over(group)
+    if group.dismissed_s is None:
+        return Dismiss(generation.number)
+    return None if now_s - group.dismissed_s < config.stop_grace_s else _over(group)
+
+
+def spares_due(view: LocalView, config: JobConfig) -> tuple[int, int]:
+    """Processes to hold in reserve: imported only, and waiting at the door of their session.
+
+    A node without a place prepares all of its workers, so that those of the others do not wait.
+    """
+    generation = view.state.generation.value if view.state.generation else None
+    if generation is None or view.leaving_since_s is not None or view.state.outcome is not None:
+        return config.spares, 0
+    records = (view.state.live.get(m) for m in generation.member_ids())
+    running = [r.value.status for r in records if r is not None]
+    if not any(s.recovery == "in_place" for s in running):
+        return config.spares, 0
+    if any(s.recovery == "restart" for s in running):
+        return config.spares, 0
+    prepares = view.me not in generation.member_ids()
+    return 0, config.nproc_per_node if prepares else config.spares
+
+
 def _ending(
     view: LocalView, status: NodeStatus, mine: bool, now_s: float, config: JobConfig
 ) -> Leave | None:
@@ -261,6 +350,8 @@ def _ending(
         return None
     if view.hurried or now_s - view.leaving_since_s >= config.stop_grace_s:
         return Leave(view.leaving_code, "stopped without a last checkpoint")
+    if not mine and view.group is not None and view.group.running and not _is_over(view):
+        return None
     if not mine:
         return Leave(view.leaving_code, "left the job; the others go on")
     assert state.generation is not None
@@ -276,6 +367,15 @@ def _ending(
         return None
     saved = f" after saving step {committed}" if committed >= 0 else " before anything was saved"
     return Leave(view.leaving_code, f"stopped{saved}")
+
+
+def _is_over(view: LocalView) -> bool:
+    """Whether workers of a generation that this node has left need not be waited for."""
+    generation = view.state.generation
+    assert view.group is not None
+    if generation is None or not generation.value.planned:
+        return True
+    return view.group.recovery != "in_place"
 
 
 def _others_can_go_on(state: JobState, config: JobConfig) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from paddle_ft.types import Generation
+from paddle_ft.types import Generation, Recovery
 
 SESSION_VARIABLE = "PADDLE_FT"
 
@@ -33,6 +33,14 @@ class SessionEnv:
     """When to save, as ``policies.parse`` reads it; empty: as the script says."""
     mtbf_s: float = 0.0
     """Mean time between failures so far; 0.0 if not known."""
+    in_place: bool = False
+    """Other ranks bring their state along: it is taken from them, if one of them has any."""
+    restored_step: int = -1
+    """Step of the checkpoint the generation starts from at least; -1 if there is none."""
+    recovery: Recovery = "in_place"
+    """What the user wants to be done when the group changes, where the script allows it."""
+    waits: bool = False
+    """A worker in reserve: runs up to its session, and waits there for its first generation."""
 
 
 def worker_env(

@@ -1,8 +1,8 @@
 """Worker processes of one node: start, warm spares, output, end.
 
-Invariant: every process started here is in ``_processes`` or ``_spares`` until it has been waited
-for, and none outlives this one (the bootstrap asks the kernel for that). ``start`` must be called
-on the main thread: the kernel ties "my parent died" to the thread that started the child.
+Invariant: none of the processes started here outlives this one (the bootstrap asks the kernel for
+that), and the end of each is told. ``start`` and ``refill`` must be called on the main thread: the
+kernel ties "my parent died" to the thread that started the child.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ from paddle_ft.config import secret_variables
 log = logging.getLogger("paddle_ft")
 
 OUTPUT_LINE_BYTES_MAX = 64 * 1024
+RESERVE_LOG = "workerlog.reserve"
+RESERVE_DEATHS_MAX = 3
+"""So many processes in reserve that end one after another tell that this script cannot have any."""
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108  only files that name an ended worker are removed
 CLEAN_UP_S = 2.0
 """How long after a worker what it started may take to be gone."""
@@ -39,21 +42,28 @@ class WorkerSpec:
 
 @dataclass(frozen=True, slots=True)
 class WorkerEnded:
-    """Event: the process of ``rank`` in ``generation`` has ended."""
+    """Event: process ``pid`` has ended; ``rank`` is None if it was in reserve."""
 
-    generation: int
-    rank: int
+    pid: int
+    rank: int | None
     exit_code: int
     stopped: bool
     at_s: float
 
 
+@dataclass(slots=True)
+class _Running:
+    process: subprocess.Popen[bytes]
+    rank: int | None
+    """None: in reserve, with the script run up to its session."""
+    stopped: bool = False
+
+
 class WorkerPool:
-    """Starts and ends the workers of one generation at a time.
+    """Starts and ends workers, one a rank, and keeps processes in reserve.
 
     Args:
         command: what the bootstrap runs: script and arguments, or ``-m module …``.
-        spares: processes kept ready with paddle imported.
         on_end: called from a thread for every worker that ends.
         on_line: called from a thread for every line a worker prints, with its rank.
     """
@@ -62,58 +72,118 @@ class WorkerPool:
         self,
         command: Sequence[str],
         log_dir: Path,
-        spares: int,
         on_end: Callable[[WorkerEnded], None],
         on_line: Callable[[int, bytes], None],
     ) -> None:
         self._command = list(command)
         self._log_dir = log_dir
-        self._spares_wanted = spares
         self._on_end = on_end
         self._on_line = on_line
-        self._processes: dict[int, subprocess.Popen[bytes]] = {}
-        self._stopped: set[int] = set()
+        self._ranks: dict[int, _Running] = {}
+        self._reserve: dict[int, _Running] = {}
+        """By process id: they wait at the door of their session, or are on their way to it."""
+        self._reserve_deaths = 0
         self._spares: list[subprocess.Popen[bytes]] = []
+        """Paddle is imported; they wait for what to run."""
         self._threads: list[threading.Thread] = []
 
-    def start(self, generation: int, specs: Sequence[WorkerSpec]) -> None:
-        """Starts one worker for each of ``specs``; the ones before must have ended."""
-        assert not self._processes, "workers of the generation before are still there"
-        self._stopped.clear()
+    def start(self, generation: int, spec: WorkerSpec) -> int:
+        """Starts the worker of a rank that has none; gives its process id."""
+        assert spec.rank not in self._ranks, "the worker before is still there"
         self._log_dir.mkdir(parents=True, exist_ok=True)
-        for spec in specs:
-            process = self._from_spare(spec) or self._spawn(spec.env, [])
-            self._processes[spec.rank] = process
-            self._follow(generation, spec.rank, process)
-        self._write_pids(generation)
+        running = _Running(self._from_spare(spec) or self._spawn(spec.env, []), spec.rank)
+        self._ranks[spec.rank] = running
+        self._follow(running, generation)
+        return running.process.pid
 
-    def refill(self) -> None:
-        """Starts missing spares; called when there is nothing more urgent."""
+    def take(self, pid: int, rank: int) -> None:
+        """A process in reserve becomes the worker of ``rank``."""
+        assert rank not in self._ranks, "the worker before is still there"
+        self._ranks[rank] = self._reserve.pop(pid)
+        self._ranks[rank].rank = rank
+        self._reserve_deaths = 0
+
+    def rename(self, ranks: Mapping[int, int]) -> None:
+        """Workers go on under other ranks: old to new. The others must have been dropped."""
+        self._ranks = {new: self._ranks[old] for old, new in ranks.items()}
+        for rank, running in self._ranks.items():
+            running.rank = rank
+
+    def reserve(self) -> list[int]:
+        """Process ids, the one started first at first."""
+        return [pid for pid, running in self._reserve.items() if not running.stopped]
+
+    def pid(self, rank: int) -> int | None:
+        running = self._ranks.get(rank)
+        return running.process.pid if running is not None else None
+
+    def refill(self, spares: int, reserve: int, env: Mapping[str, str]) -> None:
+        """Starts what is missing in reserve; called when there is nothing more urgent.
+
+        ``reserve``: processes that run the script up to its session, with ``env``. Those that are
+        too many are ended.
+        """
         self._spares = [s for s in self._spares if s.poll() is None]
-        while len(self._spares) < self._spares_wanted:
+        while len(self._spares) > spares:
+            process = self._spares.pop()
+            _signal_group(process, signal.SIGKILL)
+            process.wait()
+        while len(self._spares) < spares:
             self._spares.append(self._spawn({}, ["--spare"], stdin=subprocess.PIPE))
+        for running in list(self._reserve.values())[reserve:]:
+            running.stopped = True
+            _signal_group(running.process, signal.SIGKILL)
+        if self._reserve_deaths >= RESERVE_DEATHS_MAX:
+            return
+        self._log_dir.mkdir(parents=True, exist_ok=True)
+        while len(self._reserve) < reserve:
+            running = _Running(self._spawn(env, []), None)
+            self._reserve[running.process.pid] = running
+            self._follow(running, 0)
 
     def stop(self, gently: bool = False, grace_s: float = 5.0) -> None:
         """Ends all workers; returns when the signal is sent. ``gently``: SIGTERM, then SIGKILL."""
-        for rank, process in list(self._processes.items()):
+        for running in list(self._ranks.values()):
+            process = running.process
             if process.poll() is None:
-                self._stopped.add(rank)
+                running.stopped = True
                 _signal_group(process, signal.SIGTERM if gently else signal.SIGKILL)
                 if gently:
                     timer = threading.Timer(grace_s, _signal_group, (process, signal.SIGKILL))
                     timer.daemon = True
                     timer.start()
 
-    def reap(self, rank: int) -> None:
-        """Forgets the worker of ``rank``, whose end has been told."""
-        self._processes.pop(rank, None)
+    def drop(self, rank: int) -> None:
+        """Ends the worker of ``rank``, if it has not ended, and forgets it."""
+        running = self._ranks.pop(rank, None)
+        if running is not None:
+            running.stopped = True
+            _signal_group(running.process, signal.SIGKILL)
+
+    def reap(self, event: WorkerEnded) -> None:
+        """Forgets a process whose end has been told."""
+        if self._reserve.pop(event.pid, None) is not None and not event.stopped:
+            self._reserve_deaths += 1
+            if self._reserve_deaths == RESERVE_DEATHS_MAX:
+                log.warning(
+                    "workers in reserve end before they get to their session (exit code %d): none "
+                    "are kept from here on; see %s",
+                    event.exit_code,
+                    self._log_dir / RESERVE_LOG,
+                )
+        if event.rank is not None and self.pid(event.rank) == event.pid:
+            del self._ranks[event.rank]
 
     def close(self) -> None:
         """Ends everything that was started here and waits for it."""
         self.stop()
+        for running in self._reserve.values():
+            running.stopped = True
+            _signal_group(running.process, signal.SIGKILL)
         for process in self._spares:
             _signal_group(process, signal.SIGKILL)
-        for process in [*self._processes.values(), *self._spares]:
+        started = [r.process for r in (*self._ranks.values(), *self._reserve.values())]
+        for process in (*started, *self._spares):
             process.wait()
         for thread in self._threads:
             thread.join(timeout=2.0)
@@ -147,47 +217,62 @@ class WorkerPool:
             return process
         return None
 
-    def _follow(self, generation: int, rank: int, process: subprocess.Popen[bytes]) -> None:
-        log = _Log(self._log_dir / f"workerlog.{rank}")
-        log.write(f"--- generation {generation}, pid {process.pid}\n".encode())
+    def _follow(self, running: _Running, generation: int) -> None:
         threads = [
-            threading.Thread(
-                target=self._pump, args=(rank, process, log), name=f"pump-{rank}", daemon=True
-            ),
-            threading.Thread(
-                target=self._wait,
-                args=(generation, rank, process),
-                name=f"wait-{rank}",
-                daemon=True,
-            ),
+            threading.Thread(target=target, args=args, name=name, daemon=True)
+            for target, args, name in (
+                (self._pump, (running, generation), f"pump-{running.process.pid}"),
+                (self._wait, (running,), f"wait-{running.process.pid}"),
+            )
         ]
         for thread in threads:
             thread.start()
         self._threads = [t for t in self._threads if t.is_alive()] + threads
 
-    def _pump(self, rank: int, process: subprocess.Popen[bytes], log: _Log) -> None:
-        assert process.stdout is not None
-        with process.stdout as output, contextlib.closing(log):
+    def _pump(self, running: _Running, generation: int) -> None:
+        output = running.process.stdout
+        assert output is not None
+        rank, pid = running.rank, running.process.pid
+        file = self._open_log(rank, f"--- generation {generation}, pid {pid}\n")
+        with output:
             while line := output.readline(OUTPUT_LINE_BYTES_MAX):
-                log.write(line)
-                self._on_line(rank, line)
+                if running.rank != rank:  # it has been given another one
+                    file.close()
+                    rank = running.rank
+                    file = self._open_log(rank, f"--- goes on here, pid {pid}\n")
+                file.write(line)
+                if rank is not None:
+                    self._on_line(rank, line)
+        file.close()
 
-    def _wait(self, generation: int, rank: int, process: subprocess.Popen[bytes]) -> None:
+    def _open_log(self, rank: int | None, title: str) -> _Log:
+        name = RESERVE_LOG if rank is None else f"workerlog.{rank}"
+        file = _Log(self._log_dir / name)
+        file.write(title.encode())
+        return file
+
+    def _wait(self, running: _Running) -> None:
+        process = running.process
         with contextlib.suppress(ChildProcessError):  # until it is waited for, its id is its own
             os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
         started = _session_of(process.pid)
         _kill(started)  # data loaders hold its sockets and its output
         code = process.wait()
-        self._on_end(WorkerEnded(generation, rank, code, rank in self._stopped, time.monotonic()))
+        ended = WorkerEnded(process.pid, running.rank, code, running.stopped, time.monotonic())
+        self._on_end(ended)
         _clean_up_after(process.pid, started)
 
-    def _write_pids(self, generation: int) -> None:
-        """``workers.json`` in the log directory: who runs where, for people and tools."""
-        workers = [{"rank": r, "pid": p.pid} for r, p in sorted(self._processes.items())]
+    def write_pids(self, generation: int, ready: Sequence[int]) -> None:
+        """``workers.json`` in the log directory: who runs where, for people and tools.
+
+        ``ready``: processes in reserve that wait at the door.
+        """
+        workers = [{"rank": r, "pid": w.process.pid} for r, w in sorted(self._ranks.items())]
+        told = {"generation": generation, "workers": workers, "ready": list(ready)}
         path = self._log_dir / "workers.json"
         temporary = path.with_suffix(f".{os.getpid()}.tmp")  # launchers may share the directory
         with contextlib.suppress(OSError):
-            temporary.write_text(json.dumps({"generation": generation, "workers": workers}))
+            temporary.write_text(json.dumps(told))
             temporary.replace(path)
 
 

@@ -15,8 +15,7 @@ who leads costs a refused transaction, nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
 
 from paddle_ft.checkpoint.retention import Keep, kept_lineage, next_head, rule_of
 from paddle_ft.config import Config
@@ -30,7 +29,17 @@ from paddle_ft.coordination.actions import (
     RequestPause,
     ScanStore,
 )
-from paddle_ft.coordination.schema import Fences, JobState
+from paddle_ft.coordination.grouping import (
+    LOST_PEER_PATIENCE_S,
+    arrange,
+    candidates_of,
+    failures_within,
+    goes_on,
+    in_time,
+    since_of,
+)
+from paddle_ft.coordination.schema import JobState
+from paddle_ft.coordination.view import Trouble, View, all_in, find_trouble, statuses_of
 from paddle_ft.errors import (
     EXIT_CHECKPOINT,
     EXIT_COORDINATION,
@@ -47,124 +56,7 @@ from paddle_ft.types import (
     Outcome,
     Part,
     Pause,
-    Versioned,
 )
-
-# ---------------------------------------------------------------- the view
-
-
-@dataclass(frozen=True, slots=True)
-class Marks:
-    """Since when something has been so, by the clock of the observer. 0: no such generation."""
-
-    staying: frozenset[str] = frozenset()
-    """Members that are there and were not asked to leave."""
-    members_since_s: float = 0.0
-    trouble: int = 0
-    trouble_since_s: float = 0.0
-    pause: int = 0
-    pause_since_s: float = 0.0
-    finished: bool = False
-    finished_since_s: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class View:
-    """One consistent look at the job from one node."""
-
-    me: str
-    state: JobState
-    marks: Marks
-    acting_until_s: float
-    """The lease of ``me`` certainly stands until then; same clock as ``now_s``."""
-    wall_s: float
-    """Seconds since 1970, for the failure window only."""
-    commit_running: bool = False
-    """A Commit decided here has not come back yet."""
-    commit_failed: tuple[Fences, str] | None = None
-    """What a Commit was decided upon whose parts do not make a checkpoint, and why."""
-    found: tuple[CommitRef, ...] | None = None
-    """Commits found in the store, newest first; None: not looked yet."""
-    store: str = ""
-    """Identity of the checkpoint store."""
-
-
-def live_nodes(state: JobState) -> Mapping[str, Versioned[NodeRecord]]:
-    """Records that count, by member id: the newest incarnation of each node out of quarantine."""
-    return state.live
-
-
-@dataclass(frozen=True, slots=True)
-class Trouble:
-    """Why a generation cannot go on."""
-
-    lost: tuple[str, ...] = ()
-    failed: tuple[NodeRecord, ...] = ()
-    uncommittable: str = ""
-    """Why parts that all members wrote do not make a checkpoint."""
-
-    @property
-    def collateral_only(self) -> bool:
-        return (
-            not self.lost
-            and not self.uncommittable
-            and all(record.status.collateral for record in self.failed)
-        )
-
-    @property
-    def blamed(self) -> tuple[NodeRecord, ...]:
-        """Nodes whose own workers failed; checkpoints found damaged are nobody's failure."""
-        return tuple(r for r in self.failed if not r.status.collateral and not r.status.damaged)
-
-    def __str__(self) -> str:
-        told = [self.uncommittable] if self.uncommittable else []
-        told += [f"node {member.partition('.')[0]} is lost" for member in self.lost]
-        causes = [r for r in self.failed if not r.status.collateral]
-        told += [
-            f"node {r.member.node}: {r.status.reason}"
-            for r in (causes or ([] if told else self.failed))  # not also who lost them
-        ]
-        return "; ".join(told)
-
-
-def find_trouble(state: JobState) -> Trouble | None:
-    """What is wrong with the current generation; None if nothing is, or there is none."""
-    if state.generation is None:
-        return None
-    generation = state.generation.value
-    lost: list[str] = []
-    failed: list[NodeRecord] = []
-    for member_id in generation.member_ids():
-        record = state.live.get(member_id)
-        if record is None:
-            lost.append(member_id)
-        elif (record.value.status.generation, record.value.status.state) == (
-            generation.number,
-            "failed",
-        ):
-            failed.append(record.value)
-    return Trouble(tuple(lost), tuple(failed)) if lost or failed else None
-
-
-def observe(marks: Marks, state: JobState, now_s: float) -> Marks:
-    """``marks`` brought up to date with ``state``."""
-    staying = frozenset(m for m, r in state.live.items() if not r.value.leaving)
-    if staying != marks.staying:
-        marks = replace(marks, staying=staying, members_since_s=now_s)
-    generation = state.generation.value if state.generation else None
-    trouble = generation.number if generation and find_trouble(state) else 0
-    if trouble != marks.trouble:
-        marks = replace(marks, trouble=trouble, trouble_since_s=now_s)
-    pause = state.pause.value.generation if state.pause else 0
-    if pause != marks.pause:
-        marks = replace(marks, pause=pause, pause_since_s=now_s)
-    finished = generation is not None and _all_in(
-        _statuses(state, generation), generation, "finished"
-    )
-    if finished != marks.finished:
-        marks = replace(marks, finished=finished, finished_since_s=now_s)
-    return marks
-
 
 # ---------------------------------------------------------------- decisions
 
@@ -204,7 +96,7 @@ def _lead(view: View, now_s: float, config: Config) -> Decision:
     generation = state.generation.value
     if view.commit_failed is not None and view.commit_failed[0] == fences:
         return _regroup(view, Trouble(uncommittable=view.commit_failed[1]), now_s, config)
-    members = _statuses(state, generation)
+    members = statuses_of(state, generation)
     fatal = [r for r in members if r.status.fatal and r.status.generation == generation.number]
     if fatal:
         status = fatal[0].status
@@ -212,7 +104,7 @@ def _lead(view: View, now_s: float, config: Config) -> Decision:
     commit = next_commit(state, rule_of(config.checkpoint))
     if commit is not None and not view.commit_running:
         return Decision(commit, f"all parts of step {commit.step} are written")
-    if _all_in(members, generation, "finished"):
+    if all_in(members, generation, "finished"):
         return _finished(view, members, commit, now_s, config)
     trouble = find_trouble(state)
     if trouble is not None and not (trouble.collateral_only and _pausing(state, generation)):
@@ -223,18 +115,6 @@ def _lead(view: View, now_s: float, config: Config) -> Decision:
 def _pausing(state: JobState, generation: Generation) -> bool:
     """Workers were asked to leave. Those who hear of it late only see that their peers go."""
     return state.pause is not None and state.pause.value.generation == generation.number
-
-
-def _statuses(state: JobState, generation: Generation) -> list[NodeRecord]:
-    """Records of the members that are there, in rank order."""
-    live = state.live
-    return [live[m].value for m in generation.member_ids() if m in live]
-
-
-def _all_in(records: Sequence[NodeRecord], generation: Generation, *states: str) -> bool:
-    return len(records) == len(generation.members) and all(
-        r.status.generation == generation.number and r.status.state in states for r in records
-    )
 
 
 def base_of(state: JobState) -> CommitRef | None:
@@ -280,9 +160,11 @@ def _recover(
 ) -> Decision:
     """A member is lost or its workers failed: soon a new generation, but not a moment early."""
     waited_s = now_s - view.marks.trouble_since_s
-    if trouble.collateral_only and waited_s < config.etcd.lease_ttl_s + 2:
+    stays = goes_on(view.state, candidates_of(view.state), trouble)
+    patience_s = LOST_PEER_PATIENCE_S if stays else config.etcd.lease_ttl_s + 2
+    if trouble.collateral_only and waited_s < patience_s:
         return Decision(None, f"waiting to learn who failed: {trouble}")
-    if waited_s < config.checkpoint.persist_grace_s:
+    if not stays and waited_s < config.checkpoint.persist_grace_s:
         if commit is not None:
             return Decision(None, f"{trouble}; step {commit.step} is being committed first")
         base = base_of(view.state)
@@ -333,24 +215,49 @@ def _rearrange(view: View, commit: Commit | None, now_s: float, config: Config) 
     state = view.state
     assert state.generation is not None
     generation = state.generation.value
-    members = _statuses(state, generation)
+    members = statuses_of(state, generation)
     if _pausing(state, generation):
         return _paused(view, generation, members, commit, now_s, config)
     leaving = [r.member.node for r in members if r.leaving]
+    stays = set(generation.member_ids())
+    joiners = [m for m in candidates_of(state) if m.id not in stays]
+    wanted = joiners and len(generation.members) < config.job.nodes_max
     if leaving:
         reason = f"node {', '.join(leaving)} leaves"
-        return Decision(RequestPause(Pause(generation.number, reason), state.fences()), reason)
-    stays = set(generation.member_ids())
-    joiners = [m for m in _candidates(state) if m.id not in stays]
-    if joiners and len(generation.members) < config.job.nodes_max:
-        if now_s - view.marks.members_since_s < config.job.join_window_s:
-            return Decision(None, f"node {joiners[0].node} has come: waiting for more")
+    elif wanted:
         reason = f"node {', '.join(m.node for m in joiners)} joins"
-        return Decision(RequestPause(Pause(generation.number, reason), state.fences()), reason)
-    spare = f", {len(joiners)} in reserve" if joiners else ""
-    return Decision(
-        None, f"generation {generation.number} runs, nodes: {len(generation.members)}{spare}"
-    )
+    else:
+        spare = f", {len(joiners)} in reserve" if joiners else ""
+        told = f"generation {generation.number} runs, nodes: {len(generation.members)}{spare}"
+        return Decision(None, told)
+    planned = _in_place(view, leaving, joiners, config, reason)
+    if planned is not None:
+        return planned
+    if not leaving and now_s - view.marks.members_since_s < config.job.join_window_s:
+        return Decision(None, f"node {joiners[0].node} has come: waiting for more")
+    return Decision(RequestPause(Pause(generation.number, reason), state.fences()), reason)
+
+
+def _in_place(
+    view: View, leaving: Sequence[str], joiners: Sequence[Member], config: Config, reason: str
+) -> Decision | None:
+    """A change of members that running workers take in their stride; None if they cannot."""
+    state = view.state
+    assert state.generation is not None
+    old = state.generation.value
+    if not goes_on(state, old.members, None):
+        return None
+    if not all_in(statuses_of(state, old), old, "running"):
+        return Decision(None, f"{reason}, once the workers of generation {old.number} run")
+    prompt = in_time(state, candidates_of(state), config.job.nodes_min)
+    chosen = arrange(old.members, prompt, config.job.nodes_max)
+    carried = {m.id for m in old.members} & {m.id for m in chosen}
+    if leaving:
+        if len(chosen) < config.job.nodes_min or not carried:
+            return None
+    elif len(chosen) <= len(old.members):
+        return Decision(None, f"node {joiners[0].node} has come and prepares its workers")
+    return _propose(view, chosen, reason, None, old)
 
 
 def _paused(
@@ -363,7 +270,7 @@ def _paused(
 ) -> Decision:
     """Workers were asked to save and leave: go on once their checkpoint is committed."""
     overdue = now_s - view.marks.pause_since_s >= config.job.stop_grace_s
-    ended = _all_in(members, generation, "paused", "finished", "failed")
+    ended = all_in(members, generation, "paused", "finished", "failed")
     if not ended and not overdue:
         return Decision(None, "waiting for the workers to save their state")
     base = base_of(view.state)
@@ -373,41 +280,13 @@ def _paused(
     return _regroup(view, None, now_s, config)
 
 
-def _candidates(state: JobState) -> list[Member]:
-    """Nodes that can have a place, in the order in which they came."""
-    records = sorted(state.live.values(), key=lambda r: r.create_revision)
-    return [r.value.member for r in records if not r.value.leaving]
-
-
-def arrange(
-    previous: Sequence[Member], candidates: Sequence[Member], nodes_max: int
-) -> tuple[Member, ...]:
-    """Members of the next generation in rank order.
-
-    Who was a member keeps its place; a place that fell vacant goes to the same node in a new
-    incarnation, else to whoever came first, so that slices of the batch and the order of the
-    reduction stand. Places nobody takes are closed.
-    """
-    came = {m.id: m for m in candidates}
-    places: list[Member | None] = [came.pop(m.id, None) for m in previous]
-    for place, member in enumerate(previous):
-        if places[place] is None:
-            again = next((c for c in came.values() if c.node == member.node), None)
-            if again is not None:
-                places[place] = came.pop(again.id)
-    for place, taken in enumerate(places):
-        if taken is None and came:
-            places[place] = came.pop(next(iter(came)))
-    chosen = [m for m in places if m is not None]
-    chosen += list(came.values())
-    return tuple(chosen[:nodes_max])
-
-
 def _regroup(view: View, trouble: Trouble | None, now_s: float, config: Config) -> Decision:
     """A new generation from those who are there, or why it cannot be."""
     state, job = view.state, config.job
     old = state.generation.value if state.generation else None
-    candidates = _candidates(state)
+    candidates = candidates_of(state)
+    if old and goes_on(state, candidates, trouble):
+        candidates = in_time(state, candidates, job.nodes_min)
     chosen = arrange(old.members if old else (), candidates, job.nodes_max)
     survivors = {m.id for m in old.members} & {m.id for m in chosen} if old else set()
     waited_s = now_s - view.marks.members_since_s
@@ -422,7 +301,7 @@ def _regroup(view: View, trouble: Trouble | None, now_s: float, config: Config) 
     if not survivors:
         trouble = None  # nobody of the generation before is there: another run begins
     history = old if survivors else None
-    failures = _failures(history, trouble, view.wall_s, job.restart_window_s)
+    failures = failures_within(history, trouble, view.wall_s, job.restart_window_s)
     if trouble is not None and len(failures) > job.max_restart:
         reason = (
             f"workers failed {len(failures)} times within {job.restart_window_s:g} s "
@@ -435,15 +314,33 @@ def _regroup(view: View, trouble: Trouble | None, now_s: float, config: Config) 
         reason = f"every checkpoint of the job is damaged ({', '.join(refused)})"
         return Decision(Finish(Outcome(EXIT_CHECKPOINT, reason), state.fences()), reason)
     reason = str(trouble) if trouble is not None else _why(state, history, chosen)
+    return _propose(view, chosen, reason, trouble, history, failures)
+
+
+def _propose(
+    view: View,
+    chosen: Sequence[Member],
+    reason: str,
+    trouble: Trouble | None,
+    history: Generation | None,
+    failures: tuple[float, ...] | None = None,
+) -> Decision:
+    """The next generation. ``history``: the one before, if some of its members go on."""
+    state = view.state
+    old = state.generation.value if state.generation else None
     before = (old.number if old else 0, state.head.value.newest.generation if state.head else 0)
+    number = max(before) + 1
+    on = history is not None and goes_on(state, chosen, trouble)
     generation = Generation(
-        number=max(before) + 1,
-        members=chosen,
-        endpoint=f"{chosen[0].host}:{chosen[0].ports[0]}",
-        restore=restore,
+        number=number,
+        members=tuple(chosen),
+        endpoint=f"{chosen[0].host}:{chosen[0].rendezvous_port(number)}",
+        restore=restore_point(state)[0],
         reason=reason,
-        failures=failures,
+        failures=(history.failures if history else ()) if failures is None else failures,
         restarts=(history.restarts if history else 0) + (1 if trouble is not None else 0),
+        since=since_of(history, chosen, number) if on else (),
+        planned=on and trouble is None,
     )
     return Decision(Propose(generation, state.fences()), reason)
 
@@ -454,17 +351,6 @@ def _why(state: JobState, old: Generation | None, chosen: Sequence[Member]) -> s
     if state.pause is not None:
         return state.pause.value.reason
     return f"{len(chosen)} nodes are here"
-
-
-def _failures(
-    old: Generation | None, trouble: Trouble | None, wall_s: float, window_s: float
-) -> tuple[float, ...]:
-    """Failures that count against --max_restart; losing a node is nobody's failure."""
-    recent = tuple(t for t in (old.failures if old else ()) if 0 <= wall_s - t < window_s)
-    own = trouble is not None and (
-        trouble.blamed or trouble.collateral_only or trouble.uncommittable
-    )
-    return (*recent, wall_s) if own else recent
 
 
 def restore_point(state: JobState) -> tuple[CommitRef | None, tuple[str, ...]]:

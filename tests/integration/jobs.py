@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 SCRIPTS = Path(__file__).parent / "scripts"
 TINY = SCRIPTS / "tiny.py"
@@ -75,11 +76,18 @@ class Launcher:
 
     def workers(self) -> dict[int, int]:
         """pid by rank of the workers that were started last."""
+        return {worker["rank"]: worker["pid"] for worker in self._told().get("workers", ())}
+
+    def ready(self) -> list[int]:
+        """pids of the workers in reserve that wait at the door of their session."""
+        return list(self._told().get("ready", ()))
+
+    def _told(self) -> dict[str, Any]:
         try:
-            told = json.loads((self.log_dir / "workers.json").read_text())
+            told: dict[str, Any] = json.loads((self.log_dir / "workers.json").read_text())
         except FileNotFoundError:
             return {}
-        return {w["rank"]: w["pid"] for w in told["workers"]}
+        return told
 
     def kill_worker(self, rank: int, number: int = signal.SIGKILL) -> int:
         pid = self.workers()[rank]

@@ -121,6 +121,7 @@ class Agent:
             mode=self.mode,
             block_bytes=self.block_bytes,
             when=self.when,
+            recovery="restart",
         )
         return {SESSION_VARIABLE: json.dumps(asdict(session))}
 
@@ -165,11 +166,11 @@ class Agent:
 
     def _restored(self, rank: int) -> ipc.RestoreReply:
         if self.start is None:
-            return ipc.RestoreReply(None, None)
+            return ipc.RestoreReply(None, None, -1, self.generation)
         info, data = self.start.image_for(rank)
         path = self.directory / f"restore-{rank}"
         path.write_bytes(data)
-        return ipc.RestoreReply(str(path), info, 1)
+        return ipc.RestoreReply(str(path), info, 1, self.generation)
 
     def _allocate(self, message: ipc.Allocate) -> tuple[str, ...]:
         paths = []

@@ -117,7 +117,7 @@ def test_killed_workers_do_not_change_the_weights(
     told = final(launcher.output)
     assert told["weights"] == undisturbed, f"seed {seed}\n{launcher.output}"
     assert int(told["restarts"]) >= 3, launcher.output
-    assert re.search(r"0\.\d+ MB from memory, 0 from the cache, 0 from the store", launcher.output)
+    assert re.search(r"has the state of step \d+ from rank", launcher.output)
     assert exactly_once(record)
 
 
@@ -179,7 +179,8 @@ def test_every_sample_is_used_once_when_the_world_changes(
     assert third.wait() == 0, third.output
     assert final(first.output + third.output)["world"] == "2"
     worlds = re.findall(r"generation \d+: (\d) rank", first.output)
-    assert worlds in (["1", "2", "1", "2"], ["2", "1", "2"]), first.output
+    changes = [now for before, now in zip(["0", *worlds], worlds, strict=False) if now != before]
+    assert changes in (["1", "2", "1", "2"], ["2", "1", "2"]), first.output
     assert exactly_once(record)
 
 
@@ -277,13 +278,15 @@ def test_a_script_that_knows_nothing_of_paddle_ft(start: Start, tmp_path: Path) 
 def test_spares_take_over(start: Start, tmp_path: Path, undisturbed: str) -> None:
     """Workers that were started before anything failed go on with the same result."""
     launcher = start(
-        "job", "--nproc_per_node", "2", "--spares", "2", "--checkpoint_every", "3", delay=0.1
+        "job", "--nproc_per_node", "2", "--spares", "2", "--checkpoint_every", "3", delay=0.2
     )
-    wait_until(lambda: steps_done(tmp_path / "record") >= 10)
-    spares = set(children(launcher.process.pid)) - set(launcher.workers().values())
+    wait_until(lambda: len(launcher.ready()) == 2)
+    spares, survivor = launcher.ready(), launcher.workers()[0]
     launcher.kill_worker(1)
     assert launcher.wait() == 0, launcher.output
-    assert set(launcher.workers().values()) <= spares, "the new workers are the spares"
+    now = launcher.workers()
+    assert now[0] == survivor
+    assert now[1] in spares
     assert final(launcher.output)["weights"] == undisturbed
 
 

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from paddle_ft.agent import supervise as local
 from paddle_ft.coordination import actions, schema
-from paddle_ft.coordination import decide as cluster
+from paddle_ft.coordination import view as cluster
+from paddle_ft.coordination.decide import decide
 from paddle_ft.coordination.kv import Event, KeyValue, Snapshot, Transaction, TxnResult
 from paddle_ft.coordination.mirror import JobMirror
 from paddle_ft.errors import CoordinationError, EtcdUnavailable
@@ -469,7 +470,7 @@ class SimAgent(WorkerOwner):
             found=self._found,
             store="model",
         )
-        decision = cluster.decide(view, now_s, self.config)
+        decision = decide(view, now_s, self.config)
         if decision.reason != self._told_reason:
             self._told_reason = decision.reason
             self.note("decides:", decision.reason)

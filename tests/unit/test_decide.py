@@ -19,14 +19,10 @@ from paddle_ft.coordination.actions import (
     RequestPause,
     ScanStore,
 )
-from paddle_ft.coordination.decide import (
-    Marks,
-    View,
-    arrange,
-    decide,
-    observe,
-)
+from paddle_ft.coordination.decide import decide
+from paddle_ft.coordination.grouping import arrange
 from paddle_ft.coordination.schema import JobState
+from paddle_ft.coordination.view import Marks, View, observe
 from paddle_ft.errors import (
     EXIT_CHECKPOINT,
     EXIT_COORDINATION,

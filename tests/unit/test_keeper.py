@@ -26,7 +26,7 @@ class Agent:
         self.directory = directory
         self.got: queue.Queue[object] = queue.Queue()
         self.buffers = 2
-        self.reply = ipc.RestoreReply(None, None)
+        self.reply = ipc.RestoreReply(None, None, -1, 3)
         self.channel: ipc.Channel | None = None
         self.listener = ipc.Listener(str(directory / "s"), self.on_message)
 
@@ -60,7 +60,8 @@ def agent(tmp_path: Path) -> Iterator[Agent]:
 
 @pytest.fixture
 def keeper(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> Iterator[AgentKeeper]:
-    keeper = AgentKeeper(str(agent.directory / "s"), 0, 1, 3)
+    keeper = AgentKeeper(str(agent.directory / "s"))
+    keeper.join(0, 1, 3, "restart")
     hello = agent.got.get(timeout=20)
     assert isinstance(hello, ipc.Hello)
     assert (hello.rank, hello.generation) == (0, 3)
@@ -75,7 +76,7 @@ def test_there_may_be_nothing_to_restore(keeper: AgentKeeper) -> None:
 
 def test_what_is_restored_is_read_from_the_agents_file(agent: Agent, keeper: AgentKeeper) -> None:
     (agent.directory / "image").write_bytes(b"__abc")
-    agent.reply = ipc.RestoreReply(str(agent.directory / "image"), INFO, 4)
+    agent.reply = ipc.RestoreReply(str(agent.directory / "image"), INFO, 4, 3)
     image = keeper.restore()
     assert image is not None
     assert bytes(image.read("x")) == b"abc"
@@ -182,4 +183,4 @@ def test_a_worker_whose_agent_is_gone_ends(
 
 def test_an_agent_that_does_not_answer_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="does not answer at .*/nobody"):
-        AgentKeeper(str(tmp_path / "nobody"), 0, 1, 1)
+        AgentKeeper(str(tmp_path / "nobody"))

@@ -20,7 +20,7 @@ from paddle_ft.config import Config
 from paddle_ft.coordination.actions import Commit
 from paddle_ft.coordination.schema import Fences
 from paddle_ft.failpoints import switched
-from paddle_ft.types import CommitRef, Head, ImageInfo
+from paddle_ft.types import CommitRef, Generation, Head, ImageInfo, Member
 from tests.unit.checkpoint_job import Array, array_of, images
 
 WORLD = 2
@@ -47,7 +47,9 @@ class Node:
     def begin(self, restore: CommitRef | None = None) -> None:
         self.generation += 1
         sequence = self.head.newest.sequence if self.head else 0
-        self.keeper.begin(self.generation, "n.a", range(WORLD), WORLD, restore, sequence)
+        member = Member("n", "a", "h", WORLD, (1, 2, 3))
+        generation = Generation(self.generation, (member,), "h:1", restore)
+        self.keeper.begin(generation, "n.a", range(WORLD), sequence, {})
 
     def save(self, step: int, state: dict[str, Array], buffer: int) -> CommitRef:
         self.copy(step, state, buffer)

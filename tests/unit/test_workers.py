@@ -54,9 +54,8 @@ class Workers:
         self.log_dir = directory / "log"
         path = directory / "script.py"
         path.write_text(script)
-        self.pool = WorkerPool([str(path)], self.log_dir, 0, self.ends.put, self._on_line)
-        self.pool.start(1, [WorkerSpec(0, {})])
-        (self.process,) = self.pool._processes.values()
+        self.pool = WorkerPool([str(path)], self.log_dir, self.ends.put, self._on_line)
+        self.pid = self.pool.start(1, WorkerSpec(0, {}))
 
     def _on_line(self, rank: int, line: bytes) -> None:
         self.lines.put(line.decode().strip())
@@ -68,7 +67,7 @@ class Workers:
 
     def end(self) -> WorkerEnded:
         event = self.ends.get(timeout=30)
-        self.pool.reap(event.rank)
+        self.pool.reap(event)
         self.pool.close()
         return event
 
@@ -137,7 +136,7 @@ def test_what_a_killed_worker_started_ends_with_it(start: Callable[[str], Worker
     workers = start(CHILDREN)
     children = dict(workers.told() for _ in range(2))
     assert len(left_by(*children.values())) == 2
-    os.kill(workers.process.pid, signal.SIGKILL)
+    os.kill(workers.pid, signal.SIGKILL)
     event = workers.end()
     assert (event.exit_code, event.stopped) == (-signal.SIGKILL, False)
     assert not [name for name, pid in children.items() if runs(pid)]
@@ -151,7 +150,7 @@ def test_a_killed_data_loader_leaves_no_shared_memory(
     workers = start(LOADER)
     _, pid = workers.told()
     wait_for(lambda: left_by(pid))
-    os.kill(workers.process.pid, signal.SIGKILL)
+    os.kill(workers.pid, signal.SIGKILL)
     workers.end()
     assert not runs(pid)
-    assert not left_by(pid, workers.process.pid)
+    assert not left_by(pid, workers.pid)

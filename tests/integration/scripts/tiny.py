@@ -1,7 +1,7 @@
 """A small training with everything that makes resuming hard; what it used is written down.
 
-Each rank appends a line of JSON for each step to ``<record>/<rank>-<pid>.jsonl``: generation,
-step, ids of its samples. The last line on rank 0 holds a hash of the weights.
+Each rank appends a line of JSON for each step that it tries to ``<record>/<rank>-<pid>.jsonl``:
+generation, step, ids of its samples. The last line on rank 0 holds a hash of the weights.
 """
 
 from __future__ import annotations
@@ -69,11 +69,11 @@ with ft.session(model=model, optimizer=optimizer, lr_scheduler=schedule) as s:
             loss = loss_of(model(x), y)
             loss.backward()
             time.sleep(given.delay)
-            s.step(loss)
             used = ids.numpy().tolist()
-            line = {"generation": s.generation, "step": s.global_step, "ids": used}
+            line = {"generation": s.generation, "step": s.global_step + 1, "ids": used}
             record.write(json.dumps(line) + "\n")
             record.flush()
+            s.step(loss)
     if s.rank == 0:
         digest = hashlib.sha256()
         for tensor in [*model.state_dict().values()]:

@@ -1,0 +1,91 @@
+"""Who is in the next generation, at which place, and whether workers go on as they are. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from paddle_ft.coordination.schema import JobState
+from paddle_ft.coordination.view import Trouble
+from paddle_ft.types import Generation, Member
+
+LOST_PEER_PATIENCE_S = 0.5
+"""How long workers that only lost a peer wait for the one that failed to be found, before they form
+a group again with everybody."""
+
+
+def goes_on(state: JobState, chosen: Sequence[Member], trouble: Trouble | None) -> bool:
+    """Whether workers of the present generation go on in the next one with what they have.
+
+    Some of them must be alive, their script must have said that it can, and nobody's that it
+    cannot.
+    """
+    if state.generation is None or (trouble is not None and trouble.uncommittable):
+        return False
+    old = state.generation.value
+    if state.pause is not None and state.pause.value.generation == old.number:
+        return False  # they were told to save and leave
+    stay = {member.id for member in chosen}
+    statuses = [
+        state.live[m].value.status for m in old.member_ids() if m in stay and m in state.live
+    ]
+    told = [s for s in statuses if s.generation == old.number]
+    says = {s.recovery for s in told}
+    return "in_place" in says and "restart" not in says and any(s.alive for s in told)
+
+
+def since_of(old: Generation | None, chosen: Sequence[Member], number: int) -> tuple[int, ...]:
+    """``Generation.since`` for workers that go on: a member of ``old`` keeps its date."""
+    were = set(old.member_ids()) if old else set()
+    return tuple(old.workers_since(m.id) if old and m.id in were else number for m in chosen)
+
+
+def candidates_of(state: JobState) -> list[Member]:
+    """Nodes that can have a place, in the order in which they came."""
+    records = sorted(state.live.values(), key=lambda r: r.create_revision)
+    return [r.value.member for r in records if not r.value.leaving]
+
+
+def in_time(state: JobState, candidates: Sequence[Member], nodes_min: int) -> list[Member]:
+    """``candidates`` without those that would keep workers waiting which could go on at once.
+
+    A newcomer whose workers are not at the door yet joins later, unless there are too few without.
+    """
+    assert state.generation is not None
+    members = set(state.generation.value.member_ids())
+    prompt = [m for m in candidates if m.id in members or state.live[m.id].value.status.ready]
+    return prompt if len(prompt) >= nodes_min else list(candidates)
+
+
+def arrange(
+    previous: Sequence[Member], candidates: Sequence[Member], nodes_max: int
+) -> tuple[Member, ...]:
+    """Members of the next generation in rank order.
+
+    Who was a member keeps its place; a place that fell vacant goes to the same node in a new
+    incarnation, else to whoever came first, so that slices of the batch and the order of the
+    reduction stand. Places nobody takes are closed.
+    """
+    came = {m.id: m for m in candidates}
+    places: list[Member | None] = [came.pop(m.id, None) for m in previous]
+    for place, member in enumerate(previous):
+        if places[place] is None:
+            again = next((c for c in came.values() if c.node == member.node), None)
+            if again is not None:
+                places[place] = came.pop(again.id)
+    for place, taken in enumerate(places):
+        if taken is None and came:
+            places[place] = came.pop(next(iter(came)))
+    chosen = [m for m in places if m is not None]
+    chosen += list(came.values())
+    return tuple(chosen[:nodes_max])
+
+
+def failures_within(
+    old: Generation | None, trouble: Trouble | None, wall_s: float, window_s: float
+) -> tuple[float, ...]:
+    """Failures that count against --max_restart; losing a node is nobody's failure."""
+    recent = tuple(t for t in (old.failures if old else ()) if 0 <= wall_s - t < window_s)
+    own = trouble is not None and (
+        trouble.blamed or trouble.collateral_only or trouble.uncommittable
+    )
+    return (*recent, wall_s) if own else recent
