@@ -102,6 +102,10 @@ class NodeRecord:
     status: NodeStatus = NodeStatus()
     leaving: bool = False
     """The node was asked to stop: move its work elsewhere and let it go."""
+    link: str = ""
+    """host:port at which other agents see whether this one lives."""
+    lease: int = 0
+    """The lease of this record, for whoever finds that its owner is dead."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,7 @@ from paddle_ft.agent.console import Console, Progress
 from paddle_ft.agent.events import Changed, CommitDone, Defect, Scanned
 from paddle_ft.agent.group import Said, WorkerGroup
 from paddle_ft.agent.membership import Membership, TransactionDone
+from paddle_ft.agent.peers import PeerLinks
 from paddle_ft.agent.snapshots import PartWritten, SnapshotKeeper, StateFailed
 from paddle_ft.agent.supervise import (
     Dismiss,
@@ -94,8 +95,10 @@ class Agent:
         self._events: queue.Queue[Any] = queue.Queue(maxsize=EVENTS_MAX)
         keys = self._keys = schema.Keys(config.job.id)
         self._mirror = JobMirror(coordinator, keys, self._wake)
+        self._peers = PeerLinks(host, coordinator)
+        link, emit = self._peers.address, self._emit
         self._membership = Membership(
-            config, coordinator, keys, self._mirror, node, host, self._emit, self._wake
+            config, coordinator, keys, self._mirror, node, host, link, emit, self._wake
         )
         self._snapshots = SnapshotKeeper(room, shared_dir, config.checkpoint.buffers, self._emit)
         self._group = WorkerGroup(config, command, run_dir, self._snapshots, console, self._emit)
@@ -166,6 +169,7 @@ class Agent:
         self._snapshots.close()
         self._mirror.close()
         self._membership.close()
+        self._peers.close()
         self._console.close()
 
     # ------------------------------------------------------------ one turn
@@ -191,6 +195,7 @@ class Agent:
         now_s = time.monotonic()
         self._rejoin_if_lost()
         state = self._mirror.state()
+        self._peers.follow(self._membership.me, state.nodes)
         self._marks = view.observe(self._marks, state, now_s)
         self._follow_head(state)
         end = self._supervise(state, now_s)

@@ -65,6 +65,8 @@ class Console:
         """Tells what begins, and from where."""
         restore = generation.restore
         start = f"from the checkpoint of step {restore.step}" if restore else "from the beginning"
+        if generation.in_place:
+            start = "in place"
         first = generation.first_rank(me)
         slots = next(m.slots for m in generation.members if m.id == me)
         ranks = f"rank {first}" if slots == 1 else f"ranks {first}-{first + slots - 1}"

@@ -53,6 +53,7 @@ class Membership:
         mirror: JobMirror,
         node: str,
         host: str,
+        link: str,
         emit: Callable[[TransactionDone], None],
         wake: Callable[[], None],
     ) -> None:
@@ -62,6 +63,7 @@ class Membership:
         self._mirror = mirror
         self._node = node
         self._host = host
+        self._link = link
         self._emit = emit
         self._wake = wake
         self._keeper: LeaseKeeper | None = None
@@ -93,7 +95,8 @@ class Membership:
             slots=slots,
             ports=free_ports(self._host, slots + 1 + STORE_PORTS),
         )
-        record = NodeRecord(member, NodeStatus(damaged=damaged), leaving)
+        status = NodeStatus(damaged=damaged)
+        record = NodeRecord(member, status, leaving, self._link, self.lease)
         result = self._coordinator.transact(schema.register(self._keys, record, self.lease))
         assert result.succeeded, "an incarnation is used once"
         self._record, self._revision = record, result.revision
@@ -130,7 +133,7 @@ class Membership:
         if action.status.state != "running" or action.status.generation != generation:
             ports = free_ports(self._host, member.slots + 1 + STORE_PORTS)
             member = replace(member, ports=ports)
-        record = NodeRecord(member, action.status, action.leaving)
+        record = replace(self._record, member=member, status=action.status, leaving=action.leaving)
         txn = schema.update_record(self._keys, record, self.lease, self._revision)
         self.send("publish", txn, record)
 

@@ -45,9 +45,11 @@ def start(tmp_path: Path) -> Iterator[Start]:
         record: str = "record",
         delay: float = 0.0,
         script: Sequence[str] = (),
+        lease_ttl_s: int = 2,
     ) -> Launcher:
         given = script or (str(TINY), "--record", str(tmp_path / record), "--delay", str(delay))
-        launcher = Launcher(tmp_path / name, (*flags, *given), FAST_ETCD)
+        environ = FAST_ETCD | {"PADDLE_FT_ETCD__LEASE_TTL_S": str(lease_ttl_s)}
+        launcher = Launcher(tmp_path / name, (*flags, *given), environ)
         launchers.append(launcher)
         return launcher
 
@@ -124,7 +126,11 @@ def test_killed_workers_do_not_change_the_weights(
 def test_the_leaders_launcher_is_killed_and_another_takes_its_place(
     start: Start, tmp_path: Path, etcd: EmbeddedEtcd, undisturbed: str
 ) -> None:
-    """Two launchers of one rank each; a third stands by as a spare and takes over the rank."""
+    """Two launchers of one rank each; a third stands by as a spare and takes over the rank.
+
+    The dead leader's lease would stand longer than this test may take.
+    """
+    ttl_s = 300
     flags = (
         "--etcd",
         etcd.endpoint,
@@ -137,11 +143,11 @@ def test_the_leaders_launcher_is_killed_and_another_takes_its_place(
         "--checkpoint_every",
         "3",
     )
-    first = start("first", *flags, delay=0.1)
+    first = start("first", *flags, delay=0.1, lease_ttl_s=ttl_s)
     wait_until(lambda: first.workers() or "node" in first.output)
-    second = start("second", *flags, delay=0.1)
+    second = start("second", *flags, delay=0.1, lease_ttl_s=ttl_s)
     wait_until(lambda: steps_done(tmp_path / "record") >= 4)
-    spare = start("spare", *flags, delay=0.1)
+    spare = start("spare", *flags, delay=0.1, lease_ttl_s=ttl_s)
     wait_until(lambda: len(members(etcd, "pair")) == 3)
     leader, other = (first, second) if leads(etcd, "pair", first) else (second, first)
     leader.send(signal.SIGKILL)

@@ -43,7 +43,7 @@ def membership(etcd: Etcd) -> Iterator[Membership]:
     config = Config(etcd=EtcdConfig(renew_interval_s=0.01))
     done: list[TransactionDone] = []
     made = Membership(
-        config, etcd, KEYS, mirror, "node", "127.0.0.1", done.append, wake=lambda: None
+        config, etcd, KEYS, mirror, "node", "127.0.0.1", "", done.append, wake=lambda: None
     )
     try:
         yield made

@@ -1,0 +1,174 @@
+"""Connections between agents, so that the death of one is known long before its lease ends.
+
+Every node listens, and holds a connection to the next two in the ring of all nodes. One that
+breaks is a suspicion; if nobody listens any more where somebody did (the kernel refuses, or another
+process answers), the agent there is dead for certain, and its lease is given back in its name:
+everything else follows from its keys being gone, as when the lease had run out. A host that is
+silent, and one that could never be reached (a firewall refuses, too), are left to their leases.
+
+Being wrong costs that node its membership, and a rebuilt group: it joins again as a newcomer. It
+cannot cost more, since every write of a leader is fenced.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import socket
+import threading
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from paddle_ft.coordination.kv import Coordinator
+from paddle_ft.errors import CoordinationError
+from paddle_ft.types import NodeRecord, Versioned
+
+log = logging.getLogger("paddle_ft")
+
+WATCHED = 2
+CONNECT_TIMEOUT_S = 1.0
+RETRY_S = 0.5
+AGAIN_S = 0.01
+"""Before a look whether somebody listens where a connection has just ended."""
+_NAME_BYTES_MAX = 512
+
+
+def watched(me: str, members: Iterable[str], count: int = WATCHED) -> tuple[str, ...]:
+    """The ``count`` members after ``me`` in the ring of their sorted names."""
+    others = sorted(member for member in members if member != me)
+    after = [member for member in others if member > me]
+    return tuple((after + others)[: min(count, len(others))])
+
+
+@dataclass(slots=True)
+class _Link:
+    address: tuple[str, int]
+    lease: int
+    connection: socket.socket | None = None
+    proven: bool = False
+    """The member itself has answered there."""
+    dropped: bool = False
+
+
+class PeerLinks:
+    """This node's end of all of them. ``follow`` is for the loop; nothing here blocks it."""
+
+    def __init__(self, host: str, coordinator: Coordinator) -> None:
+        self._coordinator = coordinator
+        self._server = socket.create_server((host, 0), family=socket.AF_INET, backlog=128)
+        self.address = f"{host}:{self._server.getsockname()[1]}"
+        """host:port at which the others find this node."""
+        self._me = ""
+        self._seen: Mapping[str, Versioned[NodeRecord]] | None = None
+        self._links: dict[str, _Link] = {}
+        self._accepted: list[socket.socket] = []
+        self._closed = threading.Event()
+        threading.Thread(target=self._serve, name="peers", daemon=True).start()
+
+    def follow(self, me: str, records: Mapping[str, Versioned[NodeRecord]]) -> None:
+        """Holds connections to those of ``records`` that this node is to watch."""
+        if records is self._seen:
+            return
+        self._me, self._seen = me, records
+        found = {m: records[m].value for m in watched(me, records)}
+        wanted = {m: record for m, record in found.items() if record.link}
+        for member in [m for m in self._links if m not in wanted]:
+            self._drop(self._links.pop(member))
+        for member, record in wanted.items():
+            if member not in self._links:
+                host, _, port = record.link.rpartition(":")
+                link = self._links[member] = _Link((host, int(port)), record.lease)
+                threading.Thread(
+                    target=self._hold, args=(member, link), name=f"peer-{member}", daemon=True
+                ).start()
+
+    def close(self) -> None:
+        self._closed.set()
+        for link in self._links.values():
+            self._drop(link)
+        _shut(self._server)
+        for connection in self._accepted:
+            _shut(connection)
+
+    # ------------------------------------------------------------ being watched
+
+    def _serve(self) -> None:
+        while not self._closed.is_set():
+            try:
+                connection, _ = self._server.accept()
+            except OSError:
+                if self._closed.wait(RETRY_S):
+                    return
+                continue
+            with contextlib.suppress(OSError):
+                connection.sendall(self._me.encode() + b"\n")
+            self._accepted = [c for c in self._accepted if not _is_over(c)]
+            self._accepted.append(connection)
+
+    # ------------------------------------------------------------ watching
+
+    def _hold(self, member: str, link: _Link) -> None:
+        """Until the other end is dead, or need not be watched any more."""
+        while not (link.dropped or self._closed.is_set()):
+            if self._is_dead(member, link):
+                self._give_lease_back(member, link)
+                return
+            quick = link.proven and link.connection is not None
+            self._closed.wait(AGAIN_S if quick else RETRY_S)
+
+    def _is_dead(self, member: str, link: _Link) -> bool:
+        """Connects, and waits for the connection to end; True if nobody is there to connect to."""
+        try:
+            connection = socket.create_connection(link.address, timeout=CONNECT_TIMEOUT_S)
+        except ConnectionRefusedError:
+            link.connection = None
+            return link.proven
+        except OSError:
+            link.connection = None
+            return False  # the host or the network: its lease tells
+        link.connection = connection
+        if link.dropped or self._closed.is_set():
+            _shut(connection)
+            return False
+        with connection:
+            try:
+                name = connection.makefile("rb").readline(_NAME_BYTES_MAX)
+                if name != member.encode() + b"\n":
+                    return link.proven and name.endswith(b"\n")  # somebody else has the port
+                link.proven = True
+                connection.settimeout(None)
+                while connection.recv(64):
+                    pass
+            except OSError:
+                pass
+        return False
+
+    def _give_lease_back(self, member: str, link: _Link) -> None:
+        log.debug("node %s is dead: nobody listens there any more", member.partition(".")[0])
+        while not (link.dropped or self._closed.is_set()):
+            try:
+                self._coordinator.revoke(link.lease)
+                return
+            except CoordinationError:
+                self._closed.wait(RETRY_S)
+
+    def _drop(self, link: _Link) -> None:
+        link.dropped = True
+        if link.connection is not None:
+            _shut(link.connection)
+
+
+def _shut(connection: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
+    connection.close()
+
+
+def _is_over(connection: socket.socket) -> bool:
+    """Whether the watcher has gone: it never says anything."""
+    try:
+        return not connection.recv(1, socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
