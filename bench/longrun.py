@@ -96,7 +96,8 @@ def _run(folder: Path, mbytes: float, row_bytes: int, ratio: float) -> Row:
         note=f"a table of {mbytes:.0f} MB; mean of the last 50 {sum(data[-50:]) / 50:.3f} MB, "
         f"largest checkpoint {max(data):.2f} MB; manifest and listing {np.mean(rest):.3f} MB in "
         f"the mean, {max(rest):.3f} MB at most; {np.median(taken_s) * 1e3:.0f} ms a checkpoint; "
-        f"restore of the last one reads {store.nbytes / 2 / nbytes:.2f} x the state in {store.calls // 2} "
+        f"restore of the last one reads {store.nbytes / 2 / nbytes:.2f} x the state in "
+        f"{store.calls // 2} "
         f"ranges and takes {restore_s:.2f} s, of one written as a whole {fresh_s:.2f} s",
     )  # fmt: skip
 

@@ -21,7 +21,7 @@ from paddle_ft.command_line import version
 from paddle_ft.config import EtcdConfig
 from paddle_ft.coordination import schema
 from paddle_ft.coordination.view import find_trouble, live_nodes
-from paddle_ft.errors import PaddleFTError
+from paddle_ft.errors import ConfigError, MembersMissing, PaddleFTError
 
 app = typer.Typer(
     name="paddle-ft",
@@ -105,6 +105,39 @@ def status(
             time.sleep(1.0)
     finally:
         coordinator.close()
+
+
+@app.command()
+def drain(
+    node: Annotated[str, typer.Argument(help="name of the node, as paddle-ft status shows it")],
+    etcd: Annotated[str, typer.Option(help="etcd members, host:port,…", envvar="PADDLE_FT_ETCD")],
+    job_id: Annotated[str, typer.Option("--job-id", "--job_id", help="name of the job")],
+    timeout_s: Annotated[float, typer.Option(help="how long to wait for it to be gone")] = 120.0,
+) -> None:
+    """Move the work of a node elsewhere and let it go, without losing a step."""
+    from paddle_ft.coordination.etcd import EtcdCoordinator
+
+    coordinator = EtcdCoordinator(EtcdConfig(endpoints=tuple(filter(None, etcd.split(",")))))
+    keys = schema.Keys(job_id)
+    try:
+        state = schema.parse(keys, coordinator.read(keys.prefix).kvs)
+        found = [r for r in live_nodes(state).values() if r.value.member.node == node]
+        if not found:
+            names = ", ".join(sorted(r.value.member.node for r in live_nodes(state).values()))
+            raise ConfigError(f"job {job_id} has no node {node}: it has {names or 'none'}")
+        coordinator.transact(schema.ask_to_leave(keys, found[0]))
+        deadline_s = time.monotonic() + timeout_s
+        while found[0].value.member.id in live_nodes(state):
+            if time.monotonic() > deadline_s:
+                raise MembersMissing(
+                    f"node {node} is still there after {timeout_s:g} s: see the output of its "
+                    f"launcher"
+                )
+            time.sleep(0.1)
+            state = schema.parse(keys, coordinator.read(keys.prefix).kvs)
+    finally:
+        coordinator.close()
+    typer.echo(f"node {node} has left job {job_id}")
 
 
 def describe(job_id: str, state: schema.JobState) -> Iterator[str | Table]:

@@ -27,6 +27,7 @@ EPILOG = """exit codes:
   3    etcd cannot be reached, or too few nodes came
   4    the checkpoint store cannot be used
   5    a checkpoint is damaged everywhere, or belongs to another model
+  6    workers fail at the same step in the same way in every attempt
   70   a defect of paddle_ft (please report its traceback)
   71   this machine is short of disk space, memory, descriptors or processes
   130  stopped by Ctrl-C, 143 stopped by SIGTERM; the last checkpoint is named

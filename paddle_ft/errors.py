@@ -30,6 +30,7 @@ EXIT_CONFIG = 2
 EXIT_COORDINATION = 3
 EXIT_STORE = 4
 EXIT_CHECKPOINT = 5
+EXIT_SAME_FAILURE = 6
 EXIT_BUG = 70
 """An exception that is none of the above: a defect of paddle_ft, reported with its traceback."""
 EXIT_MACHINE = 71

@@ -86,6 +86,10 @@ class NodeStatus:
     left; -1 if none."""
     damaged: tuple[str, ...] = ()
     """Manifests that this node could not restore because bytes are lost in every tier."""
+    exit_code: int = 0
+    """With ``failed``: how the worker ended that failed first; -n by signal n, 0 if none ended."""
+    failed_at: int = 0
+    """With ``failed``: the last step that worker had applied; 0 before its first."""
     recovery: Recovery = ""
     """What the script's own workers here have said they can do."""
     alive: int = 0
@@ -135,6 +139,16 @@ class Head:
 
 
 @dataclass(frozen=True, slots=True)
+class Stumble:
+    """A failure, and how many generations in a row have ended in the same one."""
+
+    step: int
+    exit_code: int
+    nodes: tuple[str, ...]
+    """Where, one name for each time."""
+
+
+@dataclass(frozen=True, slots=True)
 class Generation:
     """A fixed list of members with ranks, and the point they start from."""
 
@@ -149,6 +163,8 @@ class Generation:
     """Times of worker failures (seconds since 1970, clock of the leader) within the window."""
     restarts: int = 0
     """How many generations of this job came before because of a failure."""
+    stumble: Stumble | None = None
+    """The failure because of which the generation before ended, if it was a worker's own."""
     since: tuple[int, ...] = ()
     """For each member, the oldest generation whose workers there go on in this one with the state
     they have; a member that has been one since then has seen every change. Empty, or the number of

@@ -196,6 +196,9 @@ class Agent:
         self._rejoin_if_lost()
         state = self._mirror.state()
         self._peers.follow(self._membership.me, state.nodes)
+        if self._membership.me in state.drain and self._leaving_since_s is None:
+            self._signals.append(signal.SIGTERM)
+            self._take_signals()
         self._marks = view.observe(self._marks, state, now_s)
         self._follow_head(state)
         end = self._supervise(state, now_s)

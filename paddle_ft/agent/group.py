@@ -282,6 +282,7 @@ class WorkerGroup:
                 exit_code=event.exit_code,
                 stopped=event.stopped,
                 ended_s=event.at_s,
+                at_step=self._beacons[rank].read().step if rank in self._beacons else 0,
             )
 
     def said(self, event: Said) -> None:

@@ -48,6 +48,8 @@ class Worker:
     """Why its group is broken, by its own word; it waits to be ordered into another."""
     stopped: bool = False
     """The agent ended it."""
+    at_step: int = 0
+    """When it ended: the last step it had applied; 0 before its first."""
     ended_s: float = 0.0
 
 
@@ -178,6 +180,8 @@ def _status(view: LocalView, group: Group) -> NodeStatus:
             group.generation,
             describe_end(culprit),
             collateral=_collateral(culprit),
+            exit_code=culprit.exit_code or 0,
+            failed_at=culprit.at_step,
             pending_step=pending,
             damaged=view.damaged,
         )

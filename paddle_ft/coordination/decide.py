@@ -37,6 +37,8 @@ from paddle_ft.coordination.grouping import (
     goes_on,
     in_time,
     since_of,
+    stumble_of,
+    verdict_on,
 )
 from paddle_ft.coordination.schema import JobState
 from paddle_ft.coordination.view import Trouble, View, all_in, find_trouble, statuses_of
@@ -44,6 +46,7 @@ from paddle_ft.errors import (
     EXIT_CHECKPOINT,
     EXIT_COORDINATION,
     EXIT_DONE,
+    EXIT_SAME_FAILURE,
     EXIT_STORE,
     EXIT_WORKER_FAILED,
 )
@@ -309,6 +312,10 @@ def _regroup(view: View, trouble: Trouble | None, now_s: float, config: Config) 
             f"{job.log_dir}/workerlog.<rank> of their node"
         )
         return Decision(Finish(Outcome(EXIT_WORKER_FAILED, reason), state.fences()), reason)
+    verdict = verdict_on(stumble_of(history, trouble))
+    if verdict:
+        reason = f"{verdict}; what it printed is in {job.log_dir}/workerlog.<rank> there"
+        return Decision(Finish(Outcome(EXIT_SAME_FAILURE, reason), state.fences()), reason)
     restore, refused = restore_point(state)
     if refused and restore is None:
         reason = f"every checkpoint of the job is damaged ({', '.join(refused)})"
@@ -339,6 +346,7 @@ def _propose(
         reason=reason,
         failures=(history.failures if history else ()) if failures is None else failures,
         restarts=(history.restarts if history else 0) + (1 if trouble is not None else 0),
+        stumble=stumble_of(history, trouble),
         since=since_of(history, chosen, number) if on else (),
         planned=on and trouble is None,
     )

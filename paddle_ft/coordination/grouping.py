@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from paddle_ft.coordination.schema import JobState
 from paddle_ft.coordination.view import Trouble
-from paddle_ft.types import Generation, Member
+from paddle_ft.types import Generation, Member, Stumble
 
 LOST_PEER_PATIENCE_S = 0.5
 """How long workers that only lost a peer wait for the one that failed to be found, before they form
@@ -37,6 +37,45 @@ def since_of(old: Generation | None, chosen: Sequence[Member], number: int) -> t
     """``Generation.since`` for workers that go on: a member of ``old`` keeps its date."""
     were = set(old.member_ids()) if old else set()
     return tuple(old.workers_since(m.id) if old and m.id in were else number for m in chosen)
+
+
+SAME_FAILURES_MAX = 3
+"""So many attempts that end at the same step in the same way: more would end there, too."""
+EARLY_FAILURES_MAX = 2
+"""The same, of attempts that do not come to a step at all."""
+OF_THE_SCRIPT = (-4, -6, -7, -8, -11)
+"""Ends by SIGILL, SIGABRT, SIGBUS, SIGFPE and SIGSEGV; others come from outside."""
+
+
+def stumble_of(old: Generation | None, trouble: Trouble | None) -> Stumble | None:
+    """What the workers' own failure in ``trouble`` comes to, with those before it."""
+    blamed = trouble.blamed if trouble is not None and not trouble.lost else ()
+    for record in blamed:
+        status = record.status
+        if status.exit_code > 0 or status.exit_code in OF_THE_SCRIPT:
+            before = old.stumble if old else None
+            same = before is not None and (before.step, before.exit_code) == (
+                status.failed_at,
+                status.exit_code,
+            )
+            nodes = (*(before.nodes if before and same else ()), record.member.node)
+            return Stumble(status.failed_at, status.exit_code, nodes)
+    return None
+
+
+def verdict_on(stumble: Stumble | None) -> str:
+    """Why the job cannot go on at all; "" if it may."""
+    if stumble is None:
+        return ""
+    times, how = len(stumble.nodes), f"exit code {stumble.exit_code}"
+    if times < (SAME_FAILURES_MAX if stumble.step else EARLY_FAILURES_MAX):
+        return ""
+    where = f"after step {stumble.step}" if stumble.step else "before its first step"
+    nodes = ", ".join(dict.fromkeys(stumble.nodes))
+    return (
+        f"a worker ended with {how} {where} in each of the last {times} attempts (on {nodes}): it "
+        f"is the script or its data and not a node, so starting it again does not help"
+    )
 
 
 def candidates_of(state: JobState) -> list[Member]:

@@ -13,6 +13,7 @@ simulator breaks when one of these comparisons is left out (tests/sim/test_fence
     /paddle_ft/<job>/pause                        Pause        written by the leader
     /paddle_ft/<job>/parts/<gen>/<step>/<member>  Part         written by that member
     /paddle_ft/<job>/quarantine/<node>            reason
+    /paddle_ft/<job>/drain/<node>.<incarnation>   asked to leave; leased with the node itself
     /paddle_ft/<job>/outcome                      Outcome      written by the leader
 """
 
@@ -85,6 +86,10 @@ class Keys:
         return f"{self.prefix}outcome"
 
     @property
+    def drain(self) -> str:
+        return f"{self.prefix}drain/"
+
+    @property
     def quarantine(self) -> str:
         return f"{self.prefix}quarantine/"
 
@@ -100,6 +105,8 @@ class JobState:
     pause: Versioned[Pause] | None = None
     parts: tuple[Part, ...] = ()
     quarantine: frozenset[str] = frozenset()
+    drain: frozenset[str] = frozenset()
+    """Members that were asked to leave by ``paddle-ft drain``."""
     store: Versioned[str] | None = None
     outcome: Versioned[Outcome] | None = None
     live: Mapping[str, Versioned[NodeRecord]] = field(init=False)
@@ -151,6 +158,7 @@ def parse(keys: Keys, kvs: Iterable[KeyValue]) -> JobState:
     nodes: dict[str, Versioned[NodeRecord]] = {}
     parts: list[Part] = []
     quarantine: set[str] = set()
+    drain: set[str] = set()
     single: dict[str, KeyValue] = {}
     for kv in kvs:
         name = kv.key[len(keys.prefix) :]
@@ -158,6 +166,8 @@ def parse(keys: Keys, kvs: Iterable[KeyValue]) -> JobState:
             nodes[name[6:]] = _versioned(NodeRecord, kv)
         elif name.startswith("parts/"):
             parts.append(_decoded(Part, kv))
+        elif name.startswith("drain/"):
+            drain.add(name[len("drain/") :])
         elif name.startswith("quarantine/"):
             quarantine.add(name[len("quarantine/") :])
         else:
@@ -173,6 +183,7 @@ def parse(keys: Keys, kvs: Iterable[KeyValue]) -> JobState:
         outcome=_optional(Outcome, single.get("outcome")),
         parts=tuple(sorted(parts, key=lambda p: (p.generation, p.step, p.member))),
         quarantine=frozenset(quarantine),
+        drain=frozenset(drain),
     )
 
 
@@ -216,6 +227,16 @@ def update_record(keys: Keys, record: NodeRecord, lease: int, mod_revision: int)
     key = keys.node(record.member.id)
     return Transaction(
         (Compare(key, "mod_revision", mod_revision),), (Put(key, encode(record), lease),)
+    )
+
+
+def ask_to_leave(keys: Keys, record: Versioned[NodeRecord]) -> Transaction:
+    """Asks a node to move its work and go; forgotten when that node is gone."""
+    member, lease = record.value.member.id, record.value.lease
+    key = keys.node(member)
+    return Transaction(
+        (Compare(key, "create_revision", record.create_revision),),
+        (Put(keys.drain + member, b"", lease),),
     )
 
 

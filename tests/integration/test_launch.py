@@ -6,6 +6,8 @@ import os
 import random
 import re
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -21,6 +23,7 @@ from tests.integration.jobs import (
     TINY,
     Launcher,
     final,
+    lines,
     steps_done,
     used_samples,
     wait_until,
@@ -260,13 +263,41 @@ def test_a_finished_job_started_again_has_nothing_to_do(start: Start, tmp_path: 
     assert before == STEPS
 
 
+def test_a_node_is_drained_without_losing_a_step(
+    start: Start, tmp_path: Path, etcd: EmbeddedEtcd
+) -> None:
+    where = ("--etcd", etcd.endpoint, "--job_id", "drained")
+    flags = (*where, "--nnodes", "1:2", "--checkpoint", str(tmp_path / "store"))
+    first, second = (start(name, *flags, delay=0.1) for name in ("first", "second"))
+    record = tmp_path / "record"
+    wait_until(lambda: steps_done(record) >= 5 and len(members(etcd, "drained")) == 2)
+    node = re.search(r"job tiny|job drained, node (\S+),", second.output)
+    assert node is not None
+    command = [sys.executable, "-m", "paddle_ft.cli", "drain"]
+    unknown = subprocess.run(
+        [*command, "nobody", *where], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (unknown.returncode, "it has" in unknown.stderr) == (2, True), unknown.stderr
+    drained = subprocess.run(
+        [*command, node[1], *where], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert drained.returncode == 0, drained.stderr
+    assert second.wait() == 143, second.output
+    assert first.wait() == 0, first.output
+    told = final(first.output)
+    assert (told["world"], told["restarts"]) == ("1", "0")
+    assert exactly_once(record)
+    generations = {line["step"]: line["generation"] for line in lines(record)}
+    assert len({(g["step"], g["generation"]) for g in lines(record)}) == len(generations)
+
+
 def test_a_bug_in_the_script_ends_the_job_with_its_traceback(start: Start, tmp_path: Path) -> None:
     script = (str(TINY), "--record", str(tmp_path / "record"), "--fail-at", "2")
-    launcher = start("job", "--max_restart", "1", script=script)
-    assert launcher.wait() == 1, launcher.output
+    launcher = start("job", "--max_restart", "9", "--spares", "1", script=script)
+    assert launcher.wait() == 6, launcher.output
     assert "ValueError: a bug in the script" in launcher.output
-    assert "workers failed 2 times within 300 s (--max_restart 1)" in launcher.output
-    assert "exit code 1" in launcher.output
+    assert "ended with exit code 1 after step 2 in each of the last 3 attempts" in launcher.output
+    assert "it is the script or its data" in launcher.output
 
 
 def test_a_script_that_knows_nothing_of_paddle_ft(start: Start, tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from paddle_ft.errors import (
     EXIT_CHECKPOINT,
     EXIT_COORDINATION,
     EXIT_DONE,
+    EXIT_SAME_FAILURE,
     EXIT_STORE,
     EXIT_WORKER_FAILED,
 )
@@ -40,6 +41,7 @@ from paddle_ft.types import (
     Outcome,
     Part,
     Pause,
+    Stumble,
     Versioned,
 )
 
@@ -622,3 +624,43 @@ def test_a_last_checkpoint_that_does_not_come_is_told() -> None:
 def test_a_node_lost_after_the_end_but_before_the_commit_is_made_up_for() -> None:
     state = job({"a1": finished(9)}, ["a1", "b1"])
     assert names(proposed(look(state, config()))) == ["a1"]
+
+
+class TestVerdict:
+    """A bug that ends every attempt at the same place is told apart from bad luck."""
+
+    def decided(self, before: Stumble | None, step: int, exit_code: int) -> Decision:
+        status = {"exit_code": exit_code, "failed_at": step, "reason": "r"}
+        failed = record("a1", 1, state="failed", generation=1, **status)
+        generation = Generation(1, (member("a1"),), "h:1", stumble=before)
+        state = JobState(
+            nodes={"a.1": failed},
+            leader=Versioned("a.1", 5, 5),
+            generation=Versioned(generation, 6, 6),
+        )
+        config = Config(job=JobConfig(max_restart=99))
+        seen = View("a.1", state, Marks(trouble=1), NOW_S + 9, WALL_S, found=())
+        return decide(seen, NOW_S, config)
+
+    @pytest.mark.parametrize(
+        ("before", "step", "exit_code", "ends"),
+        [
+            (None, 7, 1, False),
+            (Stumble(7, 1, ("a",)), 7, 1, False),
+            (Stumble(7, 1, ("a", "b")), 7, 1, True),
+            (Stumble(6, 1, ("a", "b")), 7, 1, False),
+            (Stumble(7, 2, ("a", "b")), 7, 1, False),
+            (Stumble(7, -11, ("a", "b")), 7, -11, True),
+            (Stumble(7, -9, ("a", "b")), 7, -9, False),
+            (Stumble(0, 1, ("a",)), 0, 1, True),
+        ],
+    )
+    def test_three_alike_or_two_before_the_first_step(
+        self, before: Stumble | None, step: int, exit_code: int, ends: bool
+    ) -> None:
+        action = self.decided(before, step, exit_code).action
+        if ends:
+            assert isinstance(action, Finish)
+            assert action.outcome.exit_code == EXIT_SAME_FAILURE
+        else:
+            assert isinstance(action, Propose)

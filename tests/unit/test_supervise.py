@@ -92,7 +92,7 @@ def test_workers_of_an_old_generation_end_before_new_ones_start() -> None:
 def test_a_change_is_published_before_anything_else() -> None:
     local = view(Worker(0, -9), Worker(1), state=state())
     told = supervise(local, Publish(NodeStatus("running", 1), False), 100.0, CONFIG)
-    status = NodeStatus("failed", 1, "rank 0 was killed by SIGKILL", alive=1)
+    status = NodeStatus("failed", 1, "rank 0 was killed by SIGKILL", exit_code=-9, alive=1)
     assert told[0] == Publish(status, False)
     assert told[1] == StopWorkers("rank 0 was killed by SIGKILL")
 
