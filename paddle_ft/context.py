@@ -35,6 +35,8 @@ class Context:
     collective: Collective = field(default_factory=Collective.from_environment)
     env: SessionEnv | None = field(default_factory=lambda: _session_env())
     """What the launcher has told; None without a launcher."""
+    held_s: float = 0.0
+    """For how long checkpoints have held training up in this process."""
 
     def take(self, env: Mapping[str, str]) -> None:
         """The launcher has told anew: another generation, and perhaps another rank in it.
@@ -91,7 +93,7 @@ class Context:
 
     def teller(self, position: Position) -> Teller:
         """Tells where the session is; begins with ``position``."""
-        teller = Teller(Beacon(self.env.beacon) if self.env and self.env.beacon else None)
+        teller = Teller(Beacon(self.env.beacon) if self.env and self.env.beacon else None, self)
         teller.tell(position, None)
         return teller
 
@@ -99,8 +101,10 @@ class Context:
 class Teller:
     """Writes the session's progress to the page that the agent reads."""
 
-    def __init__(self, beacon: Beacon | None) -> None:
+    def __init__(self, beacon: Beacon | None, context: Context) -> None:
         self._beacon = beacon
+        self._context = context
+        self._held_before_s = context.held_s
         self._loss = float("nan")
         self._loss_at_s = float("-inf")
 
@@ -111,7 +115,8 @@ class Teller:
         if loss is not None:
             self._read_loss(loss)
         p = position
-        self._beacon.write(p.step, self._loss, p.epoch, p.samples, p.steps_total())
+        held_s = self._context.held_s - self._held_before_s
+        self._beacon.write(p.step, self._loss, p.epoch, p.samples, p.steps_total(), held_s)
 
     def _read_loss(self, loss: Any) -> None:
         now_s = time.monotonic()

@@ -46,7 +46,9 @@ class Saver:
 
     def before_step(self, loss: Any) -> None:
         """To be called before the optimizer changes anything; ``loss`` is kept with snapshots."""
-        self._schedule.held(self._recorder.before_step(loss))
+        held_s = self._recorder.before_step(loss)
+        self._schedule.held(held_s)
+        self._context.held_s += held_s or 0.0
 
     def save(self, position: Position, pause: bool) -> None:
         """Takes a snapshot, beside training unless the workers ``pause``."""

@@ -286,3 +286,21 @@ class ImageInfo:
     tensors: tuple[TensorSpec, ...]
     meta: Mapping[str, Any] = field(default_factory=dict)
     """JSON values: position, scheduler, random states, registered objects. Rank 0's counts."""
+
+
+# ---------------------------------------------------------------- what has happened
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One line of a launcher's record of events."""
+
+    run: str
+    """Which life of which launcher tells it."""
+    kind: str
+    wall_s: float
+    """Seconds since 1970, by the clock of that machine."""
+    at_s: float
+    """CLOCK_MONOTONIC of that machine, of when it happened."""
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    """JSON values; ``observe.events`` says which for each kind."""

@@ -75,6 +75,7 @@ LAYERS = (
             "agent.ipc",
             "agent.net",
             "agent.tether",
+            "observe.events",
             "collective",
             "gloo",
             "gradients",
@@ -101,7 +102,7 @@ LAYERS = (
             "streams",
         ],
     ),
-    ("fronts", ["launch", "command_line", "cli", "checkpoint.cli", ""]),
+    ("fronts", ["launch", "command_line", "cli", "checkpoint.cli", "observe.cli", ""]),
 )
 """Each module belongs to the most exact name that fits; it imports from its own layer or below."""
 

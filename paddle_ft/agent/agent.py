@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from paddle_ft.agent.chronicle import Chronicle
 from paddle_ft.agent.committer import Committer
 from paddle_ft.agent.console import Console, Progress
 from paddle_ft.agent.events import Changed, CommitDone, Defect, Scanned
@@ -102,15 +103,14 @@ class Agent:
         )
         self._snapshots = SnapshotKeeper(room, shared_dir, config.checkpoint.buffers, self._emit)
         self._group = WorkerGroup(config, command, run_dir, self._snapshots, console, self._emit)
+        self._chronicle = Chronicle(config, node, self._group)
         self._committer = Committer(coordinator, keys, self._mirror, room, lambda: self._closed)
         self._damaged: tuple[str, ...] = ()
         self._marks = view.Marks()
         self._found: tuple[CommitRef, ...] | None = None
-        self._scanning = False
-        self._commit_running = False
+        self._scanning = self._commit_running = False
         self._wrote_revision = 0
-        self._told_manifest = ""
-        self._told_reason = ""
+        self._told_manifest = self._told_reason = ""
         self._signals: list[int] = []
         self._leaving_since_s: float | None = None
         self._leaving_code = 0
@@ -132,7 +132,7 @@ class Agent:
             self._membership.join(self._damaged, False)
             while (end := self._turn()) is None:
                 pass
-            self._console.end(end.exit_code, end.reason)
+            self._chronicle.end(end.exit_code, end.reason, self._console)
             return end.exit_code
         finally:
             self._close()
@@ -170,6 +170,7 @@ class Agent:
         self._mirror.close()
         self._membership.close()
         self._peers.close()
+        self._chronicle.close()
         self._console.close()
 
     # ------------------------------------------------------------ one turn
@@ -186,6 +187,7 @@ class Agent:
         try:
             event = self._events.get(timeout=TICK_S)
             while True:
+                self._chronicle.took(event)
                 self._take(event)
                 event = self._events.get_nowait()
         except queue.Empty:
@@ -202,6 +204,7 @@ class Agent:
         self._marks = view.observe(self._marks, state, now_s)
         self._follow_head(state)
         end = self._supervise(state, now_s)
+        self._chronicle.look(state, self._membership.me)
         if end is None:
             self._decide(state, now_s)
             self._refill(state)

@@ -73,6 +73,7 @@ class WorkerGroup:
         self._orders: dict[int, ipc.Order] = {}
         """By rank: for workers that have not come to their session yet."""
         self._beacons: dict[int, Beacon] = {}
+        """By rank; another dict for each generation."""
         self._pause_told = False
         self._dismissed_s: float | None = None
         self._since_s = time.monotonic()
@@ -149,7 +150,7 @@ class WorkerGroup:
         self.restore_failed, self.restore_fatal = "", 0
         self._pause_told, self._dismissed_s = False, None
         self._orders.clear()
-        self._beacons.clear()
+        self._beacons = {}
         self._snapshots.begin(generation, me, ranks, sequence, stay)
         self._console.generation(generation, me)
         for slot, rank in enumerate(ranks):
@@ -259,6 +260,14 @@ class WorkerGroup:
 
     def _members(self) -> list[ipc.Channel]:
         return [channel for pid, channel in self._channels.items() if pid in self._rank_of]
+
+    def beacons(self) -> Mapping[int, Beacon]:
+        """By rank, of the generation whose workers run; the mapping of an earlier one stays."""
+        return self._beacons
+
+    def pids(self) -> Mapping[int, int]:
+        """Process ids by rank."""
+        return {rank: pid for pid, rank in self._rank_of.items()}
 
     def reading(self) -> Reading | None:
         """Where the worker that is furthest is."""
