@@ -127,7 +127,7 @@ class Agent:
         try:
             self._mirror.start()
             self._await_end_of_run_before()
-            self._room.bind(self._claim_store)
+            self._room.bind(self._membership.claim_store)
             self._group.listen()
             self._membership.join(self._damaged, False)
             while (end := self._turn()) is None:
@@ -153,15 +153,6 @@ class Agent:
                 revision = state.outcome.mod_revision
                 self._coordinator.transact(schema.begin_run(self._keys, revision))
             time.sleep(TICK_S)
-
-    def _claim_store(self, value: str) -> str:
-        """Puts ``value`` under the job's store key unless one is there; gives the one that is."""
-        txn = schema.claim_store(self._keys, value)
-        if self._coordinator.transact(txn).succeeded:
-            return value
-        state = schema.parse(self._keys, self._coordinator.read(self._keys.store).kvs)
-        assert state.store is not None, "the store key is never removed"
-        return state.store.value
 
     def _close(self) -> None:
         self._closed = True

@@ -116,6 +116,15 @@ class Membership:
         """The lease is over, or joining has failed since: to the others this node is dead."""
         return not self._joined or (self._keeper is not None and self._keeper.lost)
 
+    def claim_store(self, value: str) -> str:
+        """Puts ``value`` under the job's store key unless one is there; gives the one that is."""
+        txn = schema.claim_store(self._keys, value)
+        if self._coordinator.transact(txn).succeeded:
+            return value
+        state = schema.parse(self._keys, self._coordinator.read(self._keys.store).kvs)
+        assert state.store is not None, "the store key is never removed"
+        return state.store.value
+
     def acting_until_s(self) -> float:
         """Monotonic time until which the lease certainly stands."""
         return self._keeper.deadline() if self._keeper else 0.0
