@@ -21,6 +21,7 @@ import numpy.typing as npt
 from paddle_ft.checkpoint.snapshot import Source, nbytes_of
 from paddle_ft.errors import CollectiveFailed, ConfigError
 from paddle_ft.gloo import GlooGroups
+from paddle_ft.health.board import Board
 
 JOIN_TIMEOUT_S = 300.0
 _POLL_INTERVAL_S = 0.01
@@ -35,6 +36,8 @@ class Collective:
         self.world_size = world_size
         self.groups: GlooGroups | None = None
         """Set where the group can be left for another one."""
+        self.board = Board()
+        """Where it is told which collective this rank is in."""
         self._staging: Any = None
 
     @classmethod
@@ -100,10 +103,12 @@ class Collective:
             return
         import paddle.distributed as dist
 
+        self.board.call()
         try:
             dist.all_reduce(tensor)
         except RuntimeError as error:
             raise peer_loss(error, self.rank, "an all-reduce") from error
+        self.board.called()
 
     def sum(self, numbers: list[int]) -> list[int]:
         """``numbers`` summed over all ranks, each for itself. Raises CollectiveFailed."""
@@ -138,10 +143,12 @@ class Collective:
             return
         import paddle.distributed as dist
 
+        self.board.call()
         try:
             dist.broadcast(tensor, root)
         except RuntimeError as error:
             raise peer_loss(error, self.rank, "a broadcast") from error
+        self.board.called()
 
     def broadcast_bytes(self, data: npt.NDArray[np.uint8], root: int) -> None:
         """Overwrites ``data`` with that of ``root``, as long as it. Raises CollectiveFailed."""

@@ -18,6 +18,7 @@ from paddle_ft.agent.worker_env import SESSION_VARIABLE, SessionEnv
 from paddle_ft.checkpoint import plan
 from paddle_ft.collective import Collective
 from paddle_ft.errors import ConfigError
+from paddle_ft.health.board import Board
 from paddle_ft.keeper import AgentKeeper, Keeper, NullKeeper
 from paddle_ft.policies import Rule, parse
 from paddle_ft.progress import Position, Schedule
@@ -37,6 +38,13 @@ class Context:
     """What the launcher has told; None without a launcher."""
     held_s: float = 0.0
     """For how long checkpoints have held training up in this process."""
+    board: Board = field(init=False)
+    """What this rank is doing, for the launcher to see."""
+
+    def __post_init__(self) -> None:
+        self.board = self.collective.board
+        if self.env is not None and self.env.beacon:
+            self.board.move(self.env.beacon)
 
     def take(self, env: Mapping[str, str]) -> None:
         """The launcher has told anew: another generation, and perhaps another rank in it.
@@ -45,6 +53,8 @@ class Context:
         """
         os.environ.update(env)
         self.env = _session_env()
+        if self.env is not None:
+            self.board.move(self.env.beacon)
         now = Collective.from_environment()
         self.collective.rank, self.collective.world_size = now.rank, now.world_size
 

@@ -21,6 +21,7 @@ from paddle_ft.context import Context
 from paddle_ft.errors import EXIT_PAUSED, CollectiveFailed
 from paddle_ft.exits import Leave, say
 from paddle_ft.gloo import GlooGroups, has_other_groups
+from paddle_ft.health.phases import JOINING, LOADING, LOOSE, OUTSIDE
 from paddle_ft.keeper import Keeper
 from paddle_ft.local_state import LocalState, Words
 from paddle_ft.meeting import NOTHING, meet, standing
@@ -165,13 +166,15 @@ class Membership:
             self._load()
         self._join()
         if in_place:
-            self._level()
+            self._level()  # in it ranks wait for each other, and for who gives the state
         else:
             collective.check_same(self.position.step, "step to start from")
         if not self._has_state:
             collective.broadcast_all(self._state.model_tensors().values())
             self._has_state = True
         self.agree(collective.sum_words(self.own_words()))
+        board = self._context.board
+        board.enter(LOOSE if board.loose else OUTSIDE)
 
     def own_words(self) -> Words:
         """This rank's own state in its place, to be summed over the ranks."""
@@ -188,6 +191,7 @@ class Membership:
 
     def _join(self) -> None:
         env = self._context.env
+        self._context.board.enter(JOINING)
         if self._collective.groups is None or env is None:
             self._collective.join()
             return
@@ -198,9 +202,12 @@ class Membership:
     def _load(self) -> None:
         """Takes the state of the checkpoint the generation starts from, if there is one."""
         self._has_state, self.position = False, Position()
+        before = self._context.board.phase
+        self._context.board.enter(LOADING)
         image = self.keeper.restore()
         if image is not None:
             self._put(image)
+        self._context.board.enter(before)
 
     def _put(self, image: Image) -> None:
         self._state.restore(image)

@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 from paddle_ft.context import Context
+from paddle_ft.health.phases import OVER, SAVING
 from paddle_ft.keeper import Keeper
 from paddle_ft.progress import Position
 from paddle_ft.recorder import Recorder
@@ -54,19 +55,25 @@ class Saver:
         """Takes a snapshot, beside training unless the workers ``pause``."""
         if not self._keeper.saves:
             return
+        before = self._context.board.phase
+        self._context.board.enter(SAVING)
         if self._recorder.take(position.step, position.to_meta(), wait=pause, beside=not pause):
             self._schedule.saved(position.step, time.monotonic())
             self._keeper.asked = frozenset()
+        self._context.board.enter(before)
 
     def save_last(self, position: Position) -> None:
         """Returns once the state at the end is safe. Raises Superseded, StoreFull."""
         keeper, step = self._keeper, position.step
         if not keeper.saves:
+            self._context.board.enter(OVER)
             return
+        self._context.board.enter(SAVING)
         self._recorder.wait_copied()
         if step not in (keeper.committed_step, self._recorder.published_step):
             self._recorder.take(step, position.to_meta(), wait=True, beside=False)
         keeper.wait_committed(step)
+        self._context.board.enter(OVER)
 
     def abandon(self) -> None:
         """Throws away what is being copied."""

@@ -175,7 +175,7 @@ class Session:
         self._image, self._position = self._members.image, self._members.position
         how = (self._lr_scheduler, self._lr_step, self._collective, parallel)
         self._update = Update(self._model, self._optimizer, *how)
-        self._streams = Streams(self.rank, self.world_size, not parallel, self._position)
+        self._streams = Streams(self._collective, not parallel, self._position)
         self._saver = Saver(context, self._keeper, self._state, self.global_step)
         self._teller = self._context.teller(self._position)
 

@@ -11,8 +11,10 @@ from dataclasses import fields, replace
 from typing import Any
 
 from paddle_ft import sampling
+from paddle_ft.collective import Collective
 from paddle_ft.errors import ConfigError
 from paddle_ft.feed import Feed, length_of
+from paddle_ft.health.phases import COMPUTE, DATA, LOOSE
 from paddle_ft.progress import Position
 
 
@@ -20,17 +22,19 @@ class Streams:
     """The calls of ``Session.batches``, numbered in their order.
 
     ``weighted``: gradients can be weighted, so the ranks' slices may be of any size.
+    The collective's board is told when data is waited for, and when it is there.
     """
 
-    def __init__(self, rank: int, world_size: int, weighted: bool, position: Position) -> None:
+    def __init__(self, collective: Collective, weighted: bool, position: Position) -> None:
         self.position = position
         self.in_loop = False
         """A batch was handed out and the next one has not been asked for."""
-        self.weight = 1.0 / world_size
+        self.weight = 1.0 / collective.world_size
         """What this rank's gradients of the last step count in those of the global batch."""
-        self._rank = rank
-        self._world_size = world_size
+        self._rank = collective.rank
+        self._world_size = collective.world_size
         self._weighted = weighted
+        self._board = collective.board
         self._calls = 0
         self._feed: Feed | None = None
         self._round: list[sampling.Item] = []
@@ -98,11 +102,14 @@ class Streams:
             if self.position.stream > number:
                 return
             again = False
+            self._board.enter(DATA)
             for data in self._run(number, feed.of(self._rank, self._world_size)):
                 yield data
                 if again := between_rounds():
                     self.kill()
                     break
+                self._board.enter(DATA)
+        self._board.enter(LOOSE)
 
     def _run(self, number: int, feed: Feed) -> Iterator[Any]:
         position = self.position
@@ -121,10 +128,12 @@ class Streams:
             position.advance(item.batch)
             self._round.append(item)
             self.in_loop = True
+            self._board.loose = False
+            self._board.enter(COMPUTE)
             try:
                 yield data
             finally:
-                self.in_loop = False
+                self.in_loop, self._board.loose = False, True
 
     def kill(self) -> None:
         """Ends what loads data beside this process, which is about to end."""

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from paddle_ft.collective import Collective
 from paddle_ft.errors import ConfigError
 from paddle_ft.gradients import Gradients
+from paddle_ft.health.phases import OPTIMIZER, REDUCE
 
 LrStep = Literal["step", "epoch", "manual"]
 
@@ -40,6 +41,7 @@ class Update:
         self._lr_step = lr_step
         self._collective = collective
         self._parallel = parallel
+        self._weight = 0.0
         self._gradients = Gradients(model.parameters(), collective)
 
     @property
@@ -48,10 +50,13 @@ class Update:
 
     def reduce(self, weight: float) -> list[int]:
         """As ``Gradients.reduce``; nothing where there is nobody to sum with."""
+        self._weight = weight
+        self._collective.board.enter(REDUCE)
         return self._gradients.reduce(weight) if self._sums else []
 
     def apply(self, present: Sequence[int], scaler: Any, ends_epoch: bool) -> None:
         """The optimizer's step, with what ``reduce`` gave summed over the ranks."""
+        self._collective.board.enter(OPTIMIZER)
         if self._sums:
             self._gradients.finish(present)
         if scaler is None:
@@ -63,6 +68,7 @@ class Update:
         if steps_lr and self._lr_scheduler is not None:
             self._lr_scheduler.step()
         self.drop()
+        self._collective.board.step(self._weight)
 
     def drop(self) -> None:
         """Clears the gradients."""

@@ -59,6 +59,8 @@ LAYERS = (
             "checkpoint.reshard",
             "checkpoint.retention",
             "health.judge",
+            "health.pace",
+            "health.phases",
             "serve.elect",
             "serve.breaker",
             "serve.rollout",
@@ -76,6 +78,7 @@ LAYERS = (
             "agent.net",
             "agent.tether",
             "observe.events",
+            "health.board",
             "collective",
             "gloo",
             "gradients",
@@ -100,9 +103,13 @@ LAYERS = (
             "standalone",
             "context",
             "streams",
+            "health.*",
         ],
     ),
-    ("fronts", ["launch", "command_line", "cli", "checkpoint.cli", "observe.cli", ""]),
+    (
+        "fronts",
+        ["launch", "command_line", "cli", "checkpoint.cli", "observe.cli", "health.cli", ""],
+    ),
 )
 """Each module belongs to the most exact name that fits; it imports from its own layer or below."""
 

@@ -1,5 +1,7 @@
 """One shared page a worker: where it is, written by the worker without a system call.
 
+The pages behind it in the same file are its board (``health.board``).
+
 The worker owns all fields; the agent only reads. Every field is one aligned 8-byte word, so a
 reader sees each of them whole, though not all of one instant.
 """
@@ -13,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
+from paddle_ft.health.board import BOARD_BYTES
 
 PAGE_BYTES = 4096
 _STEP, _LOSS, _AT, _EPOCH, _SAMPLES, _STEPS_TOTAL = range(6)
@@ -51,10 +55,11 @@ class Beacon:
 
     @classmethod
     def create(cls, path: str | Path) -> Beacon:
-        """A zeroed page at ``path``, readable by this user only."""
+        """Zeroed pages at ``path``, readable by this user only."""
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
         try:
-            os.posix_fallocate(descriptor, 0, PAGE_BYTES)  # or a full disk would be a SIGBUS
+            # Else a full disk would be a SIGBUS.
+            os.posix_fallocate(descriptor, 0, PAGE_BYTES + BOARD_BYTES)
         finally:
             os.close(descriptor)
         return cls(path)

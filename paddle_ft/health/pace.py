@@ -1,0 +1,180 @@
+"""Who is slower than the others, and whether the links have become slower. Pure.
+
+A rank's pace is its busy time of a step: what it does itself, without waiting for others, between
+steps or for a snapshot. Each step gives the logarithm of its ratio to the median of the others;
+uneven slices of a batch are allowed for. The last ``WINDOW`` of these, without a quarter of them at
+either end (collections of garbage, pauses of the machine), are averaged.
+
+Invariant: a rank is named when that average is beyond ``SLOW`` and beyond what the scatter of its
+own steps explains, and cleared only when it is back below half of that; so no single step, and no
+run of up to ``WINDOW`` // 4 bad ones, names anybody.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+WINDOW = 16
+"""Steps that are averaged: a straggler is to be named within 20."""
+SKIPPED = 3
+"""The first steps in a group compile and warm up."""
+SLOW = math.log(1.15)
+SLOW_LINK = math.log(2.0)
+SIGMAS = 5.5
+SCATTER_STEPS = 128
+MIN_EXCESS_S = 0.001
+LINK_HISTORY = 1024
+LINK_LEARNT = 64
+LINK_SHARE = 0.05
+"""Of a step: by less than this a slower link is nobody's business."""
+SNAPSHOT_NOISE_S = 0.0005
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """The average of a rank over its last steps, as other nodes are told of it."""
+
+    rank: int
+    busy_s: float
+    share: float
+    reduce_s: float
+    """The shortest time inside collectives of any rank of the node: nobody waited in it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """What one step of one rank says of its pace."""
+
+    busy_s: float
+    share: float
+    reduce_s: float
+    total_s: float
+    saving_s: float = 0.0
+
+
+class Gauge:
+    """The trimmed mean of the last values, held against what their scatter explains."""
+
+    def __init__(self, threshold: float) -> None:
+        self.named = False
+        self._threshold = threshold
+        self._last: deque[float] = deque(maxlen=WINDOW)
+        self._jumps: deque[float] = deque(maxlen=SCATTER_STEPS)
+
+    @property
+    def mean(self) -> float:
+        return trimmed_mean(self._last) if self._last else 0.0
+
+    def add(self, value: float, counts: bool = True) -> None:
+        """``counts``: the difference is large enough to matter in seconds."""
+        if self._last:
+            self._jumps.append(abs(value - self._last[-1]))
+        self._last.append(value)
+        if len(self._last) < WINDOW:
+            return
+        limit = max(self._threshold, SIGMAS * self._scatter() / math.sqrt(WINDOW))
+        self.named = counts and self.mean > (limit / 2 if self.named else limit)
+
+    def _scatter(self) -> float:
+        """Standard deviation of one value, from the differences of successive ones, which a lasting
+        change does not enlarge."""
+        return median(self._jumps) * 1.4826 / math.sqrt(2)
+
+
+def trimmed_mean(values: Sequence[float] | deque[float]) -> float:
+    """Without a quarter of the values at either end."""
+    ordered = sorted(values)
+    cut = len(ordered) // 4
+    kept = ordered[cut : len(ordered) - cut]
+    return sum(kept) / len(kept)
+
+
+class PaceJudge:
+    """Of the ranks of one group; ``local`` are those whose every step is seen here."""
+
+    def __init__(self, local: Sequence[int]) -> None:
+        self._local = tuple(local)
+        self._gauges = {rank: Gauge(SLOW) for rank in local}
+        self._link = Gauge(SLOW_LINK)
+        self._reduces: deque[float] = deque(maxlen=LINK_HISTORY)
+        self._recent: dict[int, deque[Sample]] = {r: deque(maxlen=WINDOW) for r in local}
+        self._usual_s = 0.0
+        """For the reduction alone."""
+        self._steps = 0
+
+    def step(self, samples: Mapping[int, Sample], others: Sequence[Pace] = ()) -> None:
+        """One step of all local ranks; ``others``: what other nodes last told of theirs."""
+        self._steps += 1
+        if self._steps <= SKIPPED:
+            return
+        if any(s.saving_s > SNAPSHOT_NOISE_S for s in samples.values()):
+            return  # a snapshot was copied beside it
+        for rank in self._local:
+            self._recent[rank].append(samples[rank])
+        self._judge_paces(samples, others)
+        self._judge_links(samples, others)
+
+    @property
+    def slow(self) -> dict[int, float]:
+        """How much longer the slow ranks take than the others, 0.3 for 30 %."""
+        return {r: math.expm1(g.mean) for r, g in self._gauges.items() if g.named}
+
+    @property
+    def slow_links(self) -> float:
+        """How many times longer than usual the reduction takes; 0.0 if it does not."""
+        return math.exp(self._link.mean) if self._link.named else 0.0
+
+    def paces(self) -> tuple[Pace, ...]:
+        """For the other nodes; empty until there is an average."""
+        if any(len(samples) < WINDOW for samples in self._recent.values()):
+            return ()
+        shortest = [min(s) for s in zip(*map(_reduces, self._recent.values()), strict=True)]
+        reduce_s = trimmed_mean(shortest)
+        return tuple(
+            Pace(rank, trimmed_mean([s.busy_s for s in done]), done[-1].share, reduce_s)
+            for rank, done in self._recent.items()
+        )
+
+    def _judge_paces(self, samples: Mapping[int, Sample], others: Sequence[Pace]) -> None:
+        seen = {rank: (s.busy_s, s.share) for rank, s in samples.items()}
+        seen |= {pace.rank: (pace.busy_s, pace.share) for pace in others}
+        if len(seen) < 2:
+            return
+        for rank, gauge in self._gauges.items():
+            busy_s, share = seen[rank]
+            rest = [value for other, value in seen.items() if other != rank]
+            usual_s = median(b for b, _ in rest)
+            ratio = _ratio(busy_s, usual_s)
+            if share > 0 and all(s > 0 for _, s in rest):
+                ratio = min(ratio, _ratio(busy_s / share, median(b / s for b, s in rest)))
+            gauge.add(ratio, math.expm1(gauge.mean) * usual_s > MIN_EXCESS_S)
+
+    def _judge_links(self, samples: Mapping[int, Sample], others: Sequence[Pace]) -> None:
+        """Who comes last to a collective waits for nobody: the shortest time inside is its own."""
+        taken_s = min(s.reduce_s for s in samples.values())
+        taken_s = min([taken_s, *(pace.reduce_s for pace in others)])
+        if taken_s <= 0:
+            return
+        if len(self._reduces) >= LINK_LEARNT:
+            if self._steps % WINDOW == 0 or not self._usual_s:
+                self._usual_s = median(list(self._reduces)[:-WINDOW])
+            usual_s = self._usual_s
+            step_s = median(s.total_s for s in samples.values())
+            excess_s = math.expm1(self._link.mean) * usual_s
+            self._link.add(
+                _ratio(taken_s, usual_s), excess_s > max(MIN_EXCESS_S, LINK_SHARE * step_s)
+            )
+        if not self._link.named:
+            self._reduces.append(taken_s)
+
+
+def _reduces(samples: deque[Sample]) -> list[float]:
+    return [s.reduce_s for s in samples]
+
+
+def _ratio(value_s: float, usual_s: float) -> float:
+    return math.log(max(value_s, 1e-6) / max(usual_s, 1e-6))
