@@ -123,15 +123,13 @@ class WorkerGroup:
         for slot, rank in enumerate(sorted(self._workers)):
             pid, new = self._pool.pid(rank), first + slot
             worn = pid is not None and self._groups.get(pid, 0) >= GROUPS_MAX and new == turn
-            if pid is None or self._workers[rank].exit_code is not None or worn:
+            if pid is None or not self._workers[rank].stays or worn:
                 self._pool.drop(rank)
             else:
                 stay[rank] = new
         self._pool.rename(stay)
         kept = {new: self._workers[old] for old, new in stay.items()}
-        self._workers = {
-            r: replace(w, rank=r, lost_peer="", kind="", reason="") for r, w in kept.items()
-        }
+        self._workers = {rank: replace(w, rank=rank, lost_peer="") for rank, w in kept.items()}
         self._rank_of = {pid: r for r in self._workers if (pid := self._pool.pid(r)) is not None}
         self._turn_to(versioned, me, sequence, stay)
 

@@ -52,6 +52,11 @@ class Worker:
     """When it ended: the last step it had applied; 0 before its first."""
     ended_s: float = 0.0
 
+    @property
+    def stays(self) -> bool:
+        """It runs, and has not said that it is about to leave."""
+        return self.exit_code is None and not self.kind
+
 
 @dataclass(frozen=True, slots=True)
 class Group:
@@ -154,7 +159,8 @@ def status_of(view: LocalView, slots: int = 1) -> NodeStatus:
         return NodeStatus(damaged=view.damaged, ready=ready)
     recovery: Recovery = "restart" if view.restore_failed else group.recovery
     status = _status(view, group)
-    return replace(status, recovery=recovery, alive=group.alive, ready=ready)
+    alive = sum(worker.stays for worker in group.workers)
+    return replace(status, recovery=recovery, alive=alive, ready=ready)
 
 
 def _status(view: LocalView, group: Group) -> NodeStatus:
