@@ -100,6 +100,7 @@ class GlooGroups:
                     return
                 self._shut(soft=rounds < SOFT_ROUNDS)
             self._entered.wait(ROUND_S)
+            self._entered.clear()
             rounds += 1
 
     def _shut(self, soft: bool) -> None:

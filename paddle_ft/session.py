@@ -329,7 +329,7 @@ class Session:
         if self._saver is not None:
             self._saver.abandon()
         self._update.drop()
-        if self._cut_short:
+        if self._cut_short or self._streams.open_batches:
             self._streams.rewind()
             self._state.undo(self._copies)
         self._members.next(self._position)

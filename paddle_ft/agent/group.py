@@ -289,8 +289,11 @@ class WorkerGroup:
                 exit_code=event.exit_code,
                 stopped=event.stopped,
                 ended_s=event.at_s,
-                at_step=self._beacons[rank].read().step if rank in self._beacons else 0,
+                at_step=self._step_of(rank),
             )
+
+    def _step_of(self, rank: int) -> int:
+        return self._beacons[rank].read().step if rank in self._beacons else 0
 
     def said(self, event: Said) -> None:
         channel, message = event.channel, event.message
@@ -308,7 +311,8 @@ class WorkerGroup:
             return
         elif isinstance(message, ipc.LostPeer):
             if channel.generation == self.generation:
-                self._workers[rank] = replace(self._workers[rank], lost_peer=message.reason)
+                worker, at_step = self._workers[rank], self._step_of(rank)
+                self._workers[rank] = replace(worker, lost_peer=message.reason, at_step=at_step)
         else:
             self._workers[rank] = replace(
                 self._workers[rank],

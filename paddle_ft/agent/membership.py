@@ -24,7 +24,9 @@ log = logging.getLogger("paddle_ft")
 STORE_PORTS = 7
 """Ports for the stores of groups that are formed before new ports have been told."""
 PAUSE_S = 0.5
-"""Between two tries of a write that etcd refused or did not answer."""
+"""Between two tries of a write that etcd did not answer."""
+REFUSED_PAUSE_S = 0.02
+"""The same, if etcd has refused it: what changed meanwhile is about to be seen."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +182,7 @@ class Membership:
             if record is not None:
                 self._record = record.value
         if not event.succeeded:
-            self._not_before_s = time.monotonic() + PAUSE_S
+            self._not_before_s = time.monotonic() + (REFUSED_PAUSE_S if event.revision else PAUSE_S)
 
     def close(self) -> None:
         """Gives the lease back: the node's keys are gone at once."""

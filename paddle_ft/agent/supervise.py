@@ -49,7 +49,7 @@ class Worker:
     stopped: bool = False
     """The agent ended it."""
     at_step: int = 0
-    """When it ended: the last step it had applied; 0 before its first."""
+    """When it ended or lost a peer: the last step it had applied; 0 before its first."""
     ended_s: float = 0.0
 
     @property
@@ -196,7 +196,12 @@ def _status(view: LocalView, group: Group) -> NodeStatus:
         if lost is not None:
             reason = f"rank {lost.rank} lost a peer"
             return NodeStatus(
-                "failed", group.generation, reason, collateral=True, damaged=view.damaged
+                "failed",
+                group.generation,
+                reason,
+                collateral=True,
+                failed_at=lost.at_step,
+                damaged=view.damaged,
             )
         return NodeStatus("running", group.generation, damaged=view.damaged)
     paused = [w for w in group.workers if _paused(w)]

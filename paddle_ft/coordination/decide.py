@@ -304,7 +304,8 @@ def _regroup(view: View, trouble: Trouble | None, now_s: float, config: Config) 
     if not survivors:
         trouble = None  # nobody of the generation before is there: another run begins
     history = old if survivors else None
-    failures = failures_within(history, trouble, view.wall_s, job.restart_window_s)
+    on = history is not None and goes_on(state, chosen, trouble)
+    failures = failures_within(history, trouble, view.wall_s, job.restart_window_s, on)
     if trouble is not None and len(failures) > job.max_restart:
         reason = (
             f"workers failed {len(failures)} times within {job.restart_window_s:g} s "

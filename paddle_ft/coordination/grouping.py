@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from paddle_ft.coordination.schema import JobState
 from paddle_ft.coordination.view import Trouble
+from paddle_ft.errors import EXIT_COLLECTIVE
 from paddle_ft.types import Generation, Member, Stumble
 
 LOST_PEER_PATIENCE_S = 0.5
@@ -43,23 +44,28 @@ SAME_FAILURES_MAX = 3
 """So many attempts that end at the same step in the same way: more would end there, too."""
 EARLY_FAILURES_MAX = 2
 """The same, of attempts that do not come to a step at all."""
+LOST_PEERS_MAX = 10
+"""So many groups in a row that break at the same step although nobody has died."""
 OF_THE_SCRIPT = (-4, -6, -7, -8, -11)
 """Ends by SIGILL, SIGABRT, SIGBUS, SIGFPE and SIGSEGV; others come from outside."""
 
 
 def stumble_of(old: Generation | None, trouble: Trouble | None) -> Stumble | None:
     """What the workers' own failure in ``trouble`` comes to, with those before it."""
-    blamed = trouble.blamed if trouble is not None and not trouble.lost else ()
+    if trouble is None or trouble.lost:
+        return None
+    blamed = trouble.failed[:1] if trouble.collateral_only else trouble.blamed
     for record in blamed:
         status = record.status
-        if status.exit_code > 0 or status.exit_code in OF_THE_SCRIPT:
+        if status.collateral or status.exit_code > 0 or status.exit_code in OF_THE_SCRIPT:
             before = old.stumble if old else None
+            exit_code = EXIT_COLLECTIVE if status.collateral else status.exit_code
             same = before is not None and (before.step, before.exit_code) == (
                 status.failed_at,
-                status.exit_code,
+                exit_code,
             )
             nodes = (*(before.nodes if before and same else ()), record.member.node)
-            return Stumble(status.failed_at, status.exit_code, nodes)
+            return Stumble(status.failed_at, exit_code, nodes)
     return None
 
 
@@ -68,6 +74,13 @@ def verdict_on(stumble: Stumble | None) -> str:
     if stumble is None:
         return ""
     times, how = len(stumble.nodes), f"exit code {stumble.exit_code}"
+    if stumble.exit_code == EXIT_COLLECTIVE:
+        if times < LOST_PEERS_MAX:
+            return ""
+        return (
+            f"the workers have lost each other {times} times after step {stumble.step} while all "
+            f"of them lived: look at the network between the nodes"
+        )
     if times < (SAME_FAILURES_MAX if stumble.step else EARLY_FAILURES_MAX):
         return ""
     where = f"after step {stumble.step}" if stumble.step else "before its first step"
@@ -120,11 +133,18 @@ def arrange(
 
 
 def failures_within(
-    old: Generation | None, trouble: Trouble | None, wall_s: float, window_s: float
+    old: Generation | None,
+    trouble: Trouble | None,
+    wall_s: float,
+    window_s: float,
+    in_place: bool,
 ) -> tuple[float, ...]:
-    """Failures that count against --max_restart; losing a node is nobody's failure."""
+    """Failures that count against --max_restart.
+
+    Losing a node is nobody's failure, nor is a group that breaks while all live, in place.
+    """
     recent = tuple(t for t in (old.failures if old else ()) if 0 <= wall_s - t < window_s)
     own = trouble is not None and (
-        trouble.blamed or trouble.collateral_only or trouble.uncommittable
+        trouble.blamed or trouble.uncommittable or (trouble.collateral_only and not in_place)
     )
     return (*recent, wall_s) if own else recent

@@ -25,6 +25,7 @@ from paddle_ft.coordination.schema import JobState
 from paddle_ft.coordination.view import Marks, View, observe
 from paddle_ft.errors import (
     EXIT_CHECKPOINT,
+    EXIT_COLLECTIVE,
     EXIT_COORDINATION,
     EXIT_DONE,
     EXIT_SAME_FAILURE,
@@ -664,3 +665,41 @@ class TestVerdict:
             assert action.outcome.exit_code == EXIT_SAME_FAILURE
         else:
             assert isinstance(action, Propose)
+
+
+class TestLostPeers:
+    """Workers that lose each other although all of them live: in place that is cheap, up to ten."""
+
+    def decided(self, failures: tuple[float, ...], before: Stumble | None) -> Decision:
+        alive = {"generation": 1, "recovery": "in_place", "alive": 1}
+        lost = {"state": "failed", "collateral": True, "failed_at": 4, "reason": "lost a peer"}
+        nodes = {
+            "a.1": record("a1", 1, **alive, **lost),
+            "b.1": record("b1", 2, **alive, state="running"),
+        }
+        members = (member("a1"), member("b1"))
+        generation = Generation(1, members, "h:1", failures=failures, stumble=before)
+        state = JobState(
+            nodes=nodes,
+            leader=Versioned("a.1", 5, 5),
+            generation=Versioned(generation, 6, 6),
+        )
+        config = Config(job=JobConfig(max_restart=1, nodes_min=2, nodes_max=2))
+        marks = Marks(trouble=1, trouble_since_s=NOW_S - 1.0)
+        seen = View("a.1", state, marks, NOW_S + 9, WALL_S, found=())
+        return decide(seen, NOW_S, config)
+
+    def test_they_form_a_group_again_and_nobody_has_failed(self) -> None:
+        action = self.decided((WALL_S - 1,), None).action
+        assert isinstance(action, Propose)
+        generation = action.generation
+        assert generation.since == (1, 1)
+        assert not generation.planned
+        assert generation.failures == (WALL_S - 1,)
+        assert generation.stumble == Stumble(4, EXIT_COLLECTIVE, ("a",))
+
+    def test_after_ten_times_at_one_step_the_network_is_named(self) -> None:
+        action = self.decided((), Stumble(4, EXIT_COLLECTIVE, ("a",) * 9)).action
+        assert isinstance(action, Finish)
+        assert "look at the network between the nodes" in action.outcome.reason
+        assert isinstance(self.decided((), Stumble(3, EXIT_COLLECTIVE, ("a",) * 9)).action, Propose)
