@@ -138,10 +138,16 @@ class Position:
         self.epoch, self.offset = batch.epoch, batch.stop
 
     def steps_total(self) -> int:
-        """Steps at the end of the present stream; 0 if there is none."""
+        """Steps at the end of the present stream; 0 if there is none.
+
+        Of a script that accumulates gradients it is known only after its first step how many
+        batches make one.
+        """
         if self.plan is None:
             return 0
-        return self.step + sampling.steps_left(self.plan, self.epoch, self.offset)
+        batches = sampling.steps_left(self.plan, self.epoch, self.offset)
+        of_one_step = max(1, round(self.batch / self.step)) if self.step else 1
+        return self.step + -(-batches // of_one_step)
 
     def check(self, plan: sampling.Stream) -> None:
         """Raises CheckpointMismatch unless the order of ``plan`` is that of what was begun.

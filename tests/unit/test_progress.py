@@ -89,3 +89,12 @@ def test_another_dataset_seed_or_shuffle_is_refused(plan: sampling.Stream, said:
 def test_another_batch_size_and_more_epochs_are_welcome() -> None:
     position = Position(step=3, plan=sampling.Stream(10, 4, 2, True, 7))
     position.check(sampling.Stream(10, 5, 20, True, 7))
+
+
+def test_the_end_is_told_in_steps_when_batches_are_accumulated() -> None:
+    """30 batches, three to a step, of which two steps are done."""
+    position = Position(step=2, batch=6, epoch=0, offset=24)
+    position.plan = sampling.Stream(120, 4, 1, False, 0)
+    assert position.steps_total() == 10
+    begun = Position(plan=position.plan)
+    assert begun.steps_total() == 30, "not known yet"
