@@ -1,0 +1,117 @@
+"""``make bench-recovery``: what a fault costs, ours and the peers', measured in one run.
+
+python -m bench.recovery [--trials 10] [--slow_trials 2] [--only worker,node,…] [--faults 500]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from importlib import metadata
+from pathlib import Path
+
+from bench import recovery_kinds, recovery_more, recovery_report, report
+from bench.drive import HERE, TORCH_PYTHON
+from bench.recovery_jobs import has_torchft
+from bench.recovery_kinds import Kind
+from bench.recovery_trials import Outcome, Say, run, say_to_stderr
+from bench.storage import clean
+
+PARTS = {
+    "worker": recovery_kinds.WORKER,
+    "node": recovery_kinds.NODE,
+    "hang": recovery_kinds.HANG,
+    "restart": recovery_kinds.RESTART,
+    "join": "",
+    "overhead": "",
+    "many": "",
+    "goodput": "",
+}
+
+
+def torch_versions() -> str:
+    """Versions of what is in .venv-torch, as its own metadata tell."""
+    if not TORCH_PYTHON.exists():
+        return "not installed"
+    found = []
+    for folder in (TORCH_PYTHON.parent.parent / "lib").glob("python*/site-packages"):
+        for d in metadata.distributions(path=[str(folder)]):
+            if d.metadata["Name"] in ("torch", "torchft"):
+                found.append(f"{d.metadata['Name']} {d.version}")
+    return " and ".join(sorted(found)).removeprefix("torch ")
+
+
+def faults(
+    folder: Path, parts: list[str], ours_alone: bool, trials: int, slow_trials: int, say: Say
+) -> tuple[list[Outcome], list[float]]:
+    """The rows of single faults, and the load before each."""
+    groups = {PARTS[p] for p in parts}
+    found: list[Outcome] = []
+    loads: list[float] = []
+    for kind in recovery_kinds.kinds(folder):
+        outcome = kind.outcome
+        if outcome.group not in groups or (ours_alone and outcome.name != "paddle_ft"):
+            continue
+        found.append(outcome)
+        if outcome.not_run:
+            say(f"  {outcome.name}: {outcome.not_run}")
+            continue
+        loads.append(os.getloadavg()[0])
+        run_kind(kind, slow_trials if kind.slow else trials, say)
+    return found, loads
+
+
+def run_kind(kind: Kind, trials: int, say: Say) -> None:
+    say(f"{kind.outcome.group}: {kind.outcome.name}, {kind.outcome.settings}")
+    run(kind.outcome, kind.make, kind.fault, trials, kind.timeout_s, say)
+
+
+def more(folder: Path, parts: list[str], args: argparse.Namespace, say: Say) -> list[report.Row]:
+    rows: list[report.Row] = []
+    torch = has_torchft() and not args.ours
+    if "join" in parts:
+        rows += recovery_more.joining(folder, args.joins, say)
+    if "overhead" in parts:
+        rows.append(recovery_more.overhead(folder, args.rounds, 10.0, say))
+    if "many" in parts:
+        rows += recovery_more.many_faults(folder, args.faults, say)
+    if "goodput" in parts:
+        rows.append(recovery_more.goodput(folder, args.goodput_s, 30.0, torch, say))
+    return rows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.recovery")
+    parser.add_argument("--trials", type=int, default=10, help="faults of each quick row")
+    parser.add_argument("--slow_trials", type=int, default=2, help="of rows that take minutes")
+    parser.add_argument("--faults", type=int, default=30, help="in the one job of many (500)")
+    parser.add_argument("--goodput_s", type=float, default=60.0, help="of each system (600)")
+    parser.add_argument("--joins", type=int, default=3, help="nodes that join, one after another")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each loop for the overhead")
+    parser.add_argument("--ours", action="store_true", help="leave the peers out")
+    parser.add_argument("--only", default=",".join(PARTS), help="parts, separated by commas")
+    parser.add_argument("--out", type=Path, default=HERE.parent / "docs")
+    args = parser.parse_args()
+    parts = args.only.split(",")
+    if unknown := set(parts) - set(PARTS):
+        parser.error(f"there is no part {min(unknown)}: {', '.join(PARTS)}")
+    begin_s = time.monotonic()
+    say = say_to_stderr(begin_s)
+    facts = report.machine(torch_versions())
+    with clean(Path(tempfile.gettempdir()) / f"paddle_ft-bench-{os.getpid()}") as folder:
+        outcomes, loads = faults(folder, parts, args.ours, args.trials, args.slow_trials, say)
+        loads.append(os.getloadavg()[0])
+        rows = more(folder, parts, args, say)
+    recovery_report.write(args.out, facts, outcomes, rows, loads, time.monotonic() - begin_s)
+    say(f"written to {args.out}/bench-recovery.md and .json")
+    missed = [f"{o.name}, {o.settings}" for o in outcomes if o.reached is False]
+    for name in (*missed, *(row.name for row in rows if row.reached is False)):
+        say(f"missed: {name}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

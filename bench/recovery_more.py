@@ -1,0 +1,267 @@
+"""Joining, overhead, many faults in one job, and goodput: what is not one fault and its end."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.recovery_analysis import (
+    intervals,
+    latest,
+    longest_pause,
+    median,
+    useful_share,
+)
+from bench.recovery_jobs import Job, PaddleFT, PaddleLaunch, Stuck, TorchFT, Torchrun
+from bench.recovery_kinds import EVERY, TORCHFT_TUNED, fresh
+from bench.recovery_trials import Say
+from bench.report import Row
+
+GROUP = "Joining, and what it costs when nothing fails"
+LOST = "Many faults in one job"
+MBYTES = 400.0
+JOIN_TIMEOUT_S = 60.0
+
+
+def _started(job: Job) -> None:
+    """Raises Stuck, with the job closed."""
+    try:
+        job.start()
+        job.await_steady()
+    except BaseException:
+        job.close()
+        raise
+
+
+# ---------------------------------------------------------------- joining
+
+
+def join_pauses(parent: Path, mbytes: float, times: int) -> tuple[list[float], list[float], int]:
+    """(longest pauses of the survivors less a step, times of a broadcast, failures); seconds.
+
+    Two nodes run, one of them is killed, and a prepared node takes its place in the group.
+    """
+    arguments = ("--mbytes", str(mbytes)) if mbytes else ()
+    job = PaddleFT(fresh(parent), 2, nodes=2, flags=EVERY, arguments=arguments)
+    pauses: list[float] = []
+    failures = 0
+    _started(job)
+    try:
+        step_s = median(intervals(job.lines))
+        for _ in range(times):
+            victim = next(u for u in job.members() if u != job.leader())
+            at_s = job.kill_unit(victim)
+            if not job.wait(lambda at_s=at_s: _alone(job, at_s, 5), JOIN_TIMEOUT_S):
+                failures += 1
+                break
+            pids = set(latest(job.lines).values())
+            since_s = time.monotonic()
+            job.start_unit(victim)
+            try:
+                job.await_steady(JOIN_TIMEOUT_S)
+            except Stuck:
+                failures += 1
+                break
+            pauses.append(longest_pause(job.lines, pids, since_s) - step_s)
+        told = [p.read_text().split() for p in job.record.glob("broadcast-*.txt")]
+    finally:
+        job.close()
+    return pauses, [max(map(float, each)) for each in zip(*told, strict=True)], failures
+
+
+def _alone(job: Job, since_s: float, steps: int) -> bool:
+    recent = [x for x in job.lines if x.at_s > since_s]
+    return sum(x.world == 1 for x in recent) >= steps
+
+
+def joining(parent: Path, times: int, say: Say) -> list[Row]:
+    say("joining")
+    rows = []
+    for name, mbytes in (("small model", 0.0), (f"{MBYTES:.0f} MB of state", MBYTES)):
+        try:
+            pauses, broadcasts, failures = join_pauses(parent, mbytes, times)
+        except Stuck as stuck:
+            pauses, broadcasts, failures = [], [], 1
+            say(f"  {stuck}")
+        goal = 2.0 if mbytes else 0.5
+        failed = f"{failures} of {len(pauses) + failures} failed"
+        rows.append(
+            Row(
+                GROUP,
+                f"a prepared node joins, {name}: pause of those that are there",
+                "s",
+                pauses,
+                limit=broadcasts[1:],
+                limit_name="one broadcast" if mbytes else "",
+                goal=goal,
+                note=f"{failures} of {len(pauses) + failures} failed" if failures else "",
+            )
+        )
+        say(f"  {name}: {[round(p, 3) for p in pauses]}, broadcast {broadcasts}")
+    return rows
+
+
+# ---------------------------------------------------------------- overhead
+
+
+def overhead(parent: Path, rounds: int, seconds: float, say: Say) -> Row:
+    """Medians of a step of the session loop and of the plain one, in runs that take turns."""
+    say("overhead")
+    ours: list[float] = []
+    plain: list[float] = []
+    makes: tuple[tuple[list[float], Callable[[], Job]], ...] = (
+        (ours, lambda: PaddleFT(fresh(parent), 2, flags=("--checkpoint_every", "never"))),
+        (plain, lambda: PaddleLaunch(fresh(parent), 2)),
+    )
+    for _ in range(rounds):
+        for found, make in makes:
+            job = make()
+            _started(job)
+            try:
+                since_s = time.monotonic()
+                job.wait(lambda: False, seconds)
+                found.append(1e3 * median(intervals(x for x in job.lines if x.at_s > since_s)))
+            finally:
+                job.close()
+    say(f"  ours {ours}, plain {plain} ms")
+    return Row(
+        GROUP, "a step of 50 ms, 2 ranks, session loop", "ms", ours, limit=plain,
+        limit_name="plain loop with one all-reduce, paddle.distributed.launch", goal=1.01,
+        note=f"medians of {seconds:g} s each, in turn",
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------- many faults
+
+
+@dataclass
+class Held:
+    """What a process holds."""
+
+    threads: int
+    descriptors: int
+    rss_bytes: int
+
+    @classmethod
+    def of(cls, pid: int) -> Held | None:
+        with suppress(OSError, ValueError):
+            status = Path(f"/proc/{pid}/status").read_text().splitlines()
+            values = {line.split(":")[0]: line.split()[1] for line in status if ":" in line}
+            rss_bytes = int(values.get("VmRSS", "0")) * 1024
+            return cls(int(values["Threads"]), len(os.listdir(f"/proc/{pid}/fd")), rss_bytes)
+        return None
+
+
+def sample(job: Job) -> dict[str, Held]:
+    """The launcher, and of all workers the most of each."""
+    workers = [h for pid in latest(job.lines).values() if (h := Held.of(pid)) is not None]
+    launcher = Held.of(job.units[0].pid)
+    found = {"launcher": launcher} if launcher is not None else {}
+    if workers:
+        found["worker"] = Held(
+            max(h.threads for h in workers),
+            max(h.descriptors for h in workers),
+            max(h.rss_bytes for h in workers),
+        )
+    return found
+
+
+def many_faults(parent: Path, kills: int, say: Say) -> list[Row]:
+    """``kills`` workers of one job, one after another; what its processes hold before and after."""
+    say(f"{kills} faults in one job")
+    job = PaddleFT(fresh(parent), 2, spares=1, flags=EVERY)
+    _started(job)
+    survived = 0
+    samples = [sample(job)]
+    try:
+        for number in range(kills):
+            job.hurt_worker()
+            job.await_steady(30.0)
+            survived += 1
+            if number % 10 == 9 or number == kills - 1:
+                samples.append(sample(job))
+    except Stuck as stuck:
+        say(f"  after {survived} kills: {stuck}")
+    finally:
+        job.close()
+    rows = [Row(LOST, "kills survived, of one job", "", [survived], goal=kills, sense=">=")]
+    for who in ("launcher", "worker"):
+        seen = [s[who] for s in samples if who in s]
+        if len(seen) < 2:
+            continue
+        for what, scale in (("threads", 1.0), ("descriptors", 1.0), ("rss_bytes", 1e-6)):
+            values = [getattr(h, what) * scale for h in seen]
+            unit = "MB" if what == "rss_bytes" else ""
+            told = "memory" if unit else what
+            rows.append(
+                Row(
+                    LOST,
+                    f"{who}: {told} after, at most",
+                    unit,
+                    [max(values[1:])],
+                    limit=values[:1],
+                    limit_name="before",
+                )  # fmt: skip
+            )
+    return rows
+
+
+# ---------------------------------------------------------------- goodput
+
+
+def goodput(parent: Path, seconds: float, every_s: float, torch: bool, say: Say) -> Row:
+    """Share of useful time with a worker killed every ``every_s``."""
+    say(f"goodput, {seconds:g} s")
+    makes: list[tuple[str, Callable[[], Job]]] = [
+        ("paddle_ft", lambda: PaddleFT(fresh(parent), 2, spares=1, flags=EVERY))
+    ]
+    if torch:
+        makes += [
+            (
+                "torchft tuned",
+                lambda: TorchFT(fresh(parent), 2, lighthouse_flags=TORCHFT_TUNED, timeout_s=1.0),
+            ),
+            ("torchrun", lambda: Torchrun(fresh(parent), 2)),
+        ]
+    found: dict[str, list[float]] = {}
+    for name, make in makes:
+        try:
+            found[name] = [100 * _goodput(make(), seconds, every_s)]
+        except Stuck as stuck:
+            found[name] = [0.0]
+            say(f"  {name}: {stuck}")
+        say(f"  {name}: {found[name]}")
+    ours = found.pop("paddle_ft")
+    return Row(
+        LOST, f"goodput, a kill every {every_s:g} s for {seconds:g} s, 2 ranks", "%", ours,
+        peers=found, goal=97.0, sense=">=",
+        note="steps that count once, by the ranks they were made on, × an undisturbed step / time",
+    )  # fmt: skip
+
+
+def _goodput(job: Job, seconds: float, every_s: float) -> float:
+    _started(job)
+    try:
+        begin_s = time.monotonic()
+        job.wait(lambda: False, 5.0)
+        step_s = median(intervals(x for x in job.lines if x.at_s > begin_s))
+        begin_s = time.monotonic()
+        next_s = begin_s + every_s / 2
+        while (now_s := time.monotonic()) < begin_s + seconds:
+            if now_s >= next_s:
+                pids: dict[int, int] = latest(job.lines)
+                if pids:
+                    job.hurt_worker(rank=max(pids))
+                next_s += every_s
+            until_s = min(next_s, begin_s + seconds)
+            job.wait(lambda until_s=until_s: time.monotonic() >= until_s, every_s + 1)
+            if not job.alive():
+                break
+        end_s = begin_s + seconds
+        return useful_share(job.lines, begin_s, end_s, step_s, job.ranks)
+    finally:
+        job.close()

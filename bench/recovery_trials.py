@@ -1,0 +1,230 @@
+"""Faults in running jobs, one after another: what each cost, and which were not survived."""
+
+from __future__ import annotations
+
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from bench.recovery_analysis import (
+    Resumption,
+    intervals,
+    longest_pause,
+    median,
+    percentile,
+    resumption,
+)
+from bench.recovery_jobs import Job, PaddleFT, Stuck
+
+Say = Callable[[str], None]
+FULL_TIMEOUT_S = 25.0
+"""How long the world may take to be whole again before the job is given up for further trials."""
+
+
+@dataclass
+class Outcome:
+    """What the trials of one kind came to; seconds."""
+
+    group: str
+    name: str
+    settings: str
+    ranks: int
+    found: list[Resumption] = field(default_factory=list)
+    failures: int = 0
+    """Trials that did not resume in time; those of a job that did not even start are among them."""
+    timeout_s: float = 0.0
+    step_s: list[float] = field(default_factory=list)
+    """An undisturbed step, of each job."""
+    joins: list[float] = field(default_factory=list)
+    """Longest pause of those that were there while a node came, less a step."""
+    goal_s: tuple[float, float] | None = None
+    """Of p50 and p99, beyond one step."""
+    note: str = ""
+    not_run: str = ""
+
+    @property
+    def trials(self) -> int:
+        return len(self.found) + self.failures
+
+    def beyond(self) -> list[float]:
+        """Seconds from the fault to a new step on all ranks, less an undisturbed step."""
+        step_s = median(self.step_s) if self.step_s else 0.0
+        return [r.new_s - step_s for r in self.found]
+
+    @property
+    def reached(self) -> bool | None:
+        """None where there is no goal, or nothing was run."""
+        if self.goal_s is None or not self.trials:
+            return None
+        beyond = self.beyond()
+        if self.failures or any(r.redone for r in self.found):
+            return False
+        p50, p99 = self.goal_s
+        return percentile(beyond, 0.5) <= p50 and percentile(beyond, 0.99) <= p99
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "group": self.group,
+            "name": self.name,
+            "settings": self.settings,
+            "ranks": self.ranks,
+            "trials": self.trials,
+            "failures": self.failures,
+            "timeout_s": self.timeout_s,
+            "step_s": [round(s, 4) for s in self.step_s],
+            "new_step_s": [round(r.new_s, 4) for r in self.found],
+            "full_world_s": [None if r.full_s is None else round(r.full_s, 4) for r in self.found],
+            "steps_redone": [r.redone for r in self.found],
+            "join_pause_s": [round(j, 4) for j in self.joins],
+            "goal_s": self.goal_s,
+            "reached": self.reached,
+            "note": self.note,
+            "not_run": self.not_run,
+        }
+
+
+Fault = Callable[[Any], float]
+
+
+def kill_worker(job: Job) -> float:
+    return job.hurt_worker()
+
+
+def stop_worker(job: Job) -> float:
+    return job.hurt_worker(signal.SIGSTOP)
+
+
+def kill_node(job: Job) -> float:
+    return job.kill_unit(random.choice(sorted(job.units)))
+
+
+def kill_member(job: PaddleFT) -> float:
+    """A node that has a place and does not lead."""
+    leader = job.leader()
+    return job.kill_unit(random.choice([u for u in job.members() if u != leader]))
+
+
+def kill_leader(job: PaddleFT) -> float:
+    return job.kill_unit(job.leader())
+
+
+def run(
+    outcome: Outcome,
+    make: Callable[[], Job],
+    fault: Fault,
+    trials: int,
+    timeout_s: float,
+    say: Say,
+) -> Outcome:
+    """``trials`` faults; what does not resume within ``timeout_s`` is a failure and a new job."""
+    outcome.timeout_s = timeout_s
+    job: Job | None = None
+    try:
+        while outcome.trials < trials:
+            if job is None:
+                job = start(make, outcome)
+                if job is None:
+                    say(f"  {outcome.name}, {outcome.ranks} ranks: does not start")
+                    continue
+            if not one(job, outcome, fault, timeout_s):
+                job.close()
+                job = None
+    finally:
+        if job is not None:
+            job.close()
+    say(f"  {outcome.name} ({outcome.settings}), {outcome.ranks} ranks: {in_short(outcome)}")
+    return outcome
+
+
+def start(make: Callable[[], Job], outcome: Outcome) -> Job | None:
+    """A job that runs on all ranks; None, and a failure, if it does not come to that."""
+    job = make()
+    try:
+        job.start()
+        job.await_steady()
+    except Stuck as stuck:
+        outcome.failures += 1
+        outcome.note = str(stuck).partition(";")[0]
+        job.close()
+        return None
+    except BaseException:
+        job.close()
+        raise
+    outcome.step_s.append(median(intervals(job.lines)))
+    return job
+
+
+def one(job: Job, outcome: Outcome, fault: Fault, timeout_s: float) -> bool:
+    """One fault; gives whether the job is fit for another one."""
+    time.sleep(random.uniform(0.0, 0.06))  # at any moment of a step
+    at_s = fault(job)
+    resumed = job.wait(lambda: resumption(job.lines, at_s) is not None, timeout_s)
+    found = resumption(job.lines, at_s)
+    if not resumed or found is None:
+        outcome.failures += 1
+        return False
+    whole = bring_back(job, outcome, at_s)
+    found = resumption(job.lines, at_s)
+    assert found is not None
+    outcome.found.append(found)
+    if not whole:
+        return False
+    try:
+        job.await_steady(FULL_TIMEOUT_S)
+    except Stuck:
+        return False
+    return True
+
+
+def bring_back(job: Job, outcome: Outcome, at_s: float) -> bool:
+    """Starts launchers that were killed; whether the world becomes as large as it was."""
+    for unit, process in list(job.units.items()):
+        if process.poll() is not None and not job.restart_units:
+            job.start_unit(unit)
+
+    def whole() -> bool:
+        found = resumption(job.lines, at_s)
+        return found is not None and found.full_s is not None
+
+    came = job.wait(whole, FULL_TIMEOUT_S)
+    found = resumption(job.lines, at_s)
+    if came and found is not None and found.full_s is not None:
+        note_join(job, outcome, at_s, found)
+    return came
+
+
+def note_join(job: Job, outcome: Outcome, at_s: float, found: Resumption) -> None:
+    """Where the world was smaller for a while: how long those that were there paused for the join.
+
+    A little more is waited for than the first step of the whole world.
+    """
+    assert found.full_s is not None
+    if found.full_s - found.new_s < 0.2:
+        return
+    job.wait(lambda: False, 0.3)
+    pids = {x.pid for x in job.lines if at_s < x.at_s <= at_s + found.new_s}
+    pause_s = longest_pause(job.lines, pids, at_s + found.new_s)
+    with suppress(ValueError):
+        outcome.joins.append(max(pause_s - median(outcome.step_s), 0.0))
+
+
+def in_short(outcome: Outcome) -> str:
+    if not outcome.found:
+        return f"0 of {outcome.trials} resumed"
+    new = [r.new_s for r in outcome.found]
+    return (
+        f"p50 {percentile(new, 0.5):.3f} s, max {max(new):.3f} s, "
+        f"{outcome.failures} of {outcome.trials} failed"
+    )
+
+
+def say_to_stderr(begin_s: float) -> Say:
+    def say(what: str) -> None:
+        sys.stderr.write(f"[{time.monotonic() - begin_s:4.0f} s] {what}\n")
+
+    return say

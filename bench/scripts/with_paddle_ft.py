@@ -1,0 +1,89 @@
+"""The job of the recovery benchmark under ``paddle_ft.launch``.
+
+With ``--parallel`` the model is a ``paddle.DataParallel``, whose workers cannot go on in place.
+With ``--mbytes`` the state has a table of that size that is not trained, and what a broadcast of it
+takes is measured before the first step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import paddle
+from paddle import nn
+from steplog import HIDDEN, SAMPLES, WIDTH, StepLog, parse
+
+import paddle_ft as ft
+
+BROADCASTS = 5
+
+
+class Rows(paddle.io.Dataset):
+    def __init__(self, length: int) -> None:
+        self._length = length
+        self._rows = np.random.default_rng(0).standard_normal((64, WIDTH)).astype("float32")
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> Any:
+        return self._rows[index % 64]
+
+
+class Model(nn.Layer):
+    def __init__(self, mbytes: float) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(WIDTH, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, WIDTH))
+        if mbytes:
+            rows = int(mbytes * 1e6 / 4 / 1000 / 50)
+            self.tables = nn.LayerList([nn.Embedding(rows, 1000) for _ in range(50)])
+            for table in self.tables:
+                table.weight.stop_gradient = True
+
+    def forward(self, x: Any) -> Any:
+        return self.body(x)
+
+
+def time_broadcasts(session: Any, mbytes: float, record: str) -> None:
+    """Seconds of one broadcast of ``mbytes``, several times, from the launcher's first group."""
+    if session.generation != 1 or session.world_size == 1:
+        return
+    tensor = paddle.ones([int(mbytes * 1e6)], dtype="uint8")
+    taken = []
+    for _ in range(BROADCASTS):
+        paddle.distributed.barrier()
+        start_s = time.perf_counter()
+        paddle.distributed.broadcast(tensor, 0)
+        taken.append(time.perf_counter() - start_s)
+    told = " ".join(f"{t:.5f}" for t in taken)
+    (Path(record) / f"broadcast-{session.rank}.txt").write_text(told)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--parallel", action="store_true")
+    given = parse(parser)
+    paddle.seed(0)
+    model: Any = Model(given.mbytes)
+    if given.parallel:
+        paddle.distributed.init_parallel_env()
+        model = paddle.DataParallel(model)
+    trained = [p for p in model.parameters() if not p.stop_gradient]
+    optimizer = paddle.optimizer.Adam(1e-3, parameters=trained)
+    log = StepLog(given.record)
+    with ft.session(model=model, optimizer=optimizer) as session:
+        if given.mbytes:
+            time_broadcasts(session, given.mbytes, given.record)
+        for x in session.batches(Rows(given.steps * SAMPLES), batch_size=SAMPLES):
+            time.sleep(given.sleep_s)
+            model(x).square().mean().backward()
+            if session.step():
+                log.applied(session.rank, session.world_size, session.global_step)
+
+
+if __name__ == "__main__":
+    main()
