@@ -7,6 +7,9 @@ PYTHON ?= python3
 PADDLE ?= paddlepaddle==3.3.1
 JOBS ?= 2
 SEEDS ?= 20000
+TRIALS ?= 10
+FAULTS ?= 30
+GOODPUT_S ?= 60
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -17,7 +20,7 @@ STAMPTORCH := .venv-torch/.made-for
 PIP := install -qq --disable-pip-version-check --no-input
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-2.6 setup-torch bench-checkpoint demo test lint test-slow test-2.6 sim chaos-checkpoint clean
+.PHONY: help setup setup-2.6 setup-torch bench-checkpoint bench-recovery demo test lint test-slow test-2.6 sim chaos-checkpoint clean
 
 help:
 	@sed -n 's/^\([a-z][a-z0-9.-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 12
@@ -50,13 +53,16 @@ $(STAMP26): pyproject.toml Makefile
 setup-torch: $(STAMPTORCH) ## build .venv-torch, for the rows of PyTorch in the benchmark
 
 $(STAMPTORCH): Makefile
-	@echo "setup-torch: building .venv-torch with PyTorch for the CPU"
+	@echo "setup-torch: building .venv-torch with PyTorch for the CPU and torchft"
 	@test -x .venv-torch/bin/python || $(PYTHON) -m venv .venv-torch
-	@.venv-torch/bin/python -m pip $(PIP) "torch==2.13.0" numpy
+	@.venv-torch/bin/python -m pip $(PIP) "torch==2.13.0" "torchft==0.2.0" numpy
 	@touch $(STAMPTORCH)
 
 bench-checkpoint: setup ## checkpoints against dd, boto3, memcpy, paddle.save and PyTorch, into docs/
 	@$(BIN)/python -m bench.checkpoint
+
+bench-recovery: setup ## recovery against paddle.distributed.launch, torchrun and torchft, into docs/
+	@$(BIN)/python -m bench.recovery --trials $(TRIALS) --faults $(FAULTS) --goodput_s $(GOODPUT_S)
 
 demo: setup ## train digits on two ranks, kill one worker, compare the weights
 	@$(BIN)/python examples/demo.py

@@ -190,7 +190,7 @@ def _node(parent: Path) -> Iterator[Kind]:
 
 def _hang(parent: Path) -> Iterator[Kind]:
     outcome = Outcome(HANG, "paddle_ft", "--spares 1", 2)
-    if importlib.util.find_spec("paddle_ft.health") is None:
+    if importlib.util.find_spec("paddle_ft.health.monitor") is None:
         outcome.not_run = "not run: there is no health monitor yet"
     yield Kind(
         outcome,

@@ -98,7 +98,7 @@ def joining(parent: Path, times: int, say: Say) -> list[Row]:
                 limit=broadcasts[1:],
                 limit_name="one broadcast" if mbytes else "",
                 goal=goal,
-                note=f"{failures} of {len(pauses) + failures} failed" if failures else "",
+                note=failed if failures else "",
             )
         )
         say(f"  {name}: {[round(p, 3) for p in pauses]}, broadcast {broadcasts}")
@@ -205,7 +205,7 @@ def many_faults(parent: Path, kills: int, say: Say) -> list[Row]:
                     [max(values[1:])],
                     limit=values[:1],
                     limit_name="before",
-                )  # fmt: skip
+                )
             )
     return rows
 

@@ -74,11 +74,11 @@ def main() -> None:
         model = paddle.DataParallel(model)
     trained = [p for p in model.parameters() if not p.stop_gradient]
     optimizer = paddle.optimizer.Adam(1e-3, parameters=trained)
-    log = StepLog(given.record)
+    log, rows = StepLog(given.record), Rows(given.steps * SAMPLES)
     with ft.session(model=model, optimizer=optimizer) as session:
         if given.mbytes:
             time_broadcasts(session, given.mbytes, given.record)
-        for x in session.batches(Rows(given.steps * SAMPLES), batch_size=SAMPLES):
+        for x in session.batches(rows, batch_size=SAMPLES):
             time.sleep(given.sleep_s)
             model(x).square().mean().backward()
             if session.step():
