@@ -22,6 +22,7 @@ from paddle_ft.config import EtcdConfig
 from paddle_ft.coordination import schema
 from paddle_ft.coordination.view import find_trouble, live_nodes
 from paddle_ft.errors import ConfigError, MembersMissing, PaddleFTError
+from paddle_ft.health.cli import health
 
 app = typer.Typer(
     name="paddle-ft",
@@ -53,6 +54,7 @@ _ckpt = typer.Typer(
 )
 _ckpt.callback()(lambda: None)
 app.add_typer(_ckpt, name="ckpt")
+app.command()(health)
 
 
 def _tell_version(wanted: bool) -> None:

@@ -158,10 +158,26 @@ class CheckpointConfig(_Group):
         return self
 
 
+class HealthConfig(_Group):
+    """When a worker that stands still is ended, and a node is no longer asked."""
+
+    enabled: bool = True
+    hang_floor_s: float = Field(1.0, gt=0)
+    """A worker that the others wait for may take 3 times as long as the slowest normal step, and so
+    much more."""
+    hang_cap_s: float = Field(600.0, gt=0)
+    """The bound for what has not been seen often enough to know how long it takes (the first steps,
+    an evaluation), and the largest one."""
+    quarantine_after: int = Field(3, ge=0)
+    """So many hung workers within ``quarantine_window_s`` put a node in quarantine; 0: never."""
+    quarantine_window_s: float = Field(3600.0, gt=0)
+
+
 class Config(_Group):
     job: JobConfig = JobConfig()
     etcd: EtcdConfig = EtcdConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    health: HealthConfig = HealthConfig()
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,7 +313,9 @@ def allowed(path: str) -> str:
         return " or ".join(json.dumps(choice) for choice in get_args(kind))
     if kind is str and field.metadata:
         return "1 to 100 letters, digits, dots, hyphens and _, the first a letter or a digit"
-    words = {int: "a whole number", float: "a number", str: "text"}.get(kind, "a list of texts")
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}.get(
+        kind, "a list of texts"
+    )
     for limit in field.metadata:
         for name, word in (("ge", "from"), ("gt", "above"), ("le", "to")):
             bound = getattr(limit, name, None)

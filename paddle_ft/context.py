@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -18,6 +19,7 @@ from paddle_ft.agent.worker_env import SESSION_VARIABLE, SessionEnv
 from paddle_ft.checkpoint import plan
 from paddle_ft.collective import Collective
 from paddle_ft.errors import ConfigError
+from paddle_ft.health import stacks
 from paddle_ft.health.board import Board
 from paddle_ft.keeper import AgentKeeper, Keeper, NullKeeper
 from paddle_ft.policies import Rule, parse
@@ -45,6 +47,8 @@ class Context:
         self.board = self.collective.board
         if self.env is not None and self.env.beacon:
             self.board.move(self.env.beacon)
+        if self.env is not None:
+            stacks.install(Path(self.env.socket).parent)
 
     def take(self, env: Mapping[str, str]) -> None:
         """The launcher has told anew: another generation, and perhaps another rank in it.

@@ -61,6 +61,7 @@ LAYERS = (
             "health.judge",
             "health.pace",
             "health.phases",
+            "health.quarantine",
             "serve.elect",
             "serve.breaker",
             "serve.rollout",

@@ -49,6 +49,7 @@ from paddle_ft.coordination.decide import decide
 from paddle_ft.coordination.kv import Coordinator
 from paddle_ft.coordination.mirror import JobMirror
 from paddle_ft.errors import EXIT_SIGINT, EXIT_SIGTERM, CoordinationError
+from paddle_ft.health.monitor import HealthMonitor
 from paddle_ft.types import CommitRef, Head
 
 log = logging.getLogger("paddle_ft")
@@ -104,6 +105,8 @@ class Agent:
         self._snapshots = SnapshotKeeper(room, shared_dir, config.checkpoint.buffers, self._emit)
         self._group = WorkerGroup(config, command, run_dir, self._snapshots, console, self._emit)
         self._chronicle = Chronicle(config, node, self._group)
+        health = (node, run_dir, self._group, self._chronicle.log, self._wake)
+        self._health = HealthMonitor(config, *health)
         self._committer = Committer(coordinator, keys, self._mirror, room, lambda: self._closed)
         self._damaged: tuple[str, ...] = ()
         self._marks = view.Marks()
@@ -156,6 +159,7 @@ class Agent:
 
     def _close(self) -> None:
         self._closed = True
+        self._health.close()
         self._group.close()
         self._snapshots.close()
         self._mirror.close()
@@ -196,6 +200,7 @@ class Agent:
         self._follow_head(state)
         end = self._supervise(state, now_s)
         self._chronicle.look(state, self._membership.me)
+        self._health.look(state, self._membership)
         if end is None:
             self._decide(state, now_s)
             self._refill(state)

@@ -48,6 +48,7 @@ class Beacon:
     """Maps ``path``; the agent creates it with ``create``, the worker opens and writes it."""
 
     def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
         with open(path, "r+b") as file:
             self._map = mmap.mmap(file.fileno(), PAGE_BYTES)
         self._words = np.frombuffer(self._map, dtype=np.float64)

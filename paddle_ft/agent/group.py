@@ -235,6 +235,12 @@ class WorkerGroup:
         self._pause_told = self._pause_told or gently
         self._pool.stop(gently=gently)
 
+    def blame(self, rank: int, pid: int, reason: str) -> None:
+        """Ends a worker that hangs; nothing if ``rank`` is another process by now."""
+        if self._rank_of.get(pid) == rank and self._workers[rank].exit_code is None:
+            self._workers[rank] = replace(self._workers[rank], reason=reason)
+            self._pool.kill(rank)
+
     def dismiss(self, generation: int) -> None:
         """The workers leave at the step after which their group goes on without them."""
         self._dismissed_s = time.monotonic()

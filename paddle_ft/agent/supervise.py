@@ -253,7 +253,8 @@ def describe_end(worker: Worker) -> str:
             name = signal.Signals(-code).name
         except ValueError:
             name = f"signal {-code}"
-        return f"rank {worker.rank} was killed by {name}"
+        why = f" ({worker.reason})" if worker.reason else ""
+        return f"rank {worker.rank} was killed by {name}{why}"
     told = f": {worker.reason}" if worker.reason else ""
     if _wordless(worker):
         told = " in the middle of its session"

@@ -153,6 +153,12 @@ class WorkerPool:
                     timer.daemon = True
                     timer.start()
 
+    def kill(self, rank: int) -> None:
+        """Ends the worker of ``rank`` as a failure of its own."""
+        running = self._ranks.get(rank)
+        if running is not None:
+            _signal_group(running.process, signal.SIGKILL)
+
     def drop(self, rank: int) -> None:
         """Ends the worker of ``rank``, if it has not ended, and forgets it."""
         running = self._ranks.pop(rank, None)

@@ -14,6 +14,7 @@ simulator breaks when one of these comparisons is left out (tests/sim/test_fence
     /paddle_ft/<job>/parts/<gen>/<step>/<member>  Part         written by that member
     /paddle_ft/<job>/quarantine/<node>            reason
     /paddle_ft/<job>/drain/<node>.<incarnation>   asked to leave; leased with the node itself
+    /paddle_ft/<job>/health/<node>.<incarnation>  HealthRecord leased, written by that node only
     /paddle_ft/<job>/outcome                      Outcome      written by the leader
 """
 
@@ -25,6 +26,7 @@ from functools import lru_cache
 from typing import Any, TypeVar
 
 from paddle_ft.coordination.kv import Compare, Delete, KeyValue, Put, Transaction
+from paddle_ft.health.judge import HealthRecord
 from paddle_ft.types import (
     Generation,
     Head,
@@ -86,6 +88,10 @@ class Keys:
         return f"{self.prefix}outcome"
 
     @property
+    def health(self) -> str:
+        return f"{self.prefix}health/"
+
+    @property
     def drain(self) -> str:
         return f"{self.prefix}drain/"
 
@@ -107,6 +113,8 @@ class JobState:
     quarantine: frozenset[str] = frozenset()
     drain: frozenset[str] = frozenset()
     """Members that were asked to leave by ``paddle-ft drain``."""
+    health: Mapping[str, Versioned[HealthRecord]] = field(default_factory=dict)
+    """By member id."""
     store: Versioned[str] | None = None
     outcome: Versioned[Outcome] | None = None
     live: Mapping[str, Versioned[NodeRecord]] = field(init=False)
@@ -159,6 +167,7 @@ def parse(keys: Keys, kvs: Iterable[KeyValue]) -> JobState:
     parts: list[Part] = []
     quarantine: set[str] = set()
     drain: set[str] = set()
+    health: dict[str, Versioned[HealthRecord]] = {}
     single: dict[str, KeyValue] = {}
     for kv in kvs:
         name = kv.key[len(keys.prefix) :]
@@ -166,6 +175,8 @@ def parse(keys: Keys, kvs: Iterable[KeyValue]) -> JobState:
             nodes[name[6:]] = _versioned(NodeRecord, kv)
         elif name.startswith("parts/"):
             parts.append(_decoded(Part, kv))
+        elif name.startswith("health/"):
+            health[name[len("health/") :]] = _versioned(HealthRecord, kv)
         elif name.startswith("drain/"):
             drain.add(name[len("drain/") :])
         elif name.startswith("quarantine/"):
@@ -184,6 +195,7 @@ def parse(keys: Keys, kvs: Iterable[KeyValue]) -> JobState:
         parts=tuple(sorted(parts, key=lambda p: (p.generation, p.step, p.member))),
         quarantine=frozenset(quarantine),
         drain=frozenset(drain),
+        health=health,
     )
 
 
@@ -228,6 +240,32 @@ def update_record(keys: Keys, record: NodeRecord, lease: int, mod_revision: int)
     return Transaction(
         (Compare(key, "mod_revision", mod_revision),), (Put(key, encode(record), lease),)
     )
+
+
+def tell_health(
+    keys: Keys, node: Versioned[NodeRecord], record: HealthRecord, lease: int
+) -> Transaction:
+    """What a node tells of its ranks; refused once the node is gone from the job."""
+    member_id = node.value.member.id
+    return Transaction(
+        (Compare(keys.node(member_id), "create_revision", node.create_revision),),
+        (Put(keys.health + member_id, encode(record), lease),),
+    )
+
+
+def quarantine(keys: Keys, node: str, reason: str, fences: Fences) -> Transaction:
+    """Nothing runs on ``node`` from now on, until a person lifts it."""
+    key = keys.quarantine + node
+    return Transaction(
+        (*fences.compares(keys), Compare(key, "create_revision", 0)),
+        (Put(key, reason.encode()),),
+    )
+
+
+def lift_quarantine(keys: Keys, node: str, mod_revision: int) -> Transaction:
+    """Of the quarantine that was written at ``mod_revision``, not of a later one."""
+    key = keys.quarantine + node
+    return Transaction((Compare(key, "mod_revision", mod_revision),), (Delete(key),))
 
 
 def ask_to_leave(keys: Keys, record: Versioned[NodeRecord]) -> Transaction:

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from paddle_ft.health.pace import Pace, same_paces
 from paddle_ft.health.phases import (
     COMPUTE,
     DATA,
@@ -97,6 +98,33 @@ class Verdict:
     since_s: float
     """How long ago it began."""
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class HealthRecord:
+    """Value of ``health/<member>``: what a node tells of its ranks, when something has changed."""
+
+    generation: int
+    rows: tuple[Row, ...] = ()
+    verdicts: tuple[Verdict, ...] = ()
+    waiting: Waiting | None = None
+    paces: tuple[Pace, ...] = ()
+    blamed: tuple[float, ...] = ()
+    """When ranks of this node were ended because they hung: seconds since 1970, its own clock."""
+
+    def says_as(self, other: HealthRecord) -> bool:
+        """Whether there is no need to tell both: figures that change all the time do not count."""
+        return (
+            self.generation == other.generation
+            and self.blamed == other.blamed
+            and _heads(self) == _heads(other)
+            and same_paces(self.paces, other.paces)
+        )
+
+
+def _heads(record: HealthRecord) -> tuple[object, ...]:
+    number = record.waiting.number if record.waiting else -1
+    return (number, *((v.kind, v.rank) for v in record.verdicts))
 
 
 @dataclass(slots=True)

@@ -32,6 +32,7 @@ LINK_LEARNT = 64
 LINK_SHARE = 0.05
 """Of a step: by less than this a slower link is nobody's business."""
 SNAPSHOT_NOISE_S = 0.0005
+PACE_CHANGE = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +55,16 @@ class Sample:
     reduce_s: float
     total_s: float
     saving_s: float = 0.0
+
+
+def same_paces(one: Sequence[Pace], other: Sequence[Pace]) -> bool:
+    """Whether they differ by no more than ``PACE_CHANGE``."""
+    if [p.rank for p in one] != [p.rank for p in other]:
+        return False
+    return all(
+        abs(_ratio(a.busy_s, b.busy_s)) < PACE_CHANGE and a.share == b.share
+        for a, b in zip(one, other, strict=True)
+    )
 
 
 class Gauge:

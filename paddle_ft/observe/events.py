@@ -22,6 +22,8 @@ Each line has ``run`` (which life of which launcher), ``kind``, ``wall_s`` (sinc
                     CLOCK_MONOTONIC of it, and how long checkpoints have held training up since the
                     generation began
     lost_peer       rank, pid, generation, reason
+    hung            rank, pid, generation, collective, still_s, reason   it is ended
+    pace            rank (-1: the links), generation, slower    named as slow; 0: not any more
     farewell        rank, pid, why, reason, step  a worker says why it is about to end
     worker_ended    rank (None: in reserve), pid, exit_code, signal (0: none), stopped (by us)
     stored          generation, step, ok          this node's part of a snapshot is written, or not

@@ -1,0 +1,33 @@
+"""Which node is not to be asked any more. Pure.
+
+Invariant: the job keeps at least its minimum of nodes, and the leader never bars itself.
+"""
+
+from __future__ import annotations
+
+from paddle_ft.config import HealthConfig
+from paddle_ft.coordination.schema import JobState
+
+
+def due(
+    state: JobState, me: str, wall_s: float, config: HealthConfig, nodes_min: int
+) -> tuple[str, str] | None:
+    """Node and reason, if a node has had too many hung workers; None if none has.
+
+    Args:
+        me: the leader.
+        wall_s: seconds since 1970.
+    """
+    if not config.quarantine_after:
+        return None
+    staying = [m for m, r in state.live.items() if not r.value.leaving]
+    for member in sorted(staying):
+        record = state.health.get(member)
+        if record is None or member == me or len(staying) <= nodes_min:
+            continue
+        recent = [t for t in record.value.blamed if wall_s - t < config.quarantine_window_s]
+        if len(recent) >= config.quarantine_after:
+            node = state.live[member].value.member.node
+            minutes = config.quarantine_window_s / 60
+            return node, f"{len(recent)} of its workers hung within {minutes:g} min"
+    return None
