@@ -9,7 +9,14 @@ import sys
 
 import pytest
 
-from paddle_ft.agent.net import ELSEWHERE, PORTS, NodeName, address_towards, free_ports
+from paddle_ft.agent.net import (
+    ELSEWHERE,
+    PORTS,
+    NodeName,
+    _at_random,
+    address_towards,
+    free_ports,
+)
 from paddle_ft.errors import ConfigError
 
 
@@ -19,6 +26,11 @@ def test_ports_are_free_different_and_out_of_the_kernels_way() -> None:
     assert all(port in PORTS for port in ports)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", ports[0]))
+
+
+def test_every_port_is_tried_before_there_is_none() -> None:
+    assert sorted(_at_random(PORTS)) == list(PORTS)
+    assert sorted(_at_random(range(7, 11))) == [7, 8, 9, 10]
 
 
 def test_an_address_of_another_machine_is_refused() -> None:
