@@ -11,9 +11,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import itertools
-import json
 import os
-import random
 import shutil
 import signal
 import struct
@@ -33,53 +31,12 @@ from paddle_ft.config import CheckpointConfig
 from paddle_ft.errors import CheckpointDamaged, StoreError
 from paddle_ft.types import CommitRef
 from tests.chaos.checkpoint_leader import Leader, holds, state_of
+from tests.chaos.tally import RUNS, Tally, repeated
 from tests.contract.store_fixtures import Bucket, served_bucket
 from tests.integration.fault_proxy import FaultProxy
 from tests.integration.s3_server import S3Server
 
-RUNS = int(os.environ.get("CHAOS_RUNS", "50"))
-SEED = int(os.environ.get("CHAOS_SEED", "1"))
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
-
-
-class Tally:
-    """What happened in the repetitions of one fault; a row of the table."""
-
-    def __init__(self, fault: str) -> None:
-        self.fault = fault
-        self.runs = self.saves = self.refused = self.loads = 0
-        self.said: set[str] = set()
-        """Sentences of the refusals, where the test wants to see them."""
-        self.began_s = time.monotonic()
-
-    def check(self, store: Store, acknowledged: int, begun: int) -> None:
-        """The newest marker is of ``acknowledged``, or of the one that had ``begun``; it and all
-        older ones hold what was saved."""
-        head = commit.newest_head(store)
-        if head is None:
-            assert acknowledged == 0
-            return
-        assert acknowledged <= head.newest.step <= max(begun, acknowledged)
-        for ref in (head.newest, *head.lineage):
-            assert holds(store, ref), ref
-            self.loads += 1
-
-    def write(self) -> None:
-        row = {k: v for k, v in vars(self).items() if k not in ("began_s", "said")}
-        row["seconds"] = round(time.monotonic() - self.began_s)
-        row["seed"] = SEED
-        print(row)
-        if place := os.environ.get("CHAOS_REPORT"):
-            Path(place).mkdir(parents=True, exist_ok=True)
-            (Path(place) / f"{self.fault}.json").write_text(json.dumps(row))
-
-
-@contextlib.contextmanager
-def repeated(fault: str) -> Iterator[tuple[Tally, random.Random]]:
-    tally = Tally(fault)
-    yield tally, random.Random(f"{SEED} {fault}")
-    assert tally.runs >= RUNS
-    tally.write()
 
 
 class Writer:
