@@ -17,6 +17,7 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from paddle_ft import launch as launcher
+from paddle_ft.chaos.cli import chaos_app
 from paddle_ft.command_line import version
 from paddle_ft.config import EtcdConfig
 from paddle_ft.coordination import schema
@@ -55,6 +56,7 @@ _ckpt = typer.Typer(
 _ckpt.callback()(lambda: None)
 app.add_typer(_ckpt, name="ckpt")
 app.command()(health)
+app.add_typer(chaos_app, name="chaos")
 
 
 def _tell_version(wanted: bool) -> None:

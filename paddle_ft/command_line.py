@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from paddle_ft import policies
+from paddle_ft.chaos import plan as chaos_plan
+from paddle_ft.chaos.plan import Plan
 from paddle_ft.config import Loaded, load
 from paddle_ft.errors import ConfigError
 
@@ -61,6 +63,7 @@ class Command:
     notes: tuple[str, ...]
     quiet: bool
     print_config: bool
+    chaos: Plan | None = None
 
 
 class _Parser(argparse.ArgumentParser):
@@ -113,6 +116,8 @@ _FLAGS = (
      "they have in memory, where the script allows it; restart: all are started again (in_place)")),
     ("fault tolerance", "--master", "ADDRESS", ("etcd://host:port is the same as --etcd; a plain "
      "host:port is not needed")),
+    ("other", "--chaos", "PLAN", ("hurt this job on purpose, as in kill-worker@30s,"
+     "stop-worker@60s:for=2s, and report what came of it")),
     ("other", "--config", "FILE", ("TOML file of settings, as configs/default.toml; flags win "
      "over it")),
     ("other", "--print_config", "", "print every setting and where it came from, and end"),
@@ -187,7 +192,8 @@ def parse(arguments: Sequence[str], environ: dict[str, str]) -> Command:
     flags = {path: f"--{name}" for name, path in _DIRECT.items()}
     loaded = load(values, environ, given.config, flags)
     worker = ("-m", *given.script) if given.module else tuple(given.script)
-    return Command(loaded, worker, tuple(notes), given.quiet, given.print_config)
+    chaos = chaos_plan.of_own_job(given.chaos) if given.chaos else None
+    return Command(loaded, worker, tuple(notes), given.quiet, given.print_config, chaos)
 
 
 _DIRECT = {

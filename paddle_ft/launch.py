@@ -89,6 +89,13 @@ def run(command: Command) -> int:
             console=console,
             tend=embedded.revive if embedded else lambda: None,
         )
+        if command.chaos is not None:
+            from paddle_ft.chaos.drive import own_chaos
+
+            log_dir = config.job.log_dir
+            stack.enter_context(
+                own_chaos(command.chaos, name.name, os.getpid(), log_dir, console.say)
+            )
         exit_code = agent.run()
         room.drain(config.job.stop_grace_s, console.say)
         if embedded is not None:

@@ -49,6 +49,8 @@ LAYERS = (
             "coordination.endpoints",
             "agent.supervise",
             "agent.worker_env",
+            "chaos.plan",
+            "chaos.report",
             "checkpoint.backlog",
             "checkpoint.boxes",
             "checkpoint.content",
@@ -90,6 +92,8 @@ LAYERS = (
         "shells",
         [
             "agent.*",
+            "chaos",
+            "chaos.*",
             "session",
             "state",
             "nested",
@@ -109,7 +113,17 @@ LAYERS = (
     ),
     (
         "fronts",
-        ["launch", "command_line", "cli", "checkpoint.cli", "observe.cli", "health.cli", ""],
+        [
+            "launch",
+            "command_line",
+            "cli",
+            "checkpoint.cli",
+            "observe.cli",
+            "health.cli",
+            "chaos.cli",
+            "chaos.run",
+            "",
+        ],
     ),
 )
 """Each module belongs to the most exact name that fits; it imports from its own layer or below."""
