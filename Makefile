@@ -20,7 +20,7 @@ STAMPTORCH := .venv-torch/.made-for
 PIP := install -qq --disable-pip-version-check --no-input
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-2.6 setup-torch bench-checkpoint bench-recovery demo test lint test-slow test-2.6 sim chaos-checkpoint clean
+.PHONY: help setup setup-2.6 setup-torch bench-checkpoint bench-recovery demo test lint test-slow test-2.6 sim chaos chaos-checkpoint clean
 
 help:
 	@sed -n 's/^\([a-z][a-z0-9.-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 12
@@ -88,9 +88,13 @@ sim: setup ## SEEDS=20000 runs of the simulated cluster, on two cores
 	$(BIN)/python -m tests.sim.run --from $$half --seeds $$(( $(SEEDS) - half )); second=$$?; \
 	wait $$first && exit $$second
 
-chaos-checkpoint: setup ## every fault of the store, 50 times at random; a quarter of an hour
+chaos: setup ## FAULTS=30 random faults on real launchers, weights compared with an undisturbed run
+	@FAULTS=$(FAULTS) $(BIN)/python -m pytest -n 0 -s -m slow tests/chaos/test_faults.py
+
+chaos-checkpoint: setup ## every fault of store, workers, launchers, 50 times at random; 20 minutes
 	@rows=$$(mktemp -d -t paddle_ft-chaos-XXXXXX); \
-	CHAOS_REPORT=$$rows $(BIN)/python -m pytest -n $(JOBS) -m slow tests/chaos/test_checkpoint_store.py; \
+	CHAOS_REPORT=$$rows $(BIN)/python -m pytest -n $(JOBS) -m slow tests/chaos/test_checkpoint_store.py \
+	  tests/chaos/test_checkpoint_job.py; \
 	result=$$?; $(BIN)/python -m tests.chaos.report $$rows; rm -rf $$rows; exit $$result
 
 clean: ## remove what builds and runs left, but not the environments

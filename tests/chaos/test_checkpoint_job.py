@@ -28,7 +28,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.paddle,
     pytest.mark.etcd,
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(1500),
 ]
 
 KEPT = 20
