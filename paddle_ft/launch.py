@@ -12,7 +12,7 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -89,19 +89,24 @@ def run(command: Command) -> int:
             console=console,
             tend=embedded.revive if embedded else lambda: None,
         )
-        if command.chaos is not None:
-            from paddle_ft.chaos.drive import own_chaos
-
-            log_dir = config.job.log_dir
-            stack.enter_context(
-                own_chaos(command.chaos, name.name, os.getpid(), log_dir, console.say)
-            )
+        stack.enter_context(_chaos(command, name.name, console.say))
         exit_code = agent.run()
         room.drain(config.job.stop_grace_s, console.say)
         if embedded is not None:
             with contextlib.suppress(PaddleFTError):
                 room.release()
         return exit_code
+
+
+def _chaos(
+    command: Command, node: str, say: Callable[[str], None]
+) -> contextlib.AbstractContextManager[None]:
+    """What ``--chaos`` asks for, while it is entered."""
+    if command.chaos is None:
+        return contextlib.nullcontext()
+    from paddle_ft.chaos.drive import own_chaos
+
+    return own_chaos(command.chaos, node, os.getpid(), command.loaded.config.job.log_dir, say)
 
 
 def cpu_only() -> bool:

@@ -143,6 +143,7 @@ class Hands:
         pids = (launcher.pid, *descendants(launcher.pid))
         for pid in pids:
             _send(pid, signal.SIGSTOP)
+
         def thaw() -> None:
             for pid in reversed(pids):
                 _send(pid, signal.SIGCONT)
