@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -24,6 +25,9 @@ from paddle_ft.coordination import schema
 from paddle_ft.coordination.view import find_trouble, live_nodes
 from paddle_ft.errors import ConfigError, MembersMissing, PaddleFTError
 from paddle_ft.health.cli import health
+
+LOGS = Path("log")
+"""Where a launcher that was not told otherwise puts its output."""
 
 app = typer.Typer(
     name="paddle-ft",
@@ -82,6 +86,30 @@ _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_opti
 def launch(context: typer.Context) -> None:
     """Run a training script: the same as python -m paddle_ft.launch."""
     raise typer.Exit(launcher.main(context.args))
+
+
+@app.command()
+def events(
+    log_dir: Annotated[Path, typer.Option("--log_dir", "--log-dir", help="of a launcher")] = LOGS,
+    follow: Annotated[bool, typer.Option("--follow", help="go on with what is to come")] = False,
+) -> None:
+    """Show what has happened to a job: faults, generations, checkpoints."""
+    from paddle_ft.observe.cli import show_events
+
+    show_events(log_dir, follow)
+
+
+@app.command()
+def goodput(
+    log_dirs: Annotated[
+        list[Path] | None, typer.Argument(help="those of all launchers of a job; default: log")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
+) -> None:
+    """Show where the time of a job has gone, whether it runs or has ended."""
+    from paddle_ft.observe.cli import show_goodput
+
+    show_goodput(log_dirs or [LOGS], as_json)
 
 
 @app.command()

@@ -68,6 +68,7 @@ LAYERS = (
             "serve.breaker",
             "serve.rollout",
             "observe.goodput",
+            "observe.story",
         ],
     ),
     (

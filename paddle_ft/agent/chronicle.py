@@ -3,6 +3,7 @@ each event on its way to the loop, and puts what is new into the record of event
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 import uuid
@@ -18,7 +19,10 @@ from paddle_ft.agent.snapshots import PartWritten, StateFailed
 from paddle_ft.agent.workers import WorkerEnded
 from paddle_ft.config import Config
 from paddle_ft.coordination.schema import JobState
-from paddle_ft.observe.events import EventLog
+from paddle_ft.coordination.view import find_trouble
+from paddle_ft.observe.events import EventLog, read
+from paddle_ft.observe.goodput import account, summary
+from paddle_ft.observe.story import last_job
 from paddle_ft.types import Generation
 
 SAMPLE_S = 1.0
@@ -52,6 +56,7 @@ class Chronicle:
         self._pages = _Pages()
         self._before = _Pages()
         """Of the generation before: its workers may step on until they get to their order."""
+        self._log_dir = config.job.log_dir
         self.log = EventLog(config.job.log_dir, f"{node}-{uuid.uuid4().hex[:12]}")
         job, slots = config.job.id, config.job.nproc_per_node
         self.log.add("started", node=node, job=job, pid=os.getpid(), slots=slots)
@@ -71,6 +76,7 @@ class Chronicle:
                 exit_code=code,
                 signal=max(0, -code),
                 stopped=event.stopped,
+                generation=self._group.generation,
             )
         elif isinstance(event, Said):
             self._said(event)
@@ -105,6 +111,10 @@ class Chronicle:
         self._tell("leader", member=state.leader.value if state.leader else "")
         if state.generation is not None:
             self._tell("generation", **_facts(state.generation.value, me))
+        trouble = find_trouble(state)
+        if trouble is not None and state.generation is not None:
+            number = state.generation.value.number
+            self._tell("trouble", generation=number, lost=list(trouble.lost), reason=str(trouble))
         if state.pause is not None:
             pause = state.pause.value
             self._tell("pause", generation=pause.generation, reason=pause.reason)
@@ -128,7 +138,7 @@ class Chronicle:
         """Adds an event unless it says what the last one of its kind said."""
         if self._known.get(kind) != fields:
             self._known[kind] = fields
-            if kind in ("generation", "leaving", "outcome"):
+            if kind in ("generation", "trouble", "leaving", "outcome"):
                 self._sample(self._pages)
             self.log.add(kind, **fields)
 
@@ -192,6 +202,11 @@ class Chronicle:
         console.end(exit_code, reason)
         self._sample(self._pages)
         self.log.add("ended", exit_code=exit_code, reason=reason)
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # somebody's edit
+            self.log.flush()
+            told = account(last_job(read([self._log_dir])))
+            if told.steps:
+                console.say(summary(told))
 
     def close(self) -> None:
         self.log.close()

@@ -12,6 +12,7 @@ Each line has ``run`` (which life of which launcher), ``kind``, ``wall_s`` (sinc
     leader          member                        "" while there is none
     generation      number, members, world_size, in_place, planned, restarts, restore_step, reason,
                     here (this node is a member)  restore_step is -1 without a checkpoint
+    trouble         generation, lost, reason      it cannot go on; lost: members that are gone
     worker_started  rank, pid, generation
     order           rank, pid, generation         a living worker goes on in another generation
     hello           rank, pid, generation, recovery      it has come to its session; 0: in reserve
@@ -25,7 +26,8 @@ Each line has ``run`` (which life of which launcher), ``kind``, ``wall_s`` (sinc
     hung            rank, pid, generation, collective, still_s, reason   it is ended
     pace            rank (-1: the links), generation, slower    named as slow; 0: not any more
     farewell        rank, pid, why, reason, step  a worker says why it is about to end
-    worker_ended    rank (None: in reserve), pid, exit_code, signal (0: none), stopped (by us)
+    worker_ended    rank (None: in reserve), pid, exit_code, signal (0: none), stopped (by us),
+                    generation                    the one that runs here now
     stored          generation, step, ok          this node's part of a snapshot is written, or not
     commit          generation, step, sequence
     pause           generation, reason            all workers are to save and leave
