@@ -26,7 +26,7 @@ BAR_WIDTH = 40
 def show_events(directory: Path, follow: bool) -> None:
     """Prints the events below ``directory``; ``follow``: and goes on with those to come."""
     if not follow:
-        for event in _read([directory]):
+        for event in sorted(_read([directory]), key=lambda e: e.wall_s):
             typer.echo(line_of(event))
         return
     for event in _follow(directory / FILE):
@@ -39,7 +39,7 @@ def line_of(event: Event) -> str:
     node = event.run.rpartition("-")[0] or event.run
     told = ", ".join(_field(name, value) for name, value in event.fields.items())
     kind = event.kind.replace("_", " ")
-    return f"{clock}.{event.wall_s % 1 * 1000:03.0f} {node:10} {kind:14} {told}".rstrip()
+    return f"{clock}.{int(event.wall_s % 1 * 1000):03} {node:10} {kind:14} {told}".rstrip()
 
 
 def _field(name: str, value: Any) -> str:

@@ -8,7 +8,7 @@ Invariant: every second between the first event and the last one is in exactly o
     detection   from the last step before a fault until a launcher took notice
     recovery    from there to the first new step, without that step itself
     waiting     too few nodes, or a planned change of members, or no launcher at all
-    startup     until the first step
+    startup     until the first step; and from the end of training to that of the launcher
 
 The time line is cut at the steps: between two stints (``story``) lies a *gap*, which a fault or a
 planned change has made.
@@ -32,7 +32,7 @@ TITLES: Mapping[Category, str] = {
     "detection": "detection",
     "recovery": "recovery",
     "waiting": "waiting for members",
-    "startup": "start-up",
+    "startup": "start-up and end",
 }
 
 
@@ -202,23 +202,25 @@ def _gap(book: _Book, story: Story, before: Stint, stop_s: float, until: int) ->
     """Adds the time from the last step of ``before`` until ``stop_s``, when the generation
     ``until`` had its first; gives the fault that made the gap, if one did."""
     start_s = before.last.s
-    notice = _first(story.faults, before, until)
+    notices = _all(story.faults, before, until)
+    notice = min(notices, default=None)
     if life_of(story.lives, stop_s) != before.life:  # all launchers were gone
         begins_s = min(stop_s, max(start_s, story.lives[before.life + 1].start_s))
         if any(before.first.s < s <= begins_s for s in story.leaving):
-            book.add("checkpoint", start_s, begins_s)
+            _end(book, story, start_s, begins_s)
             book.add("startup", begins_s, stop_s)
             return None
         notice = notice or Notice(begins_s, "the launchers had gone", before.life, until)
     if notice is None:
         book.add("waiting", start_s, stop_s)
         return None
-    plan = _first(story.plans, before, until)
+    plan = min(_all(story.plans, before, until), default=None)
+    reason = min((n for n in notices if not n.collateral), default=notice).reason
     noticed_s = min(stop_s, max(start_s, notice.s))
     planned = plan is not None and plan.s < notice.s
     detected_s = book.add("waiting" if planned else "detection", start_s, noticed_s)
     recovery_s = book.add("recovery", noticed_s, stop_s)
-    return Fault(noticed_s, notice.reason, 0.0 if planned else detected_s, recovery_s, 0, False)
+    return Fault(noticed_s, reason, 0.0 if planned else detected_s, recovery_s, 0, False)
 
 
 def _tail(book: _Book, story: Story, before: Stint) -> Fault | None:
@@ -226,19 +228,27 @@ def _tail(book: _Book, story: Story, before: Stint) -> Fault | None:
     start_s, stop_s = before.last.s, story.stop_s
     another = life_of(story.lives, stop_s) != before.life
     over = story.ended or any(s > before.first.s for s in story.leaving)
-    if another or _first(story.faults, before, NO_END) is not None:
+    if another or _all(story.faults, before, NO_END):
         return _gap(book, story, before, stop_s, NO_END)
-    planned = _first(story.plans, before, NO_END) is not None
-    book.add("checkpoint" if over else "waiting" if planned else "useful", start_s, stop_s)
+    if over:
+        _end(book, story, start_s, stop_s)
+    else:
+        planned = _all(story.plans, before, NO_END)
+        book.add("waiting" if planned else "useful", start_s, stop_s)
     return None
 
 
-def _first(notices: Sequence[Notice], before: Stint, until: int) -> Notice | None:
-    """The first of what ended ``before``, or a later generation of that life before ``until``.
+def _end(book: _Book, story: Story, start_s: float, stop_s: float) -> None:
+    """Adds the time after the last step: first the last checkpoint, then the processes end."""
+    saved_s = max((s for s in story.farewells if start_s <= s <= stop_s), default=stop_s)
+    book.add("checkpoint", start_s, saved_s)
+    book.add("startup", saved_s, stop_s)
+
+
+def _all(notices: Sequence[Notice], before: Stint, until: int) -> list[Notice]:
+    """What ended ``before``, or a later generation of that life before ``until``.
 
     By number, not by time: the clocks of several nodes are not the same.
     """
-    return min(
-        (n for n in notices if n.life == before.life and before.generation <= n.generation < until),
-        default=None,
-    )
+    numbers = range(before.generation, until)
+    return [n for n in notices if n.life == before.life and n.generation in numbers]

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from paddle_ft.errors import EXIT_PAUSED
+from paddle_ft.errors import EXIT_COLLECTIVE, EXIT_PAUSED
 from paddle_ft.types import Event
 
 NO_END = 2**62
@@ -115,6 +115,8 @@ class Notice(NamedTuple):
     reason: str
     life: int
     generation: int
+    collateral: bool = False
+    """It tells of what a fault elsewhere has done."""
 
 
 @dataclass(slots=True)
@@ -131,6 +133,8 @@ class Story:
     """Changes that nobody's fault had made."""
     leaving: list[float] = field(default_factory=list)
     """When somebody was asked to leave, or the job had come to its outcome."""
+    farewells: list[float] = field(default_factory=list)
+    """When a worker had nothing more to do or to wait for."""
     short: list[Span] = field(default_factory=list)
     """Fewer nodes were there than the job needs."""
 
@@ -179,7 +183,8 @@ def _read_life(story: Story, life: int, timed: Sequence[At]) -> None:
         told = event.fields
         if reason := _fault(event):
             at = int(told.get("generation", generation))
-            story.faults.append(Notice(s, reason, life, at))
+            collateral = event.kind == "lost_peer" or told.get("exit_code") == EXIT_COLLECTIVE
+            story.faults.append(Notice(s, reason, life, at, collateral))
         elif event.kind == "generation" and int(told["number"]) > generation:
             failed = int(told["restarts"]) > restarts
             notices = story.faults if failed else story.plans
@@ -192,6 +197,8 @@ def _read_life(story: Story, life: int, timed: Sequence[At]) -> None:
             story.leaving.append(s)
             if event.kind == "outcome":
                 break  # who goes now is not missed
+        elif event.kind == "farewell":
+            story.farewells.append(s)
         elif event.kind == "members":
             if told["live"] < told["needed"]:
                 short_since_s = s if short_since_s is None else short_since_s

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import re
@@ -13,7 +14,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from paddle_ft import cli
 from paddle_ft.config import EtcdConfig
 from paddle_ft.coordination.embedded import EmbeddedEtcd
 from paddle_ft.coordination.etcd import EtcdCoordinator
@@ -124,6 +127,21 @@ def test_killed_workers_do_not_change_the_weights(
     assert int(told["restarts"]) >= 3, launcher.output
     assert re.search(r"has the state of step \d+ from rank", launcher.output)
     assert exactly_once(record)
+    check_goodput(launcher, int(told["restarts"]))
+
+
+def check_goodput(launcher: Launcher, restarts: int) -> None:
+    """Every second is told, and all faults, in place: no step that was known of is done again."""
+    run = CliRunner().invoke(cli.app, ["goodput", str(launcher.log_dir), "--json"])
+    told = json.loads(run.output)
+    assert sum(told["seconds"].values()) == pytest.approx(told["wall_s"], rel=0.01)
+    assert min(told["seconds"].values()) >= 0, told
+    assert (told["steps"], told["ended"]) == (STEPS, True)
+    assert 1 <= len(told["faults"]) <= restarts, told
+    assert all(fault["over"] and fault["recovery_s"] > 0 for fault in told["faults"]), told
+    assert told["seconds"]["recovery"] > 0 and told["seconds"]["startup"] > 0
+    assert told["steps_redone"] <= 1, told  # a rank that dies may have been ahead by one
+    assert re.search(r"goodput \d+\.\d % \(.*recovery ", launcher.output), launcher.output
 
 
 def test_the_leaders_launcher_is_killed_and_another_takes_its_place(

@@ -89,6 +89,12 @@ def test_a_job_in_which_nothing_happens() -> None:
     assert result.goodput_from_first_step == pytest.approx(9.5 / 11)
 
 
+def test_what_comes_after_the_last_checkpoint_is_no_stall() -> None:
+    job = Launcher().start().steps(1, 2, 1, 12, 101).tell(12.4, "farewell", why="done", rank=0)
+    job.tell(12.5, "farewell", why="done", rank=1).finish(14)
+    assert spent(told(job)) == {"startup": 3.5, "useful": 10, "checkpoint": 0.5}
+
+
 def test_a_recovery_in_place() -> None:
     """The step that ends it is useful, and so does not count as recovery."""
     job = Launcher().start().generation(0.5, 1).steps(1, 2, 1, 12, 101)
@@ -106,7 +112,9 @@ def test_who_loses_a_peer_may_be_first_to_notice() -> None:
     job = Launcher().start().generation(0.5, 1).steps(1, 2, 1, 12, 101)
     job.tell(12.1, "lost_peer", rank=0, generation=1, reason="gone").killed(12.3)
     job.generation(12.4, 2, restarts=1).steps(2, 13.1, 102, 14.1, 112).finish(14.1)
-    assert spent(told(job))["detection"] == 0.1
+    result = told(job)
+    assert spent(result)["detection"] == 0.1
+    assert [f.reason for f in result.faults] == ["rank 1 ended with signal 9"]
 
 
 def test_a_restart_does_steps_again() -> None:
@@ -285,7 +293,7 @@ def test_the_commands(tmp_path: Path) -> None:
     assert run.exit_code == 0, run.output
     assert json.loads(run.output) == goodput.to_json(account(job.events))
     shown = CliRunner().invoke(cli.app, ["goodput", str(tmp_path / "log")]).output
-    assert "goodput 86.3 % (start-up 8.6 %, recovery 3.9 %, detection 1.3 %)" in shown
+    assert "goodput 86.3 % (start-up and end 8.6 %, recovery 3.9 %, detection 1.3 %)" in shown
     assert "rank 1 ended with signal 9" in shown
     shown = CliRunner().invoke(cli.app, ["events", "--log_dir", str(tmp_path / "log")]).output
     assert len(shown.splitlines()) == len(job.events)
