@@ -114,7 +114,8 @@ class Chronicle:
         trouble = find_trouble(state)
         if trouble is not None and state.generation is not None:
             number = state.generation.value.number
-            self._tell("trouble", generation=number, lost=list(trouble.lost), reason=str(trouble))
+            told = {"generation": number, "lost": list(trouble.lost), "reason": str(trouble)}
+            self._tell("trouble", collateral=trouble.collateral_only, **told)
         if state.pause is not None:
             pause = state.pause.value
             self._tell("pause", generation=pause.generation, reason=pause.reason)

@@ -12,7 +12,8 @@ Each line has ``run`` (which life of which launcher), ``kind``, ``wall_s`` (sinc
     leader          member                        "" while there is none
     generation      number, members, world_size, in_place, planned, restarts, restore_step, reason,
                     here (this node is a member)  restore_step is -1 without a checkpoint
-    trouble         generation, lost, reason      it cannot go on; lost: members that are gone
+    trouble         generation, lost, collateral, reason      it cannot go on; lost: members that
+                    are gone; collateral: whose own fault it is, is not known yet
     worker_started  rank, pid, generation
     order           rank, pid, generation         a living worker goes on in another generation
     hello           rank, pid, generation, recovery      it has come to its session; 0: in reserve

@@ -184,6 +184,7 @@ def _read_life(story: Story, life: int, timed: Sequence[At]) -> None:
         if reason := _fault(event):
             at = int(told.get("generation", generation))
             collateral = event.kind == "lost_peer" or told.get("exit_code") == EXIT_COLLECTIVE
+            collateral = collateral or bool(told.get("collateral"))
             story.faults.append(Notice(s, reason, life, at, collateral))
         elif event.kind == "generation" and int(told["number"]) > generation:
             failed = int(told["restarts"]) > restarts

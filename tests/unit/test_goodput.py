@@ -110,7 +110,9 @@ def test_a_recovery_in_place() -> None:
 
 def test_who_loses_a_peer_may_be_first_to_notice() -> None:
     job = Launcher().start().generation(0.5, 1).steps(1, 2, 1, 12, 101)
-    job.tell(12.1, "lost_peer", rank=0, generation=1, reason="gone").killed(12.3)
+    job.tell(12.1, "lost_peer", rank=0, generation=1, reason="gone")
+    job.tell(12.2, "trouble", generation=1, lost=[], collateral=True, reason="rank 0 lost a peer")
+    job.killed(12.3)
     job.generation(12.4, 2, restarts=1).steps(2, 13.1, 102, 14.1, 112).finish(14.1)
     result = told(job)
     assert spent(result)["detection"] == 0.1
