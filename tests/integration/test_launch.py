@@ -131,7 +131,7 @@ def test_killed_workers_do_not_change_the_weights(
 
 
 def check_goodput(launcher: Launcher, restarts: int) -> None:
-    """Every second is told, and all faults, in place: no step that was known of is done again."""
+    """Every second is told, and all faults; while a rank is left, no step is done again."""
     run = CliRunner().invoke(cli.app, ["goodput", str(launcher.log_dir), "--json"])
     told = json.loads(run.output)
     assert sum(told["seconds"].values()) == pytest.approx(told["wall_s"], rel=0.01)
@@ -140,7 +140,8 @@ def check_goodput(launcher: Launcher, restarts: int) -> None:
     assert 1 <= len(told["faults"]) <= restarts, told
     assert all(fault["over"] and fault["recovery_s"] > 0 for fault in told["faults"]), told
     assert told["seconds"]["recovery"] > 0 and told["seconds"]["startup"] > 0
-    assert told["steps_redone"] <= 1, told  # a rank that dies may have been ahead by one
+    if launcher.output.count("has the state of step") == restarts:  # never were both ranks gone
+        assert told["steps_redone"] <= 1, told  # a rank that dies may have been ahead by one
     assert re.search(r"goodput \d+\.\d % \(.*recovery ", launcher.output), launcher.output
 
 
