@@ -165,6 +165,8 @@ class Membership:
         in_place = env is not None and env.in_place
         if not in_place:
             self._load()
+        elif env is not None:  # or the last step, if that is committed, would be waited for again
+            self.keeper.committed_step = max(self.keeper.committed_step, env.restored_step)
         self._join()
         if in_place:
             self._level()  # in it ranks wait for each other, and for who gives the state
@@ -236,10 +238,10 @@ class Membership:
             entries = self._state.entries()
             transfer.give(collective, entries, met.step, meta, self.local.agreed)
         elif met.in_need:
-            needs = rank in met.in_need
-            self._has_state = not needs  # until all of it is there
-            image = transfer.take(collective, met.source, rank, needs)
+            # What it has stays what it has until all is there: the source may be lost meanwhile.
+            image = transfer.take(collective, met.source, rank, rank in met.in_need)
             if image is not None:
+                self._has_state = False  # while it is being put
                 self._put(image)
                 say(f"rank {rank} has the state of step {met.step} from rank {met.source}")
 
