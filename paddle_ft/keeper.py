@@ -200,14 +200,14 @@ class AgentKeeper:
             assert self.order is not None
             return self.order
 
-    def _is_ordered(self, after: int, at_once: bool = False) -> bool:
+    def _is_ordered(self, after: int) -> bool:
         order = self.order
-        return order is not None and order.generation > after and (order.at_once or not at_once)
+        return order is not None and order.generation > after
 
     # ------------------------------------------------------------ the state to start from
 
     def restore(self) -> Image | None:
-        reply = self._ask(RestoreRequest(self._rank, self._world_size), None, at_once=True)
+        reply = self._ask(RestoreRequest(self._rank, self._world_size), None, unless_ordered=True)
         assert isinstance(reply, RestoreReply)
         if reply.info is None:
             return None
@@ -291,9 +291,12 @@ class AgentKeeper:
         self,
         message: RestoreRequest | Allocate,
         timeout_s: float | None,
-        at_once: bool = False,
+        unless_ordered: bool = False,
     ) -> RestoreReply | Allocated:
-        """``at_once``: an order that is to be followed at once raises Superseded."""
+        """``unless_ordered``: an order raises Superseded.
+
+        Whatever order it is: the agent does not answer for a generation that is over.
+        """
         with self._changed:
             self._reply = None
             self._channel.send(message)
@@ -301,7 +304,7 @@ class AgentKeeper:
 
             def over() -> bool:
                 return self._reply is not None or (
-                    at_once and self._is_ordered(self._generation, at_once=True)
+                    unless_ordered and self._is_ordered(self._generation)
                 )
 
             self._wait_until(over, what, timeout_s)
