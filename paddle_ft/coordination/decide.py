@@ -202,10 +202,11 @@ def _finished(
 
 def _completed(state: JobState, base: CommitRef | None) -> str:
     """What is told of a job that is done; also when there was nothing left to do."""
-    restored = state.generation.value.restore if state.generation else None
-    if base is None:
+    if base is None or state.generation is None:
         return "training is complete"
-    if restored == base:
+    generation = state.generation.value
+    anew = not generation.restarts and not generation.in_place
+    if anew and generation.restore == base:
         return (
             f"nothing was left to train: the checkpoint of step {base.step} is the end of it (to "
             f"begin anew give another --checkpoint)"
@@ -260,6 +261,9 @@ def _in_place(
             return None
     elif len(chosen) <= len(old.members):
         return Decision(None, f"node {joiners[0].node} has come and prepares its workers")
+    restore, refused = restore_point(state)
+    if refused and restore is None:  # whose state gets lost now would begin anew
+        return Decision(None, f"{reason}, once there is a checkpoint that is not damaged")
     return _propose(view, chosen, reason, None, old)
 
 
