@@ -6,7 +6,7 @@ alive beside it; small transactions one at a time; commits, parts and restores b
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,13 +17,24 @@ from paddle_ft.coordination.decide import decide
 from paddle_ft.coordination.kv import Event, KeyValue, Snapshot, Transaction, TxnResult
 from paddle_ft.coordination.mirror import JobMirror
 from paddle_ft.errors import CoordinationError, EtcdUnavailable
-from paddle_ft.types import CommitRef, Head, Member, NodeRecord, NodeStatus, Part
+from paddle_ft.types import (
+    CommitRef,
+    Generation,
+    Head,
+    Member,
+    NodeRecord,
+    NodeStatus,
+    Part,
+    Recovery,
+    Versioned,
+)
 from tests.sim.clock import Process
 from tests.sim.committer import Committer
+from tests.sim.crew import Crew
 from tests.sim.keeper import Keeper, RestoreFailed
 from tests.sim.network import Sent
 from tests.sim.task import Steps, Task
-from tests.sim.training import End, SimWorker, State, WorkerOwner
+from tests.sim.training import SAY_S, End, SimWorker, State, WorkerOwner
 
 if TYPE_CHECKING:
     from tests.sim.world import World
@@ -84,16 +95,13 @@ class SimAgent(WorkerOwner):
         self.commit_running = False
         self._told_manifest = ""
         self._told_reason = ""
-        self.generation = 0
-        self._workers: dict[int, SimWorker] = {}
-        self._facts: dict[int, local.Worker] = {}
-        self._pause_told = False
         self._restore_failed = ""
         self._damaged: tuple[str, ...] = ()
         self._leaving_since_s: float | None = None
         self._hurried = False
         self._ending = False
         self.registered_s = -1.0
+        self.crew = Crew(self)
         self.keeper = Keeper(self)
         self.committer = Committer(self)
 
@@ -188,6 +196,12 @@ class SimAgent(WorkerOwner):
                 return
             lease.until_s = sent_s + ttl_s - self.config.etcd.rpc_timeout_s
 
+    def lose_lease(self) -> None:
+        """A fault: etcd gives the lease up, though this node lives."""
+        lease = self._lease
+        if lease is not None and not lease.lost:
+            self.world.network.etcd.revoke(lease.number)
+
     def terminate(self) -> None:
         """SIGTERM; the second one hurries."""
         self.process.after(0.0, self._on_signal)
@@ -204,13 +218,13 @@ class SimAgent(WorkerOwner):
         """SIGKILL: the workers lose their agent and end, too."""
         self.process.kill()
         self.watching = False
-        for worker in self._workers.values():
+        for worker in self.crew.processes():
             worker.kill(stopped=False)
 
     def _leave(self, task: Task, end: local.Leave) -> Steps:
         """Tells how it ended, and gives the lease back."""
         self.note("leaves", end.exit_code, end.reason)
-        for worker in self._workers.values():
+        for worker in self.crew.processes():
             worker.kill(stopped=True)
         self._ending = True
         self.watching = False
@@ -265,98 +279,75 @@ class SimAgent(WorkerOwner):
                 return
             self._act_locally(action, state)
         self._decide(state, now_s)
+        self._refill(state)
 
     # ------------------------------------------------------------ workers
 
     def _local_view(self, state: schema.JobState) -> local.LocalView:
-        group = None
-        if self.generation:
-            workers = tuple(self._facts[rank] for rank in sorted(self._facts))
-            group = local.Group(self.generation, workers, self._pause_told)
+        if not self.world.minds_since and state.generation is not None:
+            state = without_since(state)
         return local.LocalView(
             me=self.me,
             state=state,
-            group=group,
-            launched=self.generation,
+            group=self.crew.facts(),
+            launched=self.crew.generation,
             pending_step=self.keeper.pending_step,
             damaged=self._damaged,
             restore_failed=self._restore_failed,
             leaving_since_s=self._leaving_since_s,
             leaving_code=143,
             hurried=self._hurried,
+            at_the_door=self.crew.at_the_door,
         )
 
     def _act_locally(self, action: local.LocalAction, state: schema.JobState) -> None:
         if isinstance(action, local.Publish):
             self._publish(action)
         elif isinstance(action, local.StopWorkers):
-            self._pause_told = self._pause_told or action.gently
-            if any(w.phase != "ended" for w in self._workers.values()):
-                self.note("stops its workers:", action.reason)
-            for worker in self._workers.values():
-                worker.kill(stopped=True)
+            self.crew.stop(action.gently, action.reason)
         elif isinstance(action, local.TellPause):
-            self._pause_told = True
-            for rank, worker in self._workers.items():
-                if self._facts[rank].session:
-                    worker.ask_pause()
-        elif isinstance(action, local.StartWorkers):
-            self._start_workers(state)
+            self.crew.tell_pause()
+        elif isinstance(action, local.Dismiss):
+            self.crew.dismiss(action.generation)
+        else:
+            assert isinstance(action, local.StartWorkers | local.OrderWorkers)
+            assert state.generation is not None
+            starts = isinstance(action, local.StartWorkers)
+            (self.crew.start if starts else self.crew.order)(state.generation)
 
-    def _start_workers(self, state: schema.JobState) -> None:
-        assert state.generation is not None
-        generation = state.generation.value
-        first = generation.first_rank(self.me)
-        self.generation = generation.number
-        self._restore_failed, self._pause_told = "", False
-        ranks = range(first, first + self.slots)
-        self._facts = {rank: local.Worker(rank) for rank in ranks}
-        self._workers = {
-            rank: SimWorker(
-                self.world,
-                self,
-                rank,
-                generation.number,
-                generation.endpoint,
-                generation.world_size,
-            )
-            for rank in ranks
-        }
-        self.note("starts generation", generation.number, "ranks", tuple(ranks))
-        self.keeper.begin(generation, state.generation.mod_revision, ranks)
-        for worker in self._workers.values():
-            worker.start()
+    def _refill(self, state: schema.JobState) -> None:
+        _, reserve = local.spares_due(self._local_view(state), self.config.job)
+        self.crew.refill(reserve)
 
-    def worker_said_hello(self, worker: SimWorker) -> None:
-        self.process.after(0.001, self._hello, worker)
+    def turned_to(self, versioned: Versioned[Generation], ranks: Sequence[int]) -> None:
+        self._restore_failed = ""
+        self.keeper.begin(versioned.value, versioned.mod_revision, ranks)
 
-    def _hello(self, worker: SimWorker) -> None:
-        if worker.generation != self.generation:
-            return
-        self._facts[worker.rank] = replace(self._facts[worker.rank], session=True)
-        if self._pause_told:
-            worker.ask_pause()
-        self.keeper.wait_restored(worker)
-        self._wake()
+    def worker_said_hello(
+        self, worker: SimWorker, generation: int, rank: int, recovery: Recovery
+    ) -> None:
+        self._hear(self.crew.hello, worker, generation, rank, recovery)
+
+    def worker_lost_peer(self, worker: SimWorker) -> None:
+        self._hear(self.crew.lost_peer, worker)
 
     def worker_ended(
         self, worker: SimWorker, how: End, exit_code: int, step: int, stopped: bool = False
     ) -> None:
-        self.process.after(0.005, self._reaped, worker, how, exit_code, step, stopped)
-
-    def _reaped(
-        self, worker: SimWorker, how: End, exit_code: int, step: int, stopped: bool
-    ) -> None:
-        if worker.generation != self.generation or self._workers.get(worker.rank) is not worker:
-            return
-        self._facts[worker.rank] = replace(
-            self._facts[worker.rank],
-            exit_code=exit_code,
-            kind="" if how == "killed" else how,
-            step=step,
-            stopped=stopped,
-            ended_s=self.world.clock.now,
+        if how != "killed":
+            self._hear(self.crew.farewell, worker, how, step)
+        self.process.after(
+            0.005, self._took, self.crew.ended, worker, how, exit_code, step, stopped
         )
+
+    def worker_wants_state(self, worker: SimWorker) -> None:
+        self.process.after(SAY_S, self.keeper.wait_restored, worker, worker.generation)
+
+    def _hear(self, take: Callable[..., None], *what: object) -> None:
+        self.process.after(SAY_S, self._took, take, *what)
+
+    def _took(self, take: Callable[..., None], *what: object) -> None:
+        take(*what)
         self._wake()
 
     def snapshot(self, worker: SimWorker, state: State) -> None:
@@ -378,18 +369,21 @@ class SimAgent(WorkerOwner):
         newest = head.newest
         self._told_manifest = newest.manifest
         self.keeper.committed(newest)
-        if newest.generation == self.generation and self._workers:
+        if newest.generation == self.generation:
             self.world.acknowledged(newest)
-            for worker in self._workers.values():
-                worker.committed(newest.step)
+            self.crew.tell_committed(newest.step)
         self._wake()
 
     @property
     def told_manifest(self) -> str:
         return self._told_manifest
 
+    @property
+    def generation(self) -> int:
+        return self.crew.generation
+
     def workers(self) -> list[SimWorker]:
-        return [w for w in self._workers.values() if w.phase != "ended"]
+        return self.crew.alive()
 
     def changed(self) -> None:
         self._wake()
@@ -510,3 +504,15 @@ class SimAgent(WorkerOwner):
         if head is not None:
             self.tell_committed(head)
         self._wake()
+
+
+def without_since(state: schema.JobState) -> schema.JobState:
+    """As if all members had been there from the beginning; for tests."""
+    assert state.generation is not None
+    generation = state.generation.value
+    if not generation.in_place:
+        return state
+    since = (1,) * len(generation.members)
+    return replace(
+        state, generation=replace(state.generation, value=replace(generation, since=since))
+    )

@@ -6,12 +6,17 @@ believed. ``test_checkers`` shows each of them a history that it must reject.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from paddle_ft.types import CommitRef, Generation, Head
 from tests.sim.history import (
     Acknowledged,
+    Applied,
     Damaged,
     EtcdLost,
     Exited,
+    Formed,
+    Gone,
     History,
     Nodes,
     Removed,
@@ -20,6 +25,7 @@ from tests.sim.history import (
     Struck,
     Write,
 )
+from tests.sim.training import State
 
 WATCH_DELAY_MAX_S = 1.5
 LEADERS_KEYS = ("generation", "head", "pause", "outcome")
@@ -47,6 +53,18 @@ class BrokeChain(Broken):
 
 class BrokeSampleAccounting(Broken):
     """A committed state was not trained on exactly the samples up to its position."""
+
+
+class SteppedApart(Broken):
+    """Ranks of one group went on from different states."""
+
+
+class LostStep(Broken):
+    """A step that a living process had applied is done again."""
+
+
+class RedidCommitted(Broken):
+    """Workers went on from a state that is older than, or beside, what is committed."""
 
 
 class LostCheckpoint(Broken):
@@ -170,7 +188,8 @@ def check_chain(history: History) -> None:
         if isinstance(fact, EtcdLost):
             head, generation, last = None, None, None
         elif isinstance(fact, Write) and fact.key == "generation":
-            generation, last = fact.value, None
+            generation, restore = fact.value, fact.value.restore
+            last = saved.get(restore.manifest) if restore is not None else None
             _check_start(fact.at_s, fact.value, head, damaged)
         elif isinstance(fact, Write) and fact.key == "head":
             head = fact.value
@@ -204,15 +223,18 @@ def _check_commit(fact: Write, generation: Generation, saved: Saved, last: Saved
         raise BrokeChain(f"{where} of generation {now.generation} came in {generation.number}")
     origin = generation.restore.manifest if generation.restore else ""
     for state in saved.states:
-        if state.origin != origin:
+        if state.origin != origin and not generation.in_place:
             raise BrokeChain(
                 f"{where} continues {state.origin or 'the beginning'}, not "
                 f"{_name(generation.restore)}, which its generation restored"
             )
-    if len({s.run for s in saved.states}) != 1:
+    if len({s.path for s in saved.states}) != 1:
         raise BrokeChain(f"{where} is put together from different groups of ranks")
-    if last is not None and last.states[0].run != saved.states[0].run:
-        raise BrokeChain(f"{where} does not continue step {last.step} of the same generation")
+    if last is not None and not saved.states[0].continues(last.states[0]):
+        raise BrokeChain(
+            f"{where} does not continue step {last.step}, which its generation began with or "
+            f"committed last"
+        )
     return saved
 
 
@@ -237,6 +259,68 @@ def check_samples(history: History) -> None:
                 raise BrokeSampleAccounting(
                     f"step {fact.step} was trained on {state.used}, not on {wanted}"
                 )
+
+
+# ---------------------------------------------------------------- states in memory
+
+
+def check_in_memory(history: History) -> None:
+    """Ranks that step together are equal, go on from the furthest that is left, and redo nothing
+    that is committed."""
+    saved = {f.manifest: f for f in history.facts if isinstance(f, Saved)}
+    generations: dict[int, Generation] = {}
+    held: dict[int, _Held] = {}
+    for fact in history.facts:
+        if isinstance(fact, EtcdLost):
+            held.clear()
+        elif isinstance(fact, Write) and fact.key == "generation":
+            generations[fact.value.number] = fact.value
+        elif isinstance(fact, Gone):
+            held.pop(fact.worker, None)
+        elif isinstance(fact, Formed):
+            _check_formed(fact, generations[fact.generation], saved, held)
+            for worker, member in zip(fact.workers, fact.members, strict=True):
+                held[worker] = _Held(member, fact.generation, fact.states[0])
+        elif isinstance(fact, Applied):
+            for worker, member in zip(fact.workers, fact.members, strict=True):
+                held[worker] = _Held(member, fact.generation, fact.state)
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """What one process has in memory."""
+
+    member: str
+    generation: int
+    state: State
+
+
+def _check_formed(
+    fact: Formed, generation: Generation, saved: dict[str, Saved], held: dict[int, _Held]
+) -> None:
+    where, state = f"{fact.at_s:.3f}: group {fact.run}", fact.states[0]
+    if any(other != state for other in fact.states):
+        told = ", ".join(f"{s.step} by {s.path}" for s in fact.states)
+        raise SteppedApart(f"{where} goes on from different states: {told}")
+    restore = saved.get(generation.restore.manifest) if generation.restore else None
+    if restore is not None and not state.continues(restore.states[0]):
+        raise RedidCommitted(
+            f"{where} goes on from step {state.step} by {state.path}, which does not continue "
+            f"the committed step {restore.step} by {restore.states[0].path}"
+        )
+    furthest = max((s.step for s in fact.brought), default=state.step)
+    if state.step < furthest:
+        raise LostStep(f"{where} goes on from step {state.step}, one of its ranks had {furthest}")
+    for worker, had in held.items():
+        goes_on = (
+            had.member in generation.member_ids()
+            and generation.workers_since(had.member) <= had.generation
+        )
+        if goes_on and had.state.step > state.step:
+            raise LostStep(
+                f"{where} of generation {generation.number} goes on from step {state.step}, but "
+                f"process {worker}, which is left, had applied {had.state.step}"
+            )
 
 
 # ---------------------------------------------------------------- the store
@@ -305,11 +389,14 @@ def check_failures(history: History) -> None:
     """Failures are counted against --max_restart only if something can have failed.
 
     Parts that were begun too many commits ago make no checkpoint, and nobody has to fail for that.
+    When all is committed, workers end one by one: who is asked to form another group may miss them.
     """
     struck = False
     for fact in history.facts:
         if isinstance(fact, Struck):
             struck = True
+        elif isinstance(fact, Write) and fact.key == "head":
+            struck = struck or fact.value.newest.step == history.steps
         elif not isinstance(fact, Write) or fact.key != "generation":
             continue
         elif "cannot be committed" in fact.value.reason:
@@ -342,6 +429,7 @@ CHECKS = (
     check_head,
     check_chain,
     check_samples,
+    check_in_memory,
     check_store,
     check_end,
     check_failures,

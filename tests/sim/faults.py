@@ -7,7 +7,9 @@ from tests.sim.history import Struck, Write
 from tests.sim.plan import QUIET_S, Fault
 from tests.sim.world import World
 
-STRIKING = ("crash", "kill worker", "freeze node", "freeze worker", "cut peers", "damage")
+STRIKING = (
+    "crash", "kill worker", "freeze node", "freeze worker", "cut peers", "damage", "false alarm",
+)  # fmt: skip
 """What workers can fail from. Everything else must leave them alone."""
 
 
@@ -79,6 +81,19 @@ def _strike(world: World, fault: Fault) -> None:
             each.terminate()
         for name in world.names:
             clock.after(lasts_s + clock.between(0.0, 1.0), world.start_node, name)
+    elif kind == "false alarm" and agent is not None:
+        for worker in agent.workers()[:1]:
+            worker.alarm()
+    elif kind == "revoke" and agent is not None:
+        agent.lose_lease()
+    elif kind == "quarantine":
+        world.quarantine(node)
+        clock.after(lasts_s, world.release_from_quarantine, node)
+    elif kind == "snare":
+        world.snares[fault.detail] = world.snares.get(fault.detail, 0) + 1
+    elif kind == "kill reserve" and agent is not None:
+        for worker in agent.crew.reserve()[:1]:
+            worker.kill(stopped=False)
     elif kind == "damage":
         head = newest_head(world)
         if head is not None:
@@ -103,6 +118,9 @@ def _quiet(world: World) -> None:
     world.note("fault", "no more faults")
     world.network.flaky = 0.0
     world.traps.clear()
+    world.snares.clear()
+    for node in world.names:
+        world.release_from_quarantine(node)
     world.network.traps.clear()
     world.cut_peers.clear()
     _store_recovers(world)

@@ -106,8 +106,58 @@ class Struck:
     at_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class Formed:
+    """The ranks of a group stand together and begin to step."""
+
+    at_s: float
+    generation: int
+    run: int
+    workers: tuple[int, ...]
+    """Numbers of the processes, in rank order."""
+    members: tuple[str, ...]
+    """Where these processes are."""
+    brought: tuple[State, ...]
+    """What those had that came with a state; () where all load it from a checkpoint."""
+    states: tuple[State, ...]
+    """What each goes on with."""
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """A step was applied, by all ranks of a group or, when it broke just then, by some of them."""
+
+    at_s: float
+    generation: int
+    state: State
+    """As it is after it."""
+    workers: tuple[int, ...]
+    members: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Gone:
+    """A worker process has ended: by itself, ``killed``, ``stopped`` by its agent, or ``worn``."""
+
+    at_s: float
+    worker: int
+    how: str
+
+
 Fact = (
-    Nodes | Struck | Write | Stored | Removed | Damaged | Saved | Acknowledged | EtcdLost | Exited
+    Formed
+    | Applied
+    | Gone
+    | Nodes
+    | Struck
+    | Write
+    | Stored
+    | Removed
+    | Damaged
+    | Saved
+    | Acknowledged
+    | EtcdLost
+    | Exited
 )
 
 

@@ -72,6 +72,7 @@ class Keeper:
         self._writing = False
         self._base: CommitRef | None = None
         self._restored: State | None = None
+        self._load: CommitRef | None = None
         self._waiting: list[SimWorker] = []
 
     # ------------------------------------------------------------ one generation
@@ -84,8 +85,14 @@ class Keeper:
         self._waiting.clear()
         self._base = generation.restore
         self._restored = State() if generation.restore is None else None
-        if generation.restore is not None:
-            ref, number = generation.restore, generation.number
+        self._load = generation.restore
+        if not generation.in_place:
+            self._start_loading()
+
+    def _start_loading(self) -> None:
+        """In place only when somebody asks for it: others have newer states."""
+        ref, self._load, number = self._load, None, self._generation
+        if ref is not None:
             Task(self._agent.process, lambda task: self._restore(task, number, ref))
 
     def committed(self, commit: CommitRef) -> None:
@@ -211,9 +218,12 @@ class Keeper:
 
     # ------------------------------------------------------------ restoring
 
-    def wait_restored(self, worker: SimWorker) -> None:
+    def wait_restored(self, worker: SimWorker, generation: int) -> None:
+        if generation != self._generation:
+            return  # it is over: nobody answers
+        self._start_loading()
         if self._restored is not None:
-            worker.restored(self._restored)
+            worker.told(worker.hear_restored, generation, self._restored)
         else:
             self._waiting.append(worker)
 
@@ -233,7 +243,7 @@ class Keeper:
             if generation == self._generation:
                 self._restored = self._world.state_in(ref, manifest)
                 for worker in self._waiting:
-                    worker.restored(self._restored)
+                    worker.told(worker.hear_restored, generation, self._restored)
                 self._waiting.clear()
             return
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
+from paddle_ft.types import Recovery
+
 QUIET_S = 16.0
 """No fault begins or goes on after this."""
 PROGRESS_S = 60.0
@@ -20,11 +22,15 @@ FAULTS = (
     "terminate", "terminate all", "terminate twice",
     "etcd elects",
     "damage",
+    "false alarm", "false alarm", "revoke", "quarantine", "quarantine", "snare", "snare",
+    "kill reserve",
 )  # fmt: skip
 TRAPS = (
     "propose", "propose", "propose", "commit", "commit", "commit",
     "merge", "marker", "collect", "pause", "publish", "finish", "campaign",
 )  # fmt: skip
+SNARES = ("meeting", "hand-over", "hand-over")
+DETAILS = {"trap": TRAPS, "snare": SNARES}
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +41,7 @@ class Fault:
     other: str
     duration_s: float
     detail: str = ""
-    """With ``trap``: before doing what it springs."""
+    """With ``trap``: before doing what it springs; with ``snare``: in the middle of what."""
     how: str = ""
     """With ``trap``: ``freeze``, ``hold`` (freeze until the leader changes) or ``kill`` who does
     it; or its request to etcd arrives ``late``, or the answer does not (``deaf``)."""
@@ -65,6 +71,10 @@ class Plan:
     starts_s: tuple[float, ...]
     """When each node comes for the first time."""
     faults: tuple[Fault, ...]
+    recovery: Recovery = "restart"
+    spares: int = 0
+    groups_max: int = 50
+    """Through so many groups a worker goes before it is replaced."""
 
 
 def make_plan(choose: random.Random) -> Plan:
@@ -97,6 +107,9 @@ def make_plan(choose: random.Random) -> Plan:
             for _ in names
         ),
         faults=tuple(sorted(faults, key=lambda f: f.at_s)),
+        recovery=choose.choice(("in_place", "in_place", "in_place", "restart")),
+        spares=choose.choice((0, 0, 1)),
+        groups_max=choose.choice((50, 50, 50, 4)),
     )
 
 
@@ -108,7 +121,7 @@ def _fault(choose: random.Random, names: list[str], until_s: float) -> Fault:
         node=choose.choice(names),
         other=choose.choice(names),
         duration_s=choose.choice((choose.uniform(0.2, 1.5), choose.uniform(1.5, 6.0))),
-        detail=choose.choice(TRAPS) if kind == "trap" else "",
+        detail=choose.choice(DETAILS.get(kind, ("",))),
         how=choose.choice(("freeze", "hold", "hold", "kill", "late", "late", "deaf"))
         if kind == "trap"
         else "",

@@ -19,16 +19,22 @@ from tests.sim.checkers import (
     GenerationWentBack,
     HeadWentBack,
     LostCheckpoint,
+    LostStep,
     NoProgress,
+    RedidCommitted,
+    SteppedApart,
     WrongExitCode,
     check_all,
 )
 from tests.sim.history import (
     Acknowledged,
+    Applied,
     Damaged,
     EtcdLost,
     Exited,
     Fact,
+    Formed,
+    Gone,
     History,
     Removed,
     Saved,
@@ -48,7 +54,9 @@ def ref(sequence: int, step: int, generation: int = 1) -> CommitRef:
 
 
 def state(step: int, origin: str = "", run: int = 1) -> State:
-    return State(step, step * BATCH, ((0, step * BATCH),), origin, run)
+    """By ``run`` from the beginning, or from ``FIRST`` on if that is its origin."""
+    path = ((run, 1),) if not origin or step <= FIRST.step else ((1, 1), (run, FIRST.step + 1))
+    return State(step, step * BATCH, ((0, step * BATCH),), origin, path)
 
 
 def saved(commit: CommitRef, *states: State) -> Saved:
@@ -59,9 +67,9 @@ def write(key: str, value: Any) -> Write:
     return Write(0.0, 1, key, value, LEADER, TERM, LEADER, TERM)
 
 
-def generation(number: int, restore: CommitRef | None) -> Write:
-    member = Member("a", "1", "a", 1, (1, 2))
-    return write("generation", Generation(number, (member,), "a:1", restore))
+def generation(number: int, restore: CommitRef | None, since: tuple[int, ...] = ()) -> Write:
+    member = Member("a", "1", "a", 2, (1, 2, 3))
+    return write("generation", Generation(number, (member,), "a:1", restore, since=since))
 
 
 FIRST, SECOND = ref(1, 2), ref(2, 4, generation=2)
@@ -242,3 +250,76 @@ def test_a_job_that_stands_still_is_noticed() -> None:
         world.config = make_config(9, 9, 1, 3, 1)
 
     assert isinstance(run(1, weaken=more_nodes_than_there_are).broken, NoProgress)
+
+
+# ---------------------------------------------------------------- in memory
+
+HERE = ("a.1", "a.1")
+
+
+def formed(number: int, brought: tuple[State, ...], *states: State) -> Formed:
+    """Processes 1 and 2 form a group."""
+    return Formed(0.0, number, number, (1, 2), HERE, brought, states)
+
+
+def applied(state: State, *workers: int) -> Applied:
+    return Applied(0.0, 1, state, workers, HERE[: len(workers)])
+
+
+BEGUN = state(0)
+AHEAD, BEHIND = state(3), state(2)
+
+
+def in_place(*facts: Fact, since: tuple[int, ...] = (1,)) -> type[Broken] | None:
+    """Step 2 is committed, process 1 has applied step 3 and 2 has not; then ``facts`` happen."""
+    return verdict(
+        [
+            generation(1, None),
+            formed(1, (), BEGUN, BEGUN),
+            applied(BEHIND, 1, 2),
+            *good()[1:6],
+            applied(AHEAD, 1),
+            generation(2, FIRST, since),
+            *facts,
+        ]
+    )
+
+
+def test_all_may_go_on_from_the_furthest() -> None:
+    assert in_place(formed(2, (AHEAD, BEHIND), AHEAD, AHEAD)) is None
+
+
+def test_ranks_do_not_step_together_from_different_steps() -> None:
+    assert in_place(formed(2, (AHEAD, BEHIND), AHEAD, BEHIND)) is SteppedApart
+
+
+def test_ranks_do_not_step_together_from_states_of_different_groups() -> None:
+    assert in_place(formed(2, (AHEAD,), AHEAD, state(3, run=9))) is SteppedApart
+
+
+def test_nobody_goes_back_behind_what_a_rank_has_brought() -> None:
+    assert in_place(formed(2, (AHEAD, BEHIND), BEHIND, BEHIND)) is LostStep
+
+
+def test_what_a_living_process_had_applied_is_not_lost() -> None:
+    assert in_place(formed(2, (BEHIND,), BEHIND, BEHIND)) is LostStep
+
+
+def test_what_only_the_dead_had_applied_may_be_lost() -> None:
+    assert in_place(Gone(0.0, 1, "killed"), formed(2, (BEHIND,), BEHIND, BEHIND)) is None
+
+
+def test_workers_that_start_anew_may_go_back() -> None:
+    back = replace(BEHIND, origin=FIRST.manifest)
+    assert in_place(formed(2, (), back, back), since=()) is None
+
+
+def test_what_is_committed_is_not_done_again_in_place() -> None:
+    old, gone = state(1), (Gone(0.0, 1, "killed"), Gone(0.0, 2, "killed"))
+    assert in_place(*gone, formed(2, (old,), old, old)) is RedidCommitted
+
+
+def test_nobody_goes_on_beside_what_is_committed() -> None:
+    beside = state(3, run=9)
+    gone = (Gone(0.0, 1, "killed"), Gone(0.0, 2, "killed"))
+    assert in_place(*gone, formed(2, (beside,), beside, beside)) is RedidCommitted

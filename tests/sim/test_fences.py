@@ -10,12 +10,16 @@ from collections.abc import Callable
 
 import pytest
 
+from paddle_ft.meeting import Meeting
 from tests.sim.checkers import (
     BrokeChain,
     Broken,
     BrokeSingleWriter,
     GenerationWentBack,
     HeadWentBack,
+    LostStep,
+    NoProgress,
+    SteppedApart,
 )
 from tests.sim.run import run
 from tests.sim.world import World
@@ -33,6 +37,25 @@ def without(kind: str, key: str) -> Callable[[World], None]:
 
 def one_identity(world: World) -> None:
     world.one_identity = True
+
+
+def everybody_as_they_stand(world: World) -> None:
+    """The ranks of a new group do not compare where they stand."""
+    world.meet = lambda said: Meeting(max(0, max(said) - 1), 0, ())
+
+
+def without_since(world: World) -> None:
+    """Workers of whatever age go on with whatever they have."""
+    world.minds_restore_point = False
+    world.minds_since = False
+
+
+def forgets_early(world: World) -> None:
+    world.forgets_early = True
+
+
+def does_not_tell(world: World) -> None:
+    world.tells_restore_point = False
 
 
 def first_broken(weaken: Callable[[World], None], wanted: type[Broken]) -> int | None:
@@ -60,3 +83,15 @@ def test_no_comparison_can_be_left_out(kind: str, key: str, wanted: type[Broken]
 
 def test_the_incarnation_cannot_be_left_out_of_the_identity() -> None:
     assert first_broken(one_identity, BrokeChain) is not None
+
+
+def test_ranks_cannot_go_on_without_comparing_where_they_stand() -> None:
+    assert first_broken(everybody_as_they_stand, SteppedApart) is not None
+
+
+def test_a_state_is_not_given_up_before_another_is_there() -> None:
+    assert first_broken(forgets_early, LostStep) is not None
+
+
+def test_who_goes_on_at_the_last_step_must_know_that_it_is_committed() -> None:
+    assert first_broken(does_not_tell, NoProgress) is not None

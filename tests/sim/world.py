@@ -3,23 +3,39 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
+from paddle_ft import meeting
 from paddle_ft.checkpoint.collect import release
 from paddle_ft.checkpoint.commit import read_manifest
 from paddle_ft.checkpoint.manifest import Manifest
 from paddle_ft.config import CheckpointConfig, Config, EtcdConfig, JobConfig
 from paddle_ft.coordination import schema
+from paddle_ft.coordination.kv import Delete, Put, Transaction
 from paddle_ft.errors import CheckpointDamaged
-from paddle_ft.types import CommitRef, Generation, Head, NodeRecord, Outcome, Pause, decode
+from paddle_ft.meeting import Meeting
+from paddle_ft.types import (
+    CommitRef,
+    Generation,
+    Head,
+    NodeRecord,
+    Outcome,
+    Pause,
+    Recovery,
+    decode,
+)
 from tests.sim.agent import SimAgent
 from tests.sim.clock import Clock
 from tests.sim.history import (
     Acknowledged,
+    Applied,
     Damaged,
     EtcdLost,
     Exited,
+    Formed,
+    Gone,
     History,
     Nodes,
     Removed,
@@ -32,7 +48,8 @@ from tests.sim.model_etcd import Batch
 from tests.sim.model_store import ModelStore, StoreFront
 from tests.sim.network import Network, Sent
 from tests.sim.plan import Plan
-from tests.sim.training import RENDEZVOUS_TIMEOUT_S, RankGroup, SimWorker, State, Training
+from tests.sim.ranks import RankGroup
+from tests.sim.training import SimWorker, State, Training
 
 KINDS: dict[str, Any] = {
     "generation": Generation, "head": Head, "pause": Pause, "outcome": Outcome, "leader": str,
@@ -48,12 +65,14 @@ def make_config(
     keep_last: int,
     members_timeout_s: float = 300.0,
     persist_grace_s: float = 1.5,
+    recovery: Recovery = "in_place",
+    spares: int = 0,
 ) -> Config:
     return Config(
         job=JobConfig(
             id="sim", nodes_min=nodes_min, nodes_max=nodes_max, nproc_per_node=slots,
             max_restart=max_restart, join_window_s=0.6, stop_grace_s=6.0,
-            members_timeout_s=members_timeout_s,
+            members_timeout_s=members_timeout_s, recovery=recovery or "in_place", spares=spares,
         ),
         etcd=EtcdConfig(lease_ttl_s=2, renew_interval_s=0.5, rpc_timeout_s=0.4),
         checkpoint=CheckpointConfig(keep_last=keep_last, persist_grace_s=persist_grace_s),
@@ -74,6 +93,8 @@ class World:
             plan.keep_last,
             plan.members_timeout_s,
             plan.persist_grace_s,
+            plan.recovery,
+            plan.spares,
         )
         self.keys = schema.Keys("sim")
         self.training = Training(plan.steps, 8, plan.save_every, plan.session, plan.patient)
@@ -88,6 +109,21 @@ class World:
         self.cut_peers: set[frozenset[str]] = set()
         self.traps: dict[str, tuple[str, float]] = {}
         self.states: dict[str, State] = {}
+        self.snares: dict[str, int] = {}
+        """How many workers are to be killed in the middle of a meeting or a hand-over."""
+        self.meet: Callable[[Sequence[int]], Meeting] = meeting.meet
+        """What the product decides by; for tests."""
+        self.minds_restore_point = True
+        """A state that is older than the restore point counts for nothing."""
+        self.tells_restore_point = True
+        """In place, a worker learns that the restore point is committed."""
+        self.forgets_early = False
+        """A worker gives its own state up before it has another; for tests."""
+        self.deaf_while_loading = False
+        """A worker that waits for a checkpoint hears of no planned change; for tests."""
+        self.minds_since = True
+        """Workers that have missed a generation do not go on."""
+        self._brought_by: dict[int, tuple[State, ...]] = {}
         self.one_identity = False
         """Every life of a node has the same incarnation; for tests."""
         self.outcome_s: float | None = None
@@ -194,6 +230,21 @@ class World:
     def next_port(self) -> int:
         return self._count("port")
 
+    # ------------------------------------------------------------ quarantine
+
+    def quarantine(self, node: str) -> None:
+        """Somebody outside keeps ``node`` from taking part."""
+        key = f"{self.keys.quarantine}{node}"
+        self.network.etcd.transact(Transaction((), (Put(key, b"{}"),)))
+
+    def release_from_quarantine(self, node: str) -> None:
+        key = f"{self.keys.quarantine}{node}"
+        if self.network.etcd.read(key).kvs:
+            self.network.etcd.transact(Transaction((), (Delete(key),)))
+
+    def next_worker(self) -> int:
+        return self._count("worker")
+
     def nonce(self) -> str:
         return f"{self._count('nonce'):08x}"
 
@@ -267,7 +318,7 @@ class World:
     def state_in(self, ref: CommitRef, manifest: Manifest) -> State:
         weights = next(p for p in manifest.tensors if p.name == "weights")
         state = self.states[weights.blocks[0].digest]
-        return State(manifest.step, manifest.meta["position"], state.used, ref.manifest)
+        return State(manifest.step, manifest.meta["position"], state.used, ref.manifest, state.path)
 
     # ------------------------------------------------------------ nodes and workers
 
@@ -296,26 +347,68 @@ class World:
     def connected(self, a: str, b: str) -> bool:
         return not self.cut_peers or frozenset((a, b)) not in self.cut_peers
 
-    def rendezvous(self, worker: SimWorker) -> None:
+    def rendezvous(self, worker: SimWorker) -> RankGroup | None:
         """The worker looks for its peers at the endpoint of its generation."""
-        key = (worker.generation, worker.endpoint)
+        env = worker.env
+        assert env is not None
+        key = (env.generation, env.endpoint)
         group = self._groups.get(key)
         if group is None or not any(w.process.alive for w in group.ranks.values()):
-            group = self._groups[key] = RankGroup(
-                self.clock, self.training, self._count("run"), worker.world_size, self.connected
-            )
-        host = worker.endpoint.partition(":")[0]
+            number = self._count("run")
+            group = self._groups[key] = RankGroup(self, number, env.generation, env.world_size)
+        host = env.endpoint.partition(":")[0]
         refused = (
             group.running
             or group.over
             or worker.rank in group.ranks
-            or group.world_size != worker.world_size
+            or group.world_size != env.world_size
             or not self.connected(worker.owner.node, host)
         )
         if refused:
-            worker.end("collective", 75, worker.state.step, RENDEZVOUS_TIMEOUT_S)
-        else:
-            group.join(worker)
+            return None
+        group.join(worker)
+        return group
+
+    def met(self, group: RankGroup, workers: list[SimWorker]) -> None:
+        """The ranks compare where they stand."""
+        self._brought_by[group.number] = tuple(w.state for w in workers if w.has_state)
+        self.snare("meeting", workers)
+
+    def formed(self, group: RankGroup, workers: list[SimWorker]) -> None:
+        """The ranks stand together, and begin to step."""
+        brought = self._brought_by.pop(group.number, ())
+        states = tuple(w.state for w in workers)
+        numbers = tuple(w.number for w in workers)
+        members = tuple(w.owner.me for w in workers)
+        self.history.add(
+            Formed(
+                self.clock.now, group.generation, group.number, numbers, members, brought, states
+            )
+        )
+        if self.tracing:
+            self.note("group", group.number, "of generation", group.generation, "at", states[0])
+
+    def applied(self, group: RankGroup, workers: list[SimWorker]) -> None:
+        """A step is applied, by all of them or by some."""
+        numbers = tuple(w.number for w in workers)
+        if len(workers) < group.world_size:
+            self.note("fault", "only", numbers, "come through step", workers[0].state.step)
+        members = tuple(w.owner.me for w in workers)
+        self.history.add(
+            Applied(self.clock.now, group.generation, workers[0].state, numbers, members)
+        )
+
+    def worker_gone(self, worker: SimWorker, how: str) -> None:
+        self.history.add(Gone(self.clock.now, worker.number, how))
+
+    def snare(self, kind: str, workers: list[SimWorker]) -> None:
+        """Springs a snare that was set for this moment: one of ``workers`` is killed."""
+        if self.snares.get(kind, 0):
+            self.snares[kind] -= 1
+            victim = self.clock.random.choice(workers)
+            self.history.add(Struck(self.clock.now))
+            self.note("fault", "kills", victim.process.name, "in its", kind)
+            victim.kill(stopped=False)
 
     def trapped(self, agent: SimAgent, kind: str) -> bool:
         """Springs a trap that was set for whoever does ``kind`` next: freezes or kills it."""
