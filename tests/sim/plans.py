@@ -68,7 +68,7 @@ def out_for_one_generation(at_s: float) -> Plan:
         fault("quarantine", at_s + 0.9, "n1", 2.0),
     )
     return replace(
-        CALM, nodes=4, nodes_min=3, nodes_max=3, starts_s=(0.1, 0.2, 0.3, 0.9), steps=40,
+        CALM, nodes=4, nodes_min=3, nodes_max=3, starts_s=(0.3, 0.2, 0.05, 0.9), steps=40,
         save_every=100, watch_delay_s=(0.001, 0.02), faults=faults,
     )  # fmt: skip
 

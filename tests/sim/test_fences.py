@@ -11,6 +11,7 @@ from collections.abc import Callable
 import pytest
 
 from paddle_ft.meeting import Meeting
+from tests.sim import plans
 from tests.sim.checkers import (
     BrokeChain,
     Broken,
@@ -54,6 +55,10 @@ def forgets_early(world: World) -> None:
     world.forgets_early = True
 
 
+def deaf_while_loading(world: World) -> None:
+    world.deaf_while_loading = True
+
+
 def does_not_tell(world: World) -> None:
     world.tells_restore_point = False
 
@@ -90,8 +95,22 @@ def test_ranks_cannot_go_on_without_comparing_where_they_stand() -> None:
 
 
 def test_a_state_is_not_given_up_before_another_is_there() -> None:
-    assert first_broken(forgets_early, LostStep) is not None
+    broken = run(0, weaken=forgets_early, plan=plans.hand_overs_that_break()).broken
+    assert isinstance(broken, LostStep)
+
+
+def test_workers_that_have_missed_a_generation_cannot_go_on() -> None:
+    plan = plans.out_for_one_generation(3.0 + 0.02 * 77)
+    assert run(77, plan=plan).broken is None
+    broken = run(77, weaken=without_since, plan=plan).broken
+    assert isinstance(broken, BrokeChain)
+
+
+def test_who_waits_for_a_checkpoint_must_hear_of_a_planned_change() -> None:
+    plan = plans.leaving_while_loading(6.5 + 0.05 * 23)
+    assert run(23, plan=plan).broken is None
+    assert run(23, weaken=deaf_while_loading, plan=plan).broken is not None
 
 
 def test_who_goes_on_at_the_last_step_must_know_that_it_is_committed() -> None:
-    assert first_broken(does_not_tell, NoProgress) is not None
+    assert isinstance(run(TELLING, weaken=does_not_tell).broken, NoProgress)
