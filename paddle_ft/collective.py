@@ -110,6 +110,19 @@ class Collective:
             raise peer_loss(error, self.rank, "an all-reduce") from error
         self.board.called()
 
+    def all_gather(self, tensor: Any) -> list[Any]:
+        """``tensor`` of each rank, in rank order; all of one shape. Raises CollectiveFailed."""
+        if self.world_size == 1:
+            return [tensor]
+        import paddle.distributed as dist
+
+        gathered: list[Any] = []
+        try:
+            dist.all_gather(gathered, tensor)
+        except RuntimeError as error:
+            raise peer_loss(error, self.rank, "an all-gather") from error
+        return gathered
+
     def sum(self, numbers: list[int]) -> list[int]:
         """``numbers`` summed over all ranks, each for itself. Raises CollectiveFailed."""
         if self.world_size == 1:

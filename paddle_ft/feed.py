@@ -1,8 +1,8 @@
 """One rank's batches: fetched, collated and seeded so that how they are loaded does not matter.
 
 Invariant: the data of a step, and the random states it is drawn and used with, depend on (seed,
-number of the batch, rank) and the position alone. So loading in line and in worker processes give
-the same batches, and a resumed run gets the ones that an undisturbed run would have got.
+number of the batch, rank or logical shard) and the position alone. So loading in line and in worker
+processes give the same batches, and a resumed run gets those of an undisturbed one.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ _WINDOW = 4096
 class Feed:
     """Iterates over (item, data) of one stream, from a position on.
 
+    With ``shards`` each item is one of that many logical shards of its batch (``sampling.items``).
     ``dataset`` is map-style (``__len__`` and ``__getitem__``); ``data`` is what
     ``paddle.io.DataLoader`` would make of it. With ``num_workers`` > 0 that many processes fetch
     ahead, at most two batches each.
@@ -40,15 +41,17 @@ class Feed:
         *,
         rank: int,
         world_size: int,
+        shards: int = 0,
         num_workers: int = 0,
         collate_fn: Callable[[list[Any]], Any] | None = None,
     ) -> None:
         self.stream = stream
-        self._steps = _Steps(dataset, stream, rank, collate_fn or collate)
+        self._steps = _Steps(dataset, stream, collate_fn or collate)
         self._dataset = dataset
         self._collate_fn = collate_fn
         self._rank = rank
         self._world_size = world_size
+        self._shards = shards
         self._num_workers = num_workers
         self._loading: Any = None
         """Paddle's iterator over what loader processes give, while there are such."""
@@ -62,6 +65,7 @@ class Feed:
             self.stream,
             rank=rank,
             world_size=world_size,
+            shards=self._shards,
             num_workers=self._num_workers,
             collate_fn=self._collate_fn,
         )
@@ -72,7 +76,7 @@ class Feed:
         loaded = self._ahead(number, epoch, offset) if self._num_workers else None
         for item in items:
             data = self._steps[item] if loaded is None else next(loaded)
-            seed_all(sampling.step_seed(self.stream.seed, item.number, self._rank, "compute"))
+            seed_all(sampling.step_seed(self.stream.seed, item.number, item.part, "compute"))
             yield item, _to_tensors(data)
         if loaded is not None:
             next(loaded, None)  # at its end a loader ends its processes
@@ -97,7 +101,7 @@ class Feed:
 
     def _items(self, number: int, epoch: int, offset: int) -> Iterator[Item]:
         for batch in sampling.batches(self.stream, epoch, offset):
-            yield Item(number, batch, sampling.share(batch, self._rank, self._world_size))
+            yield from sampling.items(number, batch, self._rank, self._world_size, self._shards)
             number += 1
 
     def _ahead(self, number: int, epoch: int, offset: int) -> Iterator[Any]:
@@ -131,19 +135,17 @@ class _Steps:
         self,
         dataset: Any,
         stream: sampling.Stream,
-        rank: int,
         collate_fn: Callable[[list[Any]], Any],
     ) -> None:
         self._dataset = dataset
         self._stream = stream
-        self._rank = rank
         self._collate = collate_fn
 
     def __len__(self) -> int:
         return sampling.steps_left(self._stream)
 
     def __getitem__(self, item: Item) -> Any:
-        seed_all(sampling.step_seed(self._stream.seed, item.number, self._rank, "data"))
+        seed_all(sampling.step_seed(self._stream.seed, item.number, item.part, "data"))
         share = item.share
         chosen = _indices(self._stream, item.batch.epoch, share.start, share.stop)
         return self._collate([self._dataset[int(i)] for i in chosen])

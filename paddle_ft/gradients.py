@@ -57,6 +57,13 @@ class Gradients:
         Gives 1 for each trainable parameter that has a gradient on this rank, else 0. A rank
         without one adds zeros. Raises CollectiveFailed, and ConfigError for sparse gradients.
         """
+        present = self.gather(weight)
+        for flat in self.flats:
+            self._collective.all_reduce(flat)
+        return present
+
+    def gather(self, weight: float) -> list[int]:
+        """As ``reduce``, but sums nothing: weight x gradient lies in ``flats`` then."""
         trained = [p for p in self._all if not p.stop_gradient]
         if len(trained) != len(self._trained) or any(
             a is not b for a, b in zip(trained, self._trained, strict=True)
@@ -66,8 +73,17 @@ class Gradients:
         present = [int(p.grad is not None) for p in trained]
         for bucket in self._buckets:
             _fill(bucket, weight)
-            self._collective.all_reduce(bucket.flat)
         return present
+
+    @property
+    def flats(self) -> list[Any]:
+        """The contents of the buckets: memory of this object, or of a gradient."""
+        return [bucket.flat for bucket in self._buckets]
+
+    @flats.setter
+    def flats(self, flats: Sequence[Any]) -> None:
+        for bucket, flat in zip(self._buckets, flats, strict=True):
+            bucket.flat = flat
 
     def finish(self, present: Sequence[int]) -> None:
         """Hands the sums to the parameters that have a gradient on any rank.

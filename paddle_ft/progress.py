@@ -126,6 +126,8 @@ class Position:
     """Samples of ``epoch`` handed out."""
     plan: sampling.Stream | None = None
     """What the stream was told to be; None before its first batch."""
+    shards: int = 0
+    """Logical shards of a batch; 0: a batch is divided by the number of ranks."""
 
     def turn_to(self, stream: int) -> None:
         """The stream numbered ``stream`` begins."""
@@ -162,6 +164,17 @@ class Position:
                     f"it is {now}; give s.batches the same dataset, seed and shuffle as before, or "
                     f"start with another --checkpoint."
                 )
+
+    def divide(self, shards: int) -> None:
+        """Batches are of ``shards`` logical shards; raises CheckpointMismatch if they were not."""
+        if self.step and self.shards != shards:
+            before, now = (f"reproducible={n}" if n else "it off" for n in (self.shards, shards))
+            raise CheckpointMismatch(
+                f"This job is at step {self.step} with {before}, and now the script has {now}, "
+                f"which gives other sums; give ft.session what it had before, or start with "
+                f"another --checkpoint."
+            )
+        self.shards = shards
 
     def to_meta(self) -> dict[str, Any]:
         """JSON values."""

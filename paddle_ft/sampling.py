@@ -83,12 +83,20 @@ class Share:
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One step's part of the data, for one rank."""
+    """What one round of the loop works on: a rank's slice of a batch, or one logical shard of it.
+
+    A rank has one slice, but may have several shards of a batch.
+    """
 
     number: int
     """Of the batch, counted from 0 over the whole job."""
     batch: Batch
     share: Share
+    part: int = 0
+    """Rank, or number of the logical shard: random states are derived from it."""
+    first: bool = True
+    last: bool = True
+    """Of what this rank has of the batch."""
 
 
 def batches(stream: Stream, epoch: int = 0, offset: int = 0) -> Iterator[Batch]:
@@ -115,12 +123,40 @@ def steps_left(stream: Stream, epoch: int = 0, offset: int = 0) -> int:
 
 def share(batch: Batch, rank: int, world_size: int) -> Share:
     """What ``rank`` computes of ``batch``: contiguous parts whose sizes differ by at most one."""
-    each, more = divmod(batch.size, world_size)
-    size = each + (rank < more)
-    if size == 0:
+    mine = spread(batch.size, rank, world_size)
+    if not mine:
         return Share(batch.start, batch.start + 1, 0.0)
-    start = batch.start + rank * each + min(rank, more)
-    return Share(start, start + size, size / batch.size)
+    start = batch.start + mine.start
+    return Share(start, start + len(mine), len(mine) / batch.size)
+
+
+def spread(count: int, rank: int, world_size: int) -> range:
+    """Which of ``count`` things in a row are the rank's: runs whose lengths differ by at most 1."""
+    each, more = divmod(count, world_size)
+    start = rank * each + min(rank, more)
+    return range(start, start + each + (rank < more))
+
+
+def shards_of(batch: Batch, shards: int) -> int:
+    """How many of ``shards`` logical shards have a sample of ``batch``; these come first."""
+    return min(shards, batch.size)
+
+
+def items(number: int, batch: Batch, rank: int, world_size: int, shards: int = 0) -> list[Item]:
+    """What ``rank`` works on for ``batch``: its slice, or with ``shards`` its logical shards.
+
+    Which samples a shard has depends on the batch and ``shards`` alone. A rank without a shard is
+    given a sample that does not count.
+    """
+    if not shards:
+        return [Item(number, batch, share(batch, rank, world_size), rank)]
+    mine = spread(shards_of(batch, shards), rank, world_size)
+    if not mine:
+        none = Share(batch.start, batch.start + 1, 0.0)
+        return [Item(number, batch, none, shards + rank)]
+    return [
+        Item(number, batch, share(batch, i, shards), i, i == mine[0], i == mine[-1]) for i in mine
+    ]
 
 
 def indices(stream: Stream, epoch: int, start: int, stop: int) -> Indices:
@@ -145,9 +181,12 @@ def permute(positions: Indices, length: int, seed: int, epoch: int) -> Indices:
     return values.astype(np.int64)
 
 
-def step_seed(seed: int, step: int, rank: int, purpose: str) -> int:
-    """A 63-bit seed for the random generators of ``rank`` at ``step``, one for each purpose."""
-    text = f"{seed}/{step}/{rank}/{purpose}".encode()
+def step_seed(seed: int, step: int, part: int, purpose: str) -> int:
+    """A 63-bit seed for the random generators at ``part`` of ``step``, one for each purpose.
+
+    ``part``: the rank, or the logical shard.
+    """
+    text = f"{seed}/{step}/{part}/{purpose}".encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
 
 

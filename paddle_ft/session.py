@@ -42,10 +42,12 @@ from paddle_ft.nested import Copy
 from paddle_ft.policies import Rule, parse
 from paddle_ft.progress import Ballot, Position, Verdict
 from paddle_ft.regroup import Membership
+from paddle_ft.reproducible import shards_asked, update_of
 from paddle_ft.saver import Saver
+from paddle_ft.standing import Standing
 from paddle_ft.state import TrainingState
 from paddle_ft.streams import Streams
-from paddle_ft.update import LrStep, Update, check_lr_step
+from paddle_ft.update import LrStep, check_lr_step
 
 
 def session(
@@ -56,6 +58,7 @@ def session(
     lr_step: LrStep = "step",
     checkpoint: str | None = None,
     save: Rule | str | None = None,
+    reproducible: bool | int = False,
 ) -> Session:
     """A session for one training loop, to be used as a context manager.
 
@@ -74,38 +77,29 @@ def session(
             saved then. Under the launcher its own ``--checkpoint`` counts.
         save: when to save, as a rule (``policies``) or as text (``"1000 steps, 10min"``); default:
             ``"auto"``. ``--checkpoint_every`` wins over it.
+        reproducible: the result does not depend on the number of ranks either: a batch is worked on
+            in this many logical shards (True: 12), each a round of the loop (``reproducible``).
 
     Raises (on entering) ConfigError, CheckpointMismatch, CollectiveFailed, StoreError.
     """
     check_lr_step(lr_step, lr_scheduler)
     context = Context(checkpoint, parse(save) if isinstance(save, str) else save)
-    return Session(model, optimizer, lr_scheduler, lr_step, context)
+    install_hook()
+    state = TrainingState(model, optimizer, lr_scheduler)
+    return Session(state, lr_step, context, shards_asked(reproducible))
 
 
-class Session:
-    """One training loop under protection; made by ``session``.
-
-    ``rank`` and ``world_size``: this process among all of the job. ``generation``: how often the
-    group of processes was formed, counted by the job. ``restarts``: how many of these were because
-    of a failure.
-    """
+class Session(Standing):
+    """One training loop under protection; made by ``session``."""
 
     def __init__(
-        self,
-        model: Any,
-        optimizer: Any,
-        lr_scheduler: Any,
-        lr_step: LrStep,
-        context: Context,
+        self, state: TrainingState, lr_step: LrStep, context: Context, shards: int
     ) -> None:
-        install_hook()
         self._context = context
         self._collective = context.collective
-        self._model = model
-        self._optimizer = optimizer
-        self._lr_scheduler = lr_scheduler
+        self._state = state
         self._lr_step = lr_step
-        self._state = TrainingState(model, optimizer, lr_scheduler)
+        self._shards = shards
         self._keeper: Keeper = NullKeeper()
         self._saver: Saver | None = None
         self._image: Image | None = None
@@ -116,40 +110,6 @@ class Session:
         """The step under way was not applied: the group is broken."""
         self._copies: dict[str, Copy] = {}
         """Of what a script may change in a round, as it was when the round began."""
-
-    @property
-    def rank(self) -> int:
-        return self._collective.rank
-
-    @property
-    def world_size(self) -> int:
-        return self._collective.world_size
-
-    @property
-    def global_step(self) -> int:
-        """Steps applied since the beginning of the job, over all restarts."""
-        return self._position.step
-
-    @property
-    def epoch(self) -> int:
-        """Epoch of the batch that was handed out last, from 0."""
-        return self._position.epoch
-
-    @property
-    def weight(self) -> float:
-        """What the batch that was handed out last counts on this rank: its part of the global one.
-
-        0.0 if it is a sample that is only there to keep step with the other ranks.
-        """
-        return self._streams.batch_weight
-
-    @property
-    def generation(self) -> int:
-        return self._context.generation
-
-    @property
-    def restarts(self) -> int:
-        return self._context.restarts
 
     # ------------------------------------------------------------ begin
 
@@ -168,14 +128,14 @@ class Session:
         context = self._context
         if context.env is not None:  # or SIGTERM from the agent would print a stack
             paddle.disable_signal_handler()
-        parallel = isinstance(self._model, paddle.DataParallel)
+        parallel = isinstance(self._state.model, paddle.DataParallel)
         self._members = Membership(context, self._state, parallel)
         self._keeper = self._members.keeper
         self._members.first()
         self._image, self._position = self._members.image, self._members.position
-        how = (self._lr_scheduler, self._lr_step, self._collective, parallel)
-        self._update = Update(self._model, self._optimizer, *how)
-        self._streams = Streams(self._collective, not parallel, self._position)
+        how = (self._lr_step, self._collective, parallel, self._shards)
+        self._update = update_of(self._state, *how)
+        self._streams = Streams(self._collective, not parallel, self._position, self._shards)
         self._saver = Saver(context, self._keeper, self._state, self.global_step)
         self._teller = self._context.teller(self._position)
 
@@ -245,6 +205,7 @@ class Session:
             if self._streams.open_batches == 1 and self._members.recovery == "in_place":
                 self._members.check_own_state()
                 self._copies = self._state.changeable(self._lr_step == "manual")
+            self._update.handed_out(self._streams.item)
             yield data
 
     def _start_stepping(self) -> None:
@@ -262,7 +223,8 @@ class Session:
 
         Gives whether it was applied. It is not if a peer was lost meanwhile: the loop is handed
         the same batch once more then, and the job goes on as if that had been the first time, with
-        registered objects (and a scheduler that the script steps) as they were before it.
+        registered objects (and a scheduler that the script steps) as they were before it. Nor is
+        it, with ``reproducible``, before this rank's last shard of the batch.
 
         ``loss`` is shown, and rank 0's is kept with the checkpoint. Call this equally often on all
         ranks. Of several batches since the last step the gradients add up, as without a session.
@@ -274,6 +236,8 @@ class Session:
         self._start_stepping()
         if not self._streams.in_loop or not self._streams.open_batches:
             self._members.cannot_change()  # its batch could not be handed out again
+        if not self._update.take():
+            return False
         ends_epoch = self._streams.close_round()
         try:
             if self._members.ordered_at_once or self._cut_short:

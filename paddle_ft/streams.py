@@ -21,11 +21,16 @@ from paddle_ft.progress import Position
 class Streams:
     """The calls of ``Session.batches``, numbered in their order.
 
-    ``weighted``: gradients can be weighted, so the ranks' slices may be of any size.
-    The collective's board is told when data is waited for, and when it is there.
+    ``weighted``: gradients can be weighted, so the ranks' slices may be of any size. With
+    ``shards``, each batch is handed out in that many logical shards. The collective's board is told
+    when data is waited for, and when it is there.
     """
 
-    def __init__(self, collective: Collective, weighted: bool, position: Position) -> None:
+    def __init__(
+        self, collective: Collective, weighted: bool, position: Position, shards: int = 0
+    ) -> None:
+        """Raises CheckpointMismatch if the job was begun with other ``shards``."""
+        position.divide(shards)
         self.position = position
         self.in_loop = False
         """A batch was handed out and the next one has not been asked for."""
@@ -34,6 +39,7 @@ class Streams:
         self._rank = collective.rank
         self._world_size = collective.world_size
         self._weighted = weighted
+        self._shards = shards
         self._board = collective.board
         self._calls = 0
         self._feed: Feed | None = None
@@ -55,12 +61,18 @@ class Streams:
         """Goes on from ``position``, in place of where it stood."""
         for field in fields(position):
             setattr(self.position, field.name, getattr(position, field.name))
+        self.position.divide(self._shards)
         self._round.clear()
 
     @property
     def open_batches(self) -> int:
         """Batches handed out since the last step."""
         return len(self._round)
+
+    @property
+    def item(self) -> sampling.Item:
+        """What was handed out last; no step has ended since."""
+        return self._round[-1]
 
     @property
     def batch_weight(self) -> float:
@@ -90,7 +102,8 @@ class Streams:
             )
         if self.position.stream == number:
             self.position.check(plan)
-        return number, Feed(dataset, plan, rank=self._rank, world_size=self._world_size, **loading)
+        loading |= {"rank": self._rank, "world_size": self._world_size, "shards": self._shards}
+        return number, Feed(dataset, plan, **loading)
 
     def run(self, number: int, feed: Feed, between_rounds: Callable[[], bool]) -> Iterator[Any]:
         """The data of stream ``number`` from where the job stands; nothing if it is over.
@@ -125,7 +138,8 @@ class Streams:
                 )
             if not self._round:
                 self._begun_at = replace(position)
-            position.advance(item.batch)
+            if item.first:
+                position.advance(item.batch)
             self._round.append(item)
             self.in_loop = True
             self._board.loose = False
@@ -148,7 +162,7 @@ class Streams:
         if not self._round:
             return False
         mine = sum(i.share.stop - i.share.start for i in self._round if i.share.weight)
-        self.weight = mine / sum(i.batch.size for i in self._round)
+        self.weight = mine / sum(i.batch.size for i in self._round if i.first)
         ends_epoch = self._round[-1].batch.last
         self._round.clear()
         return ends_epoch

@@ -9,6 +9,7 @@ from paddle_ft.collective import Collective
 from paddle_ft.errors import ConfigError
 from paddle_ft.gradients import Gradients
 from paddle_ft.health.phases import OPTIMIZER, REDUCE
+from paddle_ft.sampling import Item
 
 LrStep = Literal["step", "epoch", "manual"]
 
@@ -47,6 +48,13 @@ class Update:
     @property
     def _sums(self) -> bool:
         return self._collective.world_size > 1 and not self._parallel
+
+    def handed_out(self, item: Item) -> None:
+        """The loop is about to work on ``item``."""
+
+    def take(self) -> bool:
+        """The gradients of what was handed out are there; whether a step is due with them."""
+        return True
 
     def reduce(self, weight: float) -> list[int]:
         """As ``Gradients.reduce``; nothing where there is nobody to sum with."""

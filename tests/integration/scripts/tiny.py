@@ -26,6 +26,7 @@ arguments.add_argument("--epochs", type=int, default=3)
 arguments.add_argument("--width", type=int, default=16)
 arguments.add_argument("--delay", type=float, default=0.0)
 arguments.add_argument("--fail-at", type=int, default=-1)
+arguments.add_argument("--reproducible", type=int, default=0)
 given = arguments.parse_args()
 
 
@@ -59,7 +60,12 @@ optimizer = paddle.optimizer.Adam(
 loss_of = paddle.nn.BCEWithLogitsLoss()
 given.record.mkdir(parents=True, exist_ok=True)
 
-with ft.session(model=model, optimizer=optimizer, lr_scheduler=schedule) as s:
+with ft.session(
+    model=model,
+    optimizer=optimizer,
+    lr_scheduler=schedule,
+    reproducible=given.reproducible or False,
+) as s:
     with (given.record / f"{s.rank}-{os.getpid()}.jsonl").open("a") as record:
         for x, y, ids in s.batches(
             Numbers(), batch_size=given.batch_size, epochs=given.epochs, shuffle=True, seed=3
@@ -69,7 +75,7 @@ with ft.session(model=model, optimizer=optimizer, lr_scheduler=schedule) as s:
             loss = loss_of(model(x), y)
             loss.backward()
             time.sleep(given.delay)
-            used = ids.numpy().tolist()
+            used = ids.numpy().tolist() if s.weight else []
             line = {"generation": s.generation, "step": s.global_step + 1, "ids": used}
             record.write(json.dumps(line) + "\n")
             record.flush()

@@ -68,10 +68,41 @@ def plateau() -> None:
     session(scheduler=paddle.optimizer.lr.ReduceOnPlateau(0.1))
 
 
+def exact(act: Callable[[Any, Any], Any]) -> Callable[[], None]:
+    def run() -> None:
+        with session(reproducible=2) as s:
+            act(s, s.batches(DATA, batch_size=4))
+
+    return run
+
+
+def one_step_too_many(s: Any, batches: Any) -> None:
+    next(batches)
+    s.step()
+    s.step()
+
+
+def no_step(s: Any, batches: Any) -> None:
+    next(batches)
+    next(batches)
+
+
+def parallel() -> None:
+    net = paddle.DataParallel(nn.Linear(4, 2))
+    optimizer = paddle.optimizer.SGD(0.1, net.parameters())
+    with ft.session(model=net, optimizer=optimizer, reproducible=True):
+        pass
+
+
 MISUSES: dict[str, Callable[[], Any]] = {
     "lr_step": lambda: session(lr_step="often"),
     "plateau": plateau,
     "save": lambda: session(save="sometimes"),
+    "no shards": lambda: session(reproducible=-1),
+    "shards without batches": exact(lambda s, _: s.step()),
+    "two steps of a shard": exact(one_step_too_many),
+    "no step of a shard": exact(no_step),
+    "shards of DataParallel": parallel,
     "foreign parameters": lambda: session(optimizer_of=nn.Linear(2, 2)),
     "endless dataset": in_session(lambda s: s.batches(Endless(), batch_size=2)),
     "no dataset": in_session(lambda s: s.batches(iter([1]), batch_size=2)),

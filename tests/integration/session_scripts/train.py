@@ -35,6 +35,8 @@ OPTIONS = {
     "step_s": 0.0,
     "freeze_until": -1,
     "register": False,
+    "scale": 0,
+    "calls": False,
     "lr_step": "step",
     "streams": 1,
     "layers_before": 0,
@@ -71,8 +73,13 @@ class Net(nn.Layer):
         self.last = nn.Linear(width, 1)
         if OPTIONS["unused"]:
             self.spare = nn.Linear(4, 4)
+        if OPTIONS["calls"]:
+            self.register_buffer("calls", paddle.zeros([2], dtype="int64"))
+            self.register_buffer("fixed", paddle.full([3], 0.1))
 
     def forward(self, x: Any) -> Any:
+        if OPTIONS["calls"]:
+            paddle.assign(self.calls + x.shape[0], output=self.calls)
         x = x + 0.01 * paddle.randn(x.shape)
         return self.last(self.drop(self.norm(nn.functional.relu(self.first(x)))))
 
@@ -133,6 +140,8 @@ def main() -> None:
     data = Data(OPTIONS["samples"])
     counter = Counter()
     scaler = paddle.amp.GradScaler(enable=False) if OPTIONS["register"] else None
+    if OPTIONS["scale"]:
+        scaler = paddle.amp.GradScaler(init_loss_scaling=OPTIONS["scale"], incr_every_n_steps=4)
     with ft.session(
         model=model,
         optimizer=optimizer,
@@ -150,6 +159,7 @@ def main() -> None:
         )
         if OPTIONS["register"]:
             s.register("counter", counter)
+        if scaler is not None:
             s.register("scaler", scaler)
         for number in range(OPTIONS["streams"]):
             for x, y, ids in s.batches(
@@ -162,18 +172,19 @@ def main() -> None:
             ):
                 net.first.weight.stop_gradient = s.global_step < OPTIONS["freeze_until"]
                 loss = nn.functional.binary_cross_entropy_with_logits(model(x), y)
-                loss.backward()
+                (scaler.scale(loss) if OPTIONS["scale"] else loss).backward()
                 used = ids.tolist() if s.weight else []
                 if s.global_step == OPTIONS["fail_at"] and s.rank == OPTIONS["die_rank"]:
                     raise ValueError("the script's own mistake")
                 if s.global_step == OPTIONS["die_at"] and s.rank == OPTIONS["die_rank"]:
                     os.kill(os.getpid(), signal.SIGKILL)
-                s.step(loss, scaler=scaler)
-                counter.seen["steps"] += 1
-                counter.seen["mean"] += 0.5
+                step = s.global_step + 1
+                if s.step(loss, scaler=scaler):
+                    counter.seen["steps"] += 1
+                    counter.seen["mean"] += 0.5
                 tell(
                     event="step",
-                    step=s.global_step,
+                    step=step,
                     rank=s.rank,
                     epoch=s.epoch,
                     ids=used,
