@@ -98,3 +98,16 @@ def test_the_end_is_told_in_steps_when_batches_are_accumulated() -> None:
     assert position.steps_total() == 10
     begun = Position(plan=position.plan)
     assert begun.steps_total() == 30, "not known yet"
+
+
+def test_the_number_of_logical_shards_stays_what_it_was() -> None:
+    position = Position()
+    position.divide(4)
+    position.step = 3
+    position.divide(4)
+    again = Position.from_meta(json.loads(json.dumps(position.to_meta())), 3)
+    for other, told in ((6, "with reproducible=4, .* has reproducible=6"), (0, "has it off")):
+        with pytest.raises(CheckpointMismatch, match=told):
+            again.divide(other)
+    with pytest.raises(CheckpointMismatch, match="step 1 with it off, .* reproducible=2"):
+        Position(step=1).divide(2)
