@@ -36,6 +36,7 @@ from paddle_ft.policies import (
 
 # Here, not on first use: `paddle_ft.session` is to be the function, not the module of that name.
 from paddle_ft.session import Session, session
+from paddle_ft.types import ShardOf
 
 __all__ = [
     "AnyOf",
@@ -56,6 +57,7 @@ __all__ = [
     "OnSignal",
     "PaddleFTError",
     "Session",
+    "ShardOf",
     "StoreDenied",
     "StoreError",
     "StoreFull",

@@ -83,6 +83,14 @@ class Context:
         """Ranks that save: without a launcher rank 0 does it for all, with its own statistics."""
         return self.collective.world_size if self.env else 1
 
+    def check_divided(self) -> None:
+        """Raises ConfigError if tensors divided among the ranks could not be saved."""
+        if self.env is None and self.url is not None and self.collective.world_size > 1:
+            raise ConfigError(
+                "Without the launcher rank 0 saves for all, and it does not have the shards of "
+                "the others; start the script with paddle_ft.launch."
+            )
+
     def connect(self) -> Keeper:
         """Where snapshots go. Raises PaddleFTError if the agent does not answer, StoreError."""
         if self.env is not None:

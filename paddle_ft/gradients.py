@@ -43,10 +43,16 @@ class _Bucket:
 
 
 class Gradients:
-    """Sums the gradients of the trainable ones of ``parameters`` over ``collective``."""
+    """Sums the gradients of the trainable ones of ``parameters`` over ``collective``.
 
-    def __init__(self, parameters: Sequence[Any], collective: Collective) -> None:
+    Those of ``apart`` are left as they are until ``clear``.
+    """
+
+    def __init__(
+        self, parameters: Sequence[Any], collective: Collective, apart: Sequence[Any] = ()
+    ) -> None:
         self._all = list(parameters)
+        self._apart = {id(p) for p in apart}
         self._collective = collective
         self._trained: list[Any] = []
         self._buckets: list[_Bucket] = []
@@ -64,7 +70,7 @@ class Gradients:
 
     def gather(self, weight: float) -> list[int]:
         """As ``reduce``, but sums nothing: weight x gradient lies in ``flats`` then."""
-        trained = [p for p in self._all if not p.stop_gradient]
+        trained = [p for p in self._all if not p.stop_gradient and id(p) not in self._apart]
         if len(trained) != len(self._trained) or any(
             a is not b for a, b in zip(trained, self._trained, strict=True)
         ):

@@ -11,7 +11,7 @@ import mmap
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -30,8 +30,10 @@ from paddle_ft.agent.ipc import (
     RestoreRequest,
     RestoreTaken,
     SaveRequest,
+    ShardsRequest,
     SnapshotReady,
 )
+from paddle_ft.checkpoint.boxes import Box
 from paddle_ft.checkpoint.snapshot import Image
 from paddle_ft.errors import (
     EXIT_WORKER_FAILED,
@@ -212,9 +214,18 @@ class AgentKeeper:
         if reply.info is None:
             return None
         self.committed_step = reply.info.step
-        image = Image.open(reply.path or os.devnull, reply.info)
+        image = Image.open(reply.path or os.devnull, reply.info, self._read_boxes)
         self._channel.send(RestoreTaken(self._rank))
         return image
+
+    def _read_boxes(self, wanted: Mapping[str, Box]) -> dict[str, memoryview]:
+        reply = self._ask(ShardsRequest(self._rank, dict(wanted)), None, at_once=True)
+        assert isinstance(reply, RestoreReply)
+        assert reply.path is not None
+        assert reply.info is not None
+        image = Image.open(reply.path, reply.info)
+        os.unlink(reply.path)  # it is for this rank alone
+        return {name: image.read(name) for name in wanted}
 
     # ------------------------------------------------------------ buffers
 
@@ -289,7 +300,7 @@ class AgentKeeper:
 
     def _ask(
         self,
-        message: RestoreRequest | Allocate,
+        message: RestoreRequest | ShardsRequest | Allocate,
         timeout_s: float | None,
         unless_ordered: bool = False,
     ) -> RestoreReply | Allocated:

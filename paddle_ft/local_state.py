@@ -26,7 +26,8 @@ class LocalState:
     """This rank's own tensors, and what all ranks had at the last agreement."""
 
     def __init__(self, state: TrainingState) -> None:
-        self._tensors = [e.tensor for e in state.model_entries() if e.scope == "local"]
+        entries = state.model_entries()
+        self._tensors = [e.tensor for e in entries if e.scope == "local" and e.shard is None]
         self.nbytes = sum(map(nbytes_of, self._tensors))
         self.width = -(-self.nbytes // 8)
         """Words of one rank."""

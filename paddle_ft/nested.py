@@ -10,9 +10,9 @@ import numpy as np
 
 from paddle_ft.checkpoint.manifest import ITEM_BYTES
 from paddle_ft.checkpoint.snapshot import Image, array_of, dtype_name, nbytes_of, write_tensor
-from paddle_ft.errors import ConfigError
+from paddle_ft.errors import CheckpointMismatch, ConfigError
 from paddle_ft.plain import from_plain, to_plain
-from paddle_ft.types import Scope, TensorSpec
+from paddle_ft.types import Scope, ShardOf, TensorSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,11 +25,14 @@ class Entry:
     scope: Scope
     steady: bool
     """Only the optimizer's step changes it."""
+    shard: ShardOf | None = None
+    """With ``local``: which part of a tensor that is divided among the ranks."""
 
     def spec(self) -> TensorSpec:
         shape = tuple(int(n) for n in self.tensor.shape)
         nbytes = nbytes_of(self.tensor)
-        return TensorSpec(self.name, dtype_name(self.tensor), shape, self.scope, 0, nbytes)
+        form = (self.name, dtype_name(self.tensor), shape, self.scope, 0, nbytes)
+        return TensorSpec(*form, shard=self.shard)
 
 
 def is_tensor(value: object) -> bool:
@@ -77,6 +80,27 @@ def refuse(where: str, value: object) -> None:
 
 def no_tensor(reference: Mapping[str, Any]) -> Any:
     raise ValueError(f"{reference} refers to a tensor where there cannot be one")
+
+
+def compare(image: Image, expected: list[TensorSpec], given: list[str]) -> None:
+    """Raises CheckpointMismatch unless the tensors ``given`` in ``image`` are those expected."""
+    wanted = {spec.name: spec for spec in expected}
+    faults = [f"{name} is missing in it" for name in wanted if image.spec(name) is None]
+    faults += [f"{name} is not in this script" for name in given if name not in wanted]
+    for name, spec in wanted.items():
+        there = image.spec(name)
+        if there is not None and (there.dtype, there.shape) != (spec.dtype, spec.shape):
+            faults.append(f"{name} is {_form(there)} there and {_form(spec)} here")
+    if faults:
+        more = f", and {len(faults) - 3} more" if len(faults) > 3 else ""
+        raise CheckpointMismatch(
+            f"The checkpoint of step {image.info.step} does not fit: {'; '.join(faults[:3])}{more}"
+            f"; use the model and optimizer it was saved with, or start with another --checkpoint."
+        )
+
+
+def _form(spec: TensorSpec) -> str:
+    return f"{spec.dtype}{list(spec.shape)}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,6 +58,7 @@ class Membership:
             and _on_cpu(state)
             and _in_no_group()
             and self.local.fits
+            and not state.divided
         )
         self._exchanges = self._can_change
         """The ranks tell each other of their own state; the same on all of them, from the start."""
@@ -173,7 +174,7 @@ class Membership:
         else:
             collective.check_same(self.position.step, "step to start from")
         if not self._has_state:
-            collective.broadcast_all(self._state.model_tensors().values())
+            collective.broadcast_all(self._state.shared_tensors())
             self._has_state = True
         self.agree(collective.sum_words(self.own_words()))
         board = self._context.board

@@ -71,8 +71,12 @@ class ReproducibleUpdate(Update):
                 "A paddle.DataParallel sums its gradients in an order of its own; with "
                 "reproducible, give the model itself to ft.session."
             )
-        how = (state.lr_scheduler, lr_step, collective, False)
-        super().__init__(state.model, state.optimizer, *how)
+        if state.divided:
+            raise ConfigError(
+                "A model that is divided among the ranks does not compute the same on another "
+                "number of them; leave out reproducible, or shards."
+            )
+        super().__init__(state, lr_step, collective, False)
         self._shards = shards
         self._statistics = Statistics(state)
         self._item: Item | None = None
@@ -198,8 +202,7 @@ def update_of(
     """What ends the steps of a session; with ``shards``, over so many. Raises ConfigError."""
     if shards:
         return ReproducibleUpdate(state, lr_step, collective, parallel, shards)
-    how = (state.lr_scheduler, lr_step, collective, parallel)
-    return Update(state.model, state.optimizer, *how)
+    return Update(state, lr_step, collective, parallel)
 
 
 class Statistics:

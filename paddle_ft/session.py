@@ -18,7 +18,7 @@ for (``regroup``); what is handed out then is the batch of the step that was not
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, NoReturn
 
@@ -47,6 +47,7 @@ from paddle_ft.saver import Saver
 from paddle_ft.standing import Standing
 from paddle_ft.state import TrainingState
 from paddle_ft.streams import Streams
+from paddle_ft.types import ShardOf
 from paddle_ft.update import LrStep, check_lr_step
 
 
@@ -59,6 +60,7 @@ def session(
     checkpoint: str | None = None,
     save: Rule | str | None = None,
     reproducible: bool | int = False,
+    shards: Mapping[str, ShardOf] | None = None,
 ) -> Session:
     """A session for one training loop, to be used as a context manager.
 
@@ -79,13 +81,17 @@ def session(
             ``"auto"``. ``--checkpoint_every`` wins over it.
         reproducible: the result does not depend on the number of ranks either: a batch is worked on
             in this many logical shards (True: 12), each a round of the loop (``reproducible``).
+        shards: tensors of the model of which this rank has a part, by key of its ``state_dict``.
+            They and their optimizer slots are saved with their place in the whole, and restored
+            under another division; their gradients are not summed over the ranks. Such a session
+            does not recover in place.
 
     Raises (on entering) ConfigError, CheckpointMismatch, CollectiveFailed, StoreError.
     """
     check_lr_step(lr_step, lr_scheduler)
     context = Context(checkpoint, parse(save) if isinstance(save, str) else save)
     install_hook()
-    state = TrainingState(model, optimizer, lr_scheduler)
+    state = TrainingState(model, optimizer, lr_scheduler, shards)
     return Session(state, lr_step, context, shards_asked(reproducible))
 
 
@@ -128,6 +134,8 @@ class Session(Standing):
         context = self._context
         if context.env is not None:  # or SIGTERM from the agent would print a stack
             paddle.disable_signal_handler()
+        if self._state.divided:
+            context.check_divided()
         parallel = isinstance(self._state.model, paddle.DataParallel)
         self._members = Membership(context, self._state, parallel)
         self._keeper = self._members.keeper
@@ -152,6 +160,25 @@ class Session(Standing):
         if self._started:
             raise ConfigError(f"{name!r} is registered after the first batch: do it before.")
         self._state.register(name, thing, self._image)
+
+    def register_shard(
+        self, name: str, tensor: Any, *, start: Sequence[int], whole: Sequence[int]
+    ) -> None:
+        """Saves and restores ``tensor`` too, this rank's part of one that is divided among all.
+
+        It begins at index ``start`` of a tensor of shape ``whole``, of which the ranks' parts are
+        all, without overlapping (or are the same). Restored is the part that this rank now has.
+        Call it before the first batch; such a session does not recover in place.
+
+        Raises ConfigError, CheckpointMismatch if the checkpoint lacks ``name``.
+        """
+        assert self._entered, "call s.register_shard inside of the with block"
+        if self._started:
+            raise ConfigError(f"{name!r} is registered after the first batch: do it before.")
+        shard = ShardOf(tuple(start), tuple(whole))
+        self._context.check_divided()
+        self._state.register_shard(name, tensor, shard, self._image)
+        self._members.cannot_change()
 
     # ------------------------------------------------------------ the loop
 

@@ -11,13 +11,18 @@ import mmap
 import os
 import signal
 import threading
+from collections.abc import Mapping
+from functools import partial
 from types import FrameType
 from typing import Any
 
 from paddle_ft import config as settings
 from paddle_ft.agent.ipc import Order
 from paddle_ft.checkpoint import commit, plan, retention
+from paddle_ft.checkpoint.boxes import Box
+from paddle_ft.checkpoint.manifest import Manifest
 from paddle_ft.checkpoint.restore import fetch, infos
+from paddle_ft.checkpoint.shards import read_boxes
 from paddle_ft.checkpoint.snapshot import Image
 from paddle_ft.checkpoint.standalone import SAVES_MAX, SaveHandle, save_image
 from paddle_ft.checkpoint.store import open_store
@@ -30,7 +35,7 @@ from paddle_ft.errors import (
 )
 from paddle_ft.exits import say
 from paddle_ft.keeper import Kind
-from paddle_ft.types import ImageInfo, Recovery
+from paddle_ft.types import CommitRef, ImageInfo, Recovery
 
 _log = logging.getLogger(__name__)
 _TELL_INTERVAL_S = 5.0
@@ -87,10 +92,17 @@ class StandaloneKeeper:
                 damage = damage or error
                 continue
             self.committed_step = ref.step
-            return Image(infos(manifest, wanted, self._rank + 1)[self._rank], memory)
+            info = infos(manifest, wanted, self._rank + 1)[self._rank]
+            return Image(info, memory, partial(self._read_boxes, ref, manifest))
         if damage is not None:
             raise damage
         return None
+
+    def _read_boxes(
+        self, ref: CommitRef, manifest: Manifest, wanted: Mapping[str, Box]
+    ) -> dict[str, memoryview]:
+        found = read_boxes(self._store, ref, manifest, wanted)
+        return {name: memoryview(array.tobytes()) for name, array in found.items()}
 
     # ------------------------------------------------------------ buffers
 

@@ -5,10 +5,14 @@
     optimizer/other/<key>                               entries of an optimizer unknown to Paddle
     registered/<name>/<path in its state_dict>          what the user added
 
+    shard/<name>                                        a shard that the user registered
+
 Names do not depend on the order in which layers were made, as Paddle's automatic names do. Tensors
 equal on all ranks are ``replicated``; buffers and BatchNorm's statistics are ``local`` to a rank
-(on another world size, rank r takes those of rank r mod the old one). Everything that is not a
-tensor is JSON (``plain``).
+(on another world size, rank r takes those of rank r mod the old one). A tensor of which each rank
+has a part (``shards``) is saved with its place in the whole, and each rank takes the part it now
+has; so are its optimizer slots of the same shape. Everything that is not a tensor is JSON
+(``plain``).
 """
 
 from __future__ import annotations
@@ -17,10 +21,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from paddle_ft.checkpoint.snapshot import Image, write_tensor
+from paddle_ft.divided import Divided, names_of_shards, read_shards, split
 from paddle_ft.errors import CheckpointMismatch, ConfigError
 from paddle_ft.nested import (
     Copy,
     Entry,
+    compare,
     given_back,
     is_tensor,
     no_tensor,
@@ -29,7 +35,7 @@ from paddle_ft.nested import (
     tensor_of,
 )
 from paddle_ft.plain import from_plain, to_plain
-from paddle_ft.types import Scope, TensorSpec
+from paddle_ft.types import Scope, ShardOf
 
 _STATISTICS = ("_mean", "_variance")
 _MASTER = "master_weight"
@@ -41,7 +47,13 @@ class TrainingState:
     Raises ConfigError if the optimizer trains parameters that are not the model's.
     """
 
-    def __init__(self, model: Any, optimizer: Any, lr_scheduler: Any = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        optimizer: Any,
+        lr_scheduler: Any = None,
+        shards: Mapping[str, ShardOf] | None = None,
+    ) -> None:
         self.model = model
         self.optimizer = optimizer
         own = getattr(optimizer, "_learning_rate", None)
@@ -56,6 +68,7 @@ class TrainingState:
         """Keys of the model's state_dict; with a tensor if it is found there alone."""
         self._key_of = self._parameter_keys()
         self._check_optimizer()
+        self._divided = Divided(self.model_tensors(), shards or {})
 
     # ------------------------------------------------------------ saving
 
@@ -67,7 +80,7 @@ class TrainingState:
         entries = [*self.model_entries(), *self._optimizer_entries()]
         for name, thing in self._registered.items():
             entries += taken_from(f"registered/{name}", thing.state_dict())[1]
-        return entries
+        return entries + self._divided.registered
 
     def meta(self) -> dict[str, Any]:
         """The rest, as JSON values."""
@@ -87,8 +100,14 @@ class TrainingState:
         lr = None
         if self._lr_at_start is not None:
             lr = [self._lr_at_start, float(self.optimizer.get_lr())]
-        state = {"schedulers": schedulers, "registered": registered, "other": other, "lr": lr}
-        # Automatic names, which an exported .pdopt needs and nothing else does.
+        state: dict[str, Any] = {
+            "schedulers": schedulers,
+            "registered": registered,
+            "other": other,
+            "lr": lr,
+        }
+        if self._divided:
+            state["shards"] = names_of_shards(self.entries())
         return state | {"names": {key: name for name, key in self._key_of.items()}}
 
     def model_tensors(self) -> dict[str, Any]:
@@ -126,11 +145,13 @@ class TrainingState:
             )
             scope: Scope = "local" if local else "replicated"
             # A frozen parameter may be a moving average that the forward pass updates.
-            yield Entry(f"model/{key}", tensor, scope, steady=not tensor.stop_gradient)
+            entry = Entry(f"model/{key}", tensor, scope, steady=not tensor.stop_gradient)
+            yield self._divided.entry(entry, key)
 
     def _optimizer_entries(self) -> Iterator[Entry]:
         for name, tensor in self._slots().items():
-            yield Entry(name, tensor, "replicated", steady=True)
+            entry = Entry(name, tensor, "replicated", steady=True)
+            yield self._divided.entry(entry, name.split("/", 1)[1].rpartition("/")[0])
         for key, value in self._other_entries().items():
             if is_tensor(value):
                 yield Entry(f"optimizer/other/{key}", value, "replicated", steady=False)
@@ -195,10 +216,13 @@ class TrainingState:
             for entry in [*self.model_entries(), *self._optimizer_entries()]
             if not entry.name.startswith("optimizer/other/")
         ]
-        given = [n for n in image.names() if not n.startswith("registered/") and n not in other]
+        apart, entries = split(image, entries)
+        mine = {entry.name for entry in apart}.union(other)
+        given = [n for n in image.names() if not n.startswith("registered/") and n not in mine]
         compare(image, [entry.spec() for entry in entries], given)
         for entry in entries:
             write_tensor(entry.tensor, image.read(entry.name))
+        read_shards(image, apart)
         meta = image.info.meta.get("state", {})
         self._restore_other(image, other, meta.get("other", {}))
         self._restore_schedulers(image, meta)
@@ -213,6 +237,30 @@ class TrainingState:
         self._registered[name] = thing
         if image is not None:
             self._restore_registered(name, image)
+
+    def register_shard(self, name: str, tensor: Any, shard: ShardOf, image: Image | None) -> None:
+        """Adds ``tensor``, a part of one that is divided; reads it if ``image`` is given.
+
+        Raises ConfigError, CheckpointMismatch.
+        """
+        entry = self._divided.register(name, tensor, shard)
+        if image is not None:
+            read_shards(image, [entry])
+
+    @property
+    def divided(self) -> bool:
+        """Whether this rank has parts of tensors that nobody else has."""
+        return bool(self._divided)
+
+    def parameters_apart(self) -> list[Any]:
+        """Parameters that are shards: their gradients are the script's own affair."""
+        tensors = self.model_tensors()
+        return [tensors[key] for key in self._divided.shards]
+
+    def shared_tensors(self) -> list[Any]:
+        """The model's tensors without shards."""
+        apart = self._divided.shards
+        return [tensor for key, tensor in self.model_tensors().items() if key not in apart]
 
     def restore_registered(self, image: Image) -> None:
         """Puts back the state of every registered object; raises CheckpointMismatch."""
@@ -247,6 +295,7 @@ class TrainingState:
     def check_all_registered(self, image: Image) -> None:
         """Raises CheckpointMismatch if ``image`` has registered objects that are not there."""
         saved = image.info.meta.get("state", {}).get("registered", {})
+        self._divided.check_all_registered(image)
         if forgotten := sorted(set(saved) - set(self._registered)):
             raise CheckpointMismatch(
                 f"The checkpoint of step {image.info.step} has the registered object "
@@ -257,7 +306,7 @@ class TrainingState:
     def _parameters_with_slots(self, image: Image) -> list[Any]:
         keys = {
             name.split("/", 1)[1].rpartition("/")[0]
-            for name in image.names()
+            for name in [*image.names(), *image.info.meta.get("state", {}).get("shards", [])]
             if name.startswith("optimizer/") and not name.startswith("optimizer/other/")
         }
         return [p for key, p in self.model_tensors().items() if key in keys]
@@ -312,27 +361,6 @@ class TrainingState:
                 f"({foreign[0]}, …); put all trained layers into one paddle.nn.Layer and give that "
                 f"as model."
             )
-
-
-def compare(image: Image, expected: list[TensorSpec], given: list[str]) -> None:
-    """Raises CheckpointMismatch unless the tensors ``given`` in ``image`` are those expected."""
-    wanted = {spec.name: spec for spec in expected}
-    faults = [f"{name} is missing in it" for name in wanted if image.spec(name) is None]
-    faults += [f"{name} is not in this script" for name in given if name not in wanted]
-    for name, spec in wanted.items():
-        there = image.spec(name)
-        if there is not None and (there.dtype, there.shape) != (spec.dtype, spec.shape):
-            faults.append(f"{name} is {_form(there)} there and {_form(spec)} here")
-    if faults:
-        more = f", and {len(faults) - 3} more" if len(faults) > 3 else ""
-        raise CheckpointMismatch(
-            f"The checkpoint of step {image.info.step} does not fit: {'; '.join(faults[:3])}{more}"
-            f"; use the model and optimizer it was saved with, or start with another --checkpoint."
-        )
-
-
-def _form(spec: TensorSpec) -> str:
-    return f"{spec.dtype}{list(spec.shape)}"
 
 
 def _constant_lr(optimizer: Any) -> float | None:

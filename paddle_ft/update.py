@@ -10,6 +10,7 @@ from paddle_ft.errors import ConfigError
 from paddle_ft.gradients import Gradients
 from paddle_ft.health.phases import OPTIMIZER, REDUCE
 from paddle_ft.sampling import Item
+from paddle_ft.state import TrainingState
 
 LrStep = Literal["step", "epoch", "manual"]
 
@@ -29,21 +30,16 @@ class Update:
     """``parallel``: the model sums its gradients itself (``paddle.DataParallel``)."""
 
     def __init__(
-        self,
-        model: Any,
-        optimizer: Any,
-        lr_scheduler: Any,
-        lr_step: LrStep,
-        collective: Collective,
-        parallel: bool,
+        self, state: TrainingState, lr_step: LrStep, collective: Collective, parallel: bool
     ) -> None:
-        self._optimizer = optimizer
-        self._lr_scheduler = lr_scheduler
+        self._optimizer = state.optimizer
+        self._lr_scheduler = state.lr_scheduler
         self._lr_step = lr_step
         self._collective = collective
         self._parallel = parallel
         self._weight = 0.0
-        self._gradients = Gradients(model.parameters(), collective)
+        parameters = state.model.parameters()
+        self._gradients = Gradients(parameters, collective, state.parameters_apart())
 
     @property
     def _sums(self) -> bool:

@@ -99,6 +99,7 @@ LAYERS = (
             "session",
             "state",
             "nested",
+            "divided",
             "local_state",
             "reproducible",
             "standing",

@@ -358,6 +358,10 @@ class WorkerGroup:
             reply = self._snapshots.wait_restored(generation, rank)
             if reply is not None:
                 channel.send(reply)
+        elif isinstance(message, ipc.ShardsRequest):
+            reply = self._snapshots.read_boxes(generation, rank, message.boxes)
+            if reply is not None:
+                channel.send(reply)
         elif isinstance(message, ipc.RestoreTaken):
             self._snapshots.taken(generation, rank)
         elif isinstance(message, ipc.Allocate):

@@ -8,6 +8,8 @@ through the beacon (``agent.beacon``), tensors through shared memory.
       Hello                  ->
       RestoreRequest         ->
                              <-   RestoreReply        (the state to start from, or none)
+      ShardsRequest          ->
+                             <-   RestoreReply        (parts of divided tensors)
       RestoreTaken           ->                       (mapped: its file may go)
       Allocate(nbytes)       ->
                              <-   Allocated(paths)    (snapshot buffers the agent owns)
@@ -33,6 +35,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter
 
+from paddle_ft.checkpoint.boxes import Box
 from paddle_ft.types import ImageInfo, Recovery
 
 log = logging.getLogger("paddle_ft")
@@ -69,6 +72,15 @@ class RestoreReply:
     sequence: int = -1
     generation: int = 0
     type: Literal["restored"] = "restored"
+
+
+@dataclass(frozen=True, slots=True)
+class ShardsRequest:
+    """Asks for parts of tensors that are divided among the ranks; answered as RestoreRequest."""
+
+    rank: int
+    boxes: Mapping[str, Box]
+    type: Literal["shards"] = "shards"
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +170,16 @@ class Farewell:
     type: Literal["farewell"] = "farewell"
 
 
-ToAgent = Hello | LostPeer | RestoreRequest | RestoreTaken | Allocate | SnapshotReady | Farewell
+ToAgent = (
+    Hello
+    | LostPeer
+    | RestoreRequest
+    | ShardsRequest
+    | RestoreTaken
+    | Allocate
+    | SnapshotReady
+    | Farewell
+)
 ToWorker = Order | RestoreReply | Allocated | Released | Committed | PauseRequest | SaveRequest
 _Message = Annotated[ToAgent | ToWorker, Field(discriminator="type")]
 _adapter: TypeAdapter[Any] = TypeAdapter(_Message)

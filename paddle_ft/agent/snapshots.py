@@ -29,7 +29,9 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from paddle_ft.agent.buffers import (
     Buffers,
@@ -38,10 +40,11 @@ from paddle_ft.agent.buffers import (
     shared_directory,
 )
 from paddle_ft.agent.ipc import Allocated, Channel, Released, RestoreReply, SnapshotReady
+from paddle_ft.agent.loading import RETRY_INTERVAL_S, loaded
+from paddle_ft.checkpoint.boxes import Box
 from paddle_ft.checkpoint.room import CheckpointRoom
 from paddle_ft.errors import (
     EXIT_BUG,
-    CheckpointDamaged,
     CheckpointError,
     PaddleFTError,
     StoreError,
@@ -59,7 +62,7 @@ __all__ = [
 
 log = logging.getLogger("paddle_ft")
 
-RETRY_INTERVAL_S = 2.0
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +132,9 @@ class SnapshotKeeper:
         self._pending: list[int] = []
         self._base: CommitRef | None = None
         self._sequence = 0
+        self._point: CommitRef | None = None
+        """Where the generation starts."""
+        self._boxes_read = 0
         self._restored: dict[int, RestoreReply] = {}
         self._untaken: set[int] = set()
         """Ranks that have not mapped the restored image yet."""
@@ -167,7 +173,7 @@ class SnapshotKeeper:
             self._restored.clear()
             self._untaken.clear()
             self._restore_done = restore is None
-            self._base, self._sequence = restore, sequence
+            self._base, self._sequence, self._point = restore, sequence, restore
             self._lock.notify_all()
         for image in dropped:
             image.channel.send(Released(image.message.buffer))
@@ -330,38 +336,14 @@ class SnapshotKeeper:
         self, generation: int, ref: CommitRef, ranks: tuple[int, ...], world_size: int
     ) -> None:
         path = self._directory / f"restore-{generation}"
-        infos: Mapping[int, ImageInfo] = {}
-        complained = ""
-        while not self._over(generation):
-            try:
-                infos = self._room.restore(
-                    ref,
-                    ranks=ranks,
-                    world_size=world_size,
-                    path=path,
-                    near=self._buffers.copies,
-                )
-                break
-            except CheckpointDamaged as error:
-                if self._room.coming(ref):
-                    time.sleep(RETRY_INTERVAL_S)
-                    continue
-                self._emit(StateFailed(generation, ref.manifest, True, str(error), 0))
-                return
-            except StoreError as error:
-                if str(error) != complained:
-                    complained = str(error)
-                    log.warning("step %d cannot be loaded yet: %s", ref.step, error)
-                time.sleep(RETRY_INTERVAL_S)
-            except PaddleFTError as error:
-                self._emit(
-                    StateFailed(generation, ref.manifest, False, str(error), error.exit_code)
-                )
-                return
-            except Exception as error:
-                log.exception("step %d cannot be loaded: a defect of paddle_ft", ref.step)
-                self._emit(StateFailed(generation, ref.manifest, False, repr(error), 70))
-                return
+
+        def load() -> Mapping[int, ImageInfo]:
+            near = self._buffers.copies
+            return self._room.restore(ref, ranks=ranks, world_size=world_size, path=path, near=near)
+
+        infos = self._loaded(generation, ref, load)
+        if infos is None:
+            return
         with self._lock:
             if generation == self._generation:
                 # Before the workers go on: their new buffers must not come on top of these.
@@ -373,6 +355,28 @@ class SnapshotKeeper:
                 }
                 self._restore_done = True
                 self._lock.notify_all()
+
+    def read_boxes(
+        self, generation: int, rank: int, wanted: Mapping[str, Box]
+    ) -> RestoreReply | None:
+        """Parts of divided tensors of the restore point; None once the generation is over."""
+        with self._lock:
+            ref = self._point
+            if generation != self._generation or ref is None:
+                return None
+            self._boxes_read += 1
+            path = self._directory / f"restore-{generation}-{self._boxes_read}"
+        info = self._loaded(generation, ref, lambda: self._room.restore_boxes(ref, wanted, path))
+        return None if info is None else RestoreReply(str(path), info, ref.sequence, generation)
+
+    def _loaded(self, generation: int, ref: CommitRef, load: Callable[[], T]) -> T | None:
+        """What ``load`` gives; None if it cannot be had, which is told, or is not wanted."""
+
+        def failed(damaged: bool, reason: str, exit_code: int) -> None:
+            self._emit(StateFailed(generation, ref.manifest, damaged, reason, exit_code))
+
+        over = partial(self._over, generation)
+        return loaded(load, ref, over, partial(self._room.coming, ref), failed)
 
     def close(self) -> None:
         with self._lock:

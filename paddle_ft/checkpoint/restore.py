@@ -64,7 +64,7 @@ def restore(
     path = Path(path)
     try:
         # Unmapped when the last view of it is gone, which after an error is not here.
-        image = memoryview(_mapped(path, plan.nbytes))
+        image = memoryview(new_mapped(path, plan.nbytes))
         came = fetch(store, ref.manifest, plan.targets, image, near=near)
         del image
         failpoint("restore.image")
@@ -89,8 +89,8 @@ def infos(manifest: Manifest, plan: ReadPlan, world_size: int) -> dict[int, Imag
     }
 
 
-def _mapped(path: Path, nbytes: int) -> mmap.mmap:
-    """A new file of ``nbytes``, its space reserved, mapped; at least one byte."""
+def new_mapped(path: Path, nbytes: int) -> mmap.mmap:
+    """A new file of ``nbytes``, its space reserved, mapped; at least one byte. Or StoreFull."""
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:

@@ -15,12 +15,14 @@ from pathlib import Path
 
 from paddle_ft.checkpoint import backlog, claims
 from paddle_ft.checkpoint import commit as commits
+from paddle_ft.checkpoint.boxes import Box
 from paddle_ft.checkpoint.collect import collect, release
 from paddle_ft.checkpoint.deltas import Prints
 from paddle_ft.checkpoint.manifest import Manifest
 from paddle_ft.checkpoint.plan import merge
 from paddle_ft.checkpoint.restore import Near, restore
 from paddle_ft.checkpoint.retention import metrics_of, rule_of
+from paddle_ft.checkpoint.shards import restore_boxes
 from paddle_ft.checkpoint.sign import Trust
 from paddle_ft.checkpoint.spool import OWNER
 from paddle_ft.checkpoint.store import Store, open_store
@@ -218,6 +220,10 @@ class CheckpointRoom:
             path=path,
             near=near,
         )
+
+    def restore_boxes(self, ref: CommitRef, wanted: Mapping[str, Box], path: Path) -> ImageInfo:
+        """Loads the ``wanted`` parts of tensors into the new file ``path``; what is in it."""
+        return restore_boxes(self._store, ref, self._manifest(ref), wanted, path)
 
     def coming(self, ref: CommitRef) -> bool:
         """Whether what ``ref`` lacks may still come: from nodes that have it on their disks."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,14 +23,15 @@ from paddle_ft import config as settings
 from paddle_ft.checkpoint import commit
 from paddle_ft.checkpoint.boxes import Box
 from paddle_ft.checkpoint.manifest import ITEM_BYTES, Manifest
+from paddle_ft.checkpoint.plan import aligned, image_bytes
 from paddle_ft.checkpoint.reshard import plan_box
-from paddle_ft.checkpoint.restore import fetch
+from paddle_ft.checkpoint.restore import fetch, new_mapped
 from paddle_ft.checkpoint.sign import Trust
 from paddle_ft.checkpoint.snapshot import array_of
 from paddle_ft.checkpoint.store import Store, open_store
 from paddle_ft.config import CheckpointConfig
 from paddle_ft.errors import CheckpointMismatch
-from paddle_ft.types import CommitRef
+from paddle_ft.types import CommitRef, ImageInfo, TensorSpec
 
 
 def load_shards(
@@ -71,3 +73,25 @@ def read_boxes(
             target[read.common.slices(box)] = rows[read.common.slices(read.rows)]
         result[name] = array_of(dtype, box.shape, memoryview(target.tobytes()))
     return result
+
+
+def restore_boxes(
+    store: Store, ref: CommitRef, manifest: Manifest, wanted: Mapping[str, Box], path: Path
+) -> ImageInfo:
+    """Writes the ``wanted`` boxes to the new file ``path``; what is in it, as an image.
+
+    Memory: the boxes twice. Raises CheckpointMismatch, CheckpointDamaged, StoreError (StoreFull if
+    the file does not fit).
+    """
+    dtypes = {piece.name: piece.dtype for piece in manifest.tensors}
+    found = read_boxes(store, ref, manifest, wanted)
+    specs: list[TensorSpec] = []
+    for name, array in found.items():
+        offset = aligned(image_bytes(specs))
+        form = (name, dtypes[name], wanted[name].shape)
+        specs.append(TensorSpec(*form, "local", offset, array.nbytes))
+    path.unlink(missing_ok=True)  # of an attempt that there was no room for
+    image = memoryview(new_mapped(path, image_bytes(specs)))
+    for spec in specs:
+        image[spec.offset : spec.offset + spec.nbytes] = found[spec.name].tobytes()
+    return ImageInfo(manifest.step, 0, manifest.world_size, tuple(specs))

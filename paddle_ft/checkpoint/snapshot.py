@@ -14,13 +14,14 @@ from __future__ import annotations
 import ctypes
 import mmap
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from paddle_ft.checkpoint.boxes import Box
 from paddle_ft.types import ImageInfo, TensorSpec
 
 CHUNK_BYTES = 8 * 2**20
@@ -126,24 +127,30 @@ def array_of(dtype: str, shape: Sequence[int], data: memoryview) -> np.ndarray[A
 # ---------------------------------------------------------------- a whole state
 
 
+Boxes = Callable[[Mapping[str, Box]], Mapping[str, memoryview]]
+"""From the names of tensors and the part that is wanted of each to their bytes."""
+
+
 class Image:
     """A state in host memory, to be read by name."""
 
-    def __init__(self, info: ImageInfo, data: memoryview) -> None:
+    def __init__(self, info: ImageInfo, data: memoryview, boxes: Boxes | None = None) -> None:
+        """``boxes`` reads parts of tensors that are divided among the ranks; they are not here."""
         self.info = info
+        self.boxes = boxes
         self._data = data
         self._pieces: dict[str, list[TensorSpec]] = {}
         for spec in info.tensors:
             self._pieces.setdefault(spec.name, []).append(spec)
 
     @classmethod
-    def open(cls, path: str | Path, info: ImageInfo) -> Image:
+    def open(cls, path: str | Path, info: ImageInfo, boxes: Boxes | None = None) -> Image:
         """Maps the file at ``path``, which must stay as it is as long as the image is used."""
         if not any(spec.nbytes for spec in info.tensors):
-            return cls(info, memoryview(b""))
+            return cls(info, memoryview(b""), boxes)
         with open(path, "rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        return cls(info, memoryview(mapped))
+        return cls(info, memoryview(mapped), boxes)
 
     def names(self) -> list[str]:
         return list(self._pieces)
