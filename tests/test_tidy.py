@@ -188,8 +188,8 @@ SHRUNK_LINES = 20
 EXPORTED = """
     AnyOf Automatic EveryNSteps EverySeconds OnPreemption OnSignal CheckpointDamaged
     CheckpointError CheckpointMismatch CollectiveFailed ConfigError CoordinationError
-    EtcdUnavailable LeaseLost MachineError MembersMissing PaddleFTError Session StoreDenied
-    StoreError StoreFull StoreMissing StoreUnavailable WorkerFailed session
+    EtcdUnavailable LeaseLost MachineError MembersMissing PaddleFTError Session ShardOf
+    StoreDenied StoreError StoreFull StoreMissing StoreUnavailable WorkerFailed session
 """.split()
 
 SECRET = re.compile(r"password|passwd|secret|token$|credential|access_key", re.IGNORECASE)

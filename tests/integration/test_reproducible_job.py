@@ -21,7 +21,7 @@ from tests.integration.jobs import (
     wait_until,
 )
 
-pytestmark = [pytest.mark.paddle, pytest.mark.etcd, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.paddle, pytest.mark.etcd, pytest.mark.timeout(400)]
 
 SAMPLES, EPOCHS = 100, 2
 STEPS = EPOCHS * 13
@@ -66,7 +66,10 @@ class Job:
             newest = max(((int(g), int(w)) for g, w in worlds), default=(0, 0))
             return newest[1] == ranks and steps_done(self.record) >= after
 
-        wait_until(is_there, 90)
+        try:
+            wait_until(is_there, 120)
+        except AssertionError as error:
+            raise AssertionError(f"{ranks} ranks after step {after}: {self.output()}") from error
 
 
 def run_through(job: Job, changes: list[int]) -> str:
