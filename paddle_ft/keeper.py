@@ -219,7 +219,7 @@ class AgentKeeper:
         return image
 
     def _read_boxes(self, wanted: Mapping[str, Box]) -> dict[str, memoryview]:
-        reply = self._ask(ShardsRequest(self._rank, dict(wanted)), None, at_once=True)
+        reply = self._ask(ShardsRequest(self._rank, dict(wanted)), None, unless_ordered=True)
         assert isinstance(reply, RestoreReply)
         assert reply.path is not None
         assert reply.info is not None
