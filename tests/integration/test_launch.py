@@ -197,12 +197,12 @@ def test_every_sample_is_used_once_when_the_world_changes(
         "--checkpoint_every",
         "3",
     )
-    first, second = (start(name, *flags, delay=0.15) for name in ("first", "second"))
+    first, second = (start(name, *flags, delay=0.3) for name in ("first", "second"))
     record = tmp_path / "record"
     wait_until(lambda: steps_done(record) >= 5)
     second.send(signal.SIGKILL)
     wait_until(lambda: "1 rank on 1 node" in first.output)
-    third = start("third", *flags, delay=0.15)
+    third = start("third", *flags, delay=0.3)
     assert first.wait() == 0, first.output
     assert third.wait() == 0, third.output
     assert final(first.output + third.output)["world"] == "2"
