@@ -44,24 +44,40 @@ def torch_versions() -> str:
     return " and ".join(sorted(found)).removeprefix("torch ")
 
 
+class Report:
+    """The result so far; written anew after each row, so that a stop loses one at most."""
+
+    def __init__(self, folder: Path, begin_s: float) -> None:
+        self.outcomes: list[Outcome] = []
+        self.rows: list[report.Row] = []
+        self.loads = [os.getloadavg()[0]]
+        self._folder, self._begin_s = folder, begin_s
+        self._facts = report.machine(torch_versions())
+
+    def write(self) -> None:
+        took_s = time.monotonic() - self._begin_s
+        found = (self.outcomes, self.rows, self.loads)
+        recovery_report.write(self._folder, self._facts, *found, took_s)
+        self.loads.append(os.getloadavg()[0])
+
+
 def faults(
-    folder: Path, parts: list[str], ours_alone: bool, trials: int, slow_trials: int, say: Say
-) -> tuple[list[Outcome], list[float]]:
-    """The rows of single faults, and the load before each."""
+    result: Report, folder: Path, parts: list[str], args: argparse.Namespace, say: Say
+) -> None:
+    """The rows of single faults."""
     groups = {PARTS[p] for p in parts}
-    found: list[Outcome] = []
-    loads: list[float] = []
     for kind in recovery_kinds.kinds(folder):
         outcome = kind.outcome
-        if outcome.group not in groups or (ours_alone and outcome.name != "paddle_ft"):
+        if outcome.group not in groups or str(outcome.ranks) not in args.ranks.split(","):
             continue
-        found.append(outcome)
+        if args.ours and outcome.name != "paddle_ft":
+            continue
+        result.outcomes.append(outcome)
         if outcome.not_run:
             say(f"  {outcome.name}: {outcome.not_run}")
-            continue
-        loads.append(os.getloadavg()[0])
-        run_kind(kind, slow_trials if kind.slow else trials, say)
-    return found, loads
+        else:
+            run_kind(kind, args.slow_trials if kind.slow else args.trials, say)
+        result.write()
 
 
 def run_kind(kind: Kind, trials: int, say: Say) -> None:
@@ -69,18 +85,21 @@ def run_kind(kind: Kind, trials: int, say: Say) -> None:
     run(kind.outcome, kind.make, kind.fault, trials, kind.timeout_s, say)
 
 
-def more(folder: Path, parts: list[str], args: argparse.Namespace, say: Say) -> list[report.Row]:
-    rows: list[report.Row] = []
+def more(
+    result: Report, folder: Path, parts: list[str], args: argparse.Namespace, say: Say
+) -> None:
+    """The rows that are not of one fault."""
     torch = has_torchft() and not args.ours
-    if "join" in parts:
-        rows += recovery_more.joining(folder, args.joins, say)
-    if "overhead" in parts:
-        rows.append(recovery_more.overhead(folder, args.rounds, 10.0, say))
-    if "many" in parts:
-        rows += recovery_more.many_faults(folder, args.faults, say)
-    if "goodput" in parts:
-        rows.append(recovery_more.goodput(folder, args.goodput_s, 30.0, torch, say))
-    return rows
+    work = {
+        "join": lambda: recovery_more.joining(folder, args.joins, say),
+        "overhead": lambda: [recovery_more.overhead(folder, args.rounds, 10.0, say)],
+        "many": lambda: recovery_more.many_faults(folder, args.faults, say),
+        "goodput": lambda: [recovery_more.goodput(folder, args.goodput_s, 30.0, torch, say)],
+    }
+    for part, measure in work.items():
+        if part in parts:
+            result.rows += measure()
+            result.write()
 
 
 def main() -> int:
@@ -91,6 +110,7 @@ def main() -> int:
     parser.add_argument("--goodput_s", type=float, default=60.0, help="of each system (600)")
     parser.add_argument("--joins", type=int, default=3, help="nodes that join, one after another")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each loop for the overhead")
+    parser.add_argument("--ranks", default="2,3", help="sizes of the jobs that are hurt")
     parser.add_argument("--ours", action="store_true", help="leave the peers out")
     parser.add_argument("--only", default=",".join(PARTS), help="parts, separated by commas")
     parser.add_argument("--out", type=Path, default=HERE.parent / "docs")
@@ -100,15 +120,13 @@ def main() -> int:
         parser.error(f"there is no part {min(unknown)}: {', '.join(PARTS)}")
     begin_s = time.monotonic()
     say = say_to_stderr(begin_s)
-    facts = report.machine(torch_versions())
+    result = Report(args.out, begin_s)
     with clean(Path(tempfile.gettempdir()) / f"paddle_ft-bench-{os.getpid()}") as folder:
-        outcomes, loads = faults(folder, parts, args.ours, args.trials, args.slow_trials, say)
-        loads.append(os.getloadavg()[0])
-        rows = more(folder, parts, args, say)
-    recovery_report.write(args.out, facts, outcomes, rows, loads, time.monotonic() - begin_s)
+        faults(result, folder, parts, args, say)
+        more(result, folder, parts, args, say)
     say(f"written to {args.out}/bench-recovery.md and .json")
-    missed = [f"{o.name}, {o.settings}" for o in outcomes if o.reached is False]
-    for name in (*missed, *(row.name for row in rows if row.reached is False)):
+    missed = [f"{o.name}, {o.settings}" for o in result.outcomes if o.reached is False]
+    for name in (*missed, *(row.name for row in result.rows if row.reached is False)):
         say(f"missed: {name}")
     return 0
 

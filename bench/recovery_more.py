@@ -150,8 +150,8 @@ class Held:
     def of(cls, pid: int) -> Held | None:
         with suppress(OSError, ValueError):
             status = Path(f"/proc/{pid}/status").read_text().splitlines()
-            values = {line.split(":")[0]: line.split()[1] for line in status if ":" in line}
-            rss_bytes = int(values.get("VmRSS", "0")) * 1024
+            values = dict(line.split(":", 1) for line in status)
+            rss_bytes = int(values.get("VmRSS", "0 kB").split()[0]) * 1024
             return cls(int(values["Threads"]), len(os.listdir(f"/proc/{pid}/fd")), rss_bytes)
         return None
 
