@@ -47,7 +47,11 @@ class Saver:
 
     def before_step(self, loss: Any) -> None:
         """To be called before the optimizer changes anything; ``loss`` is kept with snapshots."""
+        board = self._context.board
+        before = board.phase
+        board.enter(SAVING)
         held_s = self._recorder.before_step(loss)
+        board.enter(before)
         self._schedule.held(held_s)
         self._context.held_s += held_s or 0.0
 

@@ -66,8 +66,8 @@ class RankWatch:
         evidence: Evidence = "idle"
         if letter == "T":
             evidence = "stopped"
-        elif letter == "t":
-            evidence = "busy"  # a debugger has it
+        elif letter in "tRD":
+            evidence = "busy"  # a debugger has it, it waits for a processor, or for a disk
         elif now_s - since_s >= BUSY_OVER_S:
             share = (cpu_s - before_s) / (now_s - since_s)
             evidence = "busy" if share >= BUSY_SHARE else "idle"

@@ -6,10 +6,20 @@ import json
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.integration.jobs import FAST_ETCD, TINY, Launcher, final, steps_done, wait_until
+from paddle_ft.coordination.embedded import EmbeddedEtcd
+from tests.integration.jobs import (
+    FAST_ETCD,
+    SCRIPTS,
+    TINY,
+    Launcher,
+    final,
+    steps_done,
+    wait_until,
+)
 
 pytestmark = [pytest.mark.paddle, pytest.mark.etcd, pytest.mark.timeout(240)]
 
@@ -33,9 +43,14 @@ def run(tmp_path: Path) -> Iterator[Callable[..., Launcher]]:
         launcher.close()
 
 
-def hangs(launcher: Launcher) -> list[dict[str, object]]:
+def told(launcher: Launcher, kind: str) -> list[dict[str, Any]]:
+    """What the launcher wrote down of this kind."""
     lines = (launcher.log_dir / "events.jsonl").read_text().splitlines()
-    return [event for event in map(json.loads, lines) if event["kind"] == "hung"]
+    return [event for event in map(json.loads, lines) if event["kind"] == kind]
+
+
+def hangs(launcher: Launcher) -> list[dict[str, Any]]:
+    return told(launcher, "hung")
 
 
 @pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.slow)])
@@ -48,8 +63,8 @@ def test_a_stopped_worker_is_named_and_replaced_and_the_weights_are_the_same(
     culprit = world - 1
     pid = launcher.kill_worker(culprit, signal.SIGSTOP)
     assert launcher.wait() == 0, launcher.output
-    told = final(launcher.output)
-    assert (told["step"], told["restarts"]) == (str(STEPS), "1"), launcher.output
+    result = final(launcher.output)
+    assert (result["step"], result["restarts"]) == (str(STEPS), "1"), launcher.output
     (hang,) = hangs(launcher)
     assert (hang["rank"], hang["pid"]) == (culprit, pid)
     assert f"rank {culprit} was killed by SIGKILL (it " in launcher.output
@@ -67,5 +82,48 @@ def test_a_stopped_worker_is_named_and_replaced_and_the_weights_are_the_same(
 
     undisturbed = run("undisturbed", world)
     assert undisturbed.wait() == 0, undisturbed.output
-    assert final(undisturbed.output)["weights"] == told["weights"]
+    assert final(undisturbed.output)["weights"] == result["weights"]
     assert not hangs(undisturbed) and not (undisturbed.log_dir / "flight").exists()
+
+
+@pytest.mark.slow
+def test_a_hang_on_another_node_is_named_there_and_ended(tmp_path: Path) -> None:
+    """The script of rank 1 waits for something else; that the other one waits for it, its agent
+    knows from the other node alone."""
+    script = (str(SCRIPTS / "odd_rank.py"), "--hang-at", "30", "--mark", str(tmp_path / "mark"))
+    with EmbeddedEtcd() as etcd:
+        shared = ("--etcd", etcd.endpoint, "--job_id", "j", "--nnodes", "2", "--checkpoint")
+        shared = (*shared, str(tmp_path / "store"))
+        nodes = []
+        try:
+            for name in "ab":
+                nodes.append(
+                    Launcher(tmp_path / name, (*shared, "--node", name, *script), FAST_ETCD)
+                )
+            for node in nodes:
+                assert node.wait() == 0, node.output
+        finally:
+            for node in nodes:
+                node.close()
+    output = "".join(node.output for node in nodes)
+    assert "final step=60 restarts=1" in output
+    (hang,) = hangs(nodes[0]) + hangs(nodes[1])
+    assert hang["rank"] == 1 and "computes" in hang["reason"]
+    (flight,) = [*tmp_path.glob("?/log/flight/*")]
+    assert "waits_for_something_else" in (flight / "rank1.stacks.txt").read_text()
+
+
+@pytest.mark.slow
+def test_a_slow_rank_is_named(tmp_path: Path) -> None:
+    """Not how soon, which the other programs of the machine have a say in: see the properties."""
+    script = (str(SCRIPTS / "odd_rank.py"), "--slower", "1.6", "--step-s", "0.1", "--steps", "90")
+    launcher = Launcher(tmp_path / "slow", ("--nproc_per_node", "2", *script), FAST_ETCD)
+    try:
+        assert launcher.wait() == 0, launcher.output
+    finally:
+        launcher.close()
+    paces = [event for event in told(launcher, "pace") if event["slower"]]
+    assert {event["rank"] for event in paces} == {1}, launcher.output
+    assert 0.2 < paces[0]["slower"] < 1.0
+    assert "rank 1 is slow" in launcher.output
+    assert not hangs(launcher)
