@@ -231,6 +231,7 @@ class HealthMonitor:
             for number, rank in watch.ranks.items()
             if number in known.pids
         ]
+        watch.accused = True
         log_dir = Path(self._config.job.log_dir)
         try:
             at = flight.save(log_dir, self._run_dir, self._node, known.generation, subjects, new)
@@ -277,6 +278,9 @@ class _GroupWatch:
         self.paths = known.paths
         self.ranks = {r: RankWatch(r, BoardReader(path)) for r, path in known.paths.items()}
         self.pace = PaceJudge(tuple(known.paths))
+        self.accused = False
+        """A rank of it is being ended. Who was stopped goes on for its stacks, and may have come
+        to the collective after all: what a step took then is nothing usual."""
         self._usual = usual
         self._unaligned: dict[int, dict[int, Sample]] = {}
         self._named: dict[int, float] = {}
@@ -285,7 +289,8 @@ class _GroupWatch:
     def look(self, known: _Known, passed_s: float) -> None:
         for number, rank in self.ranks.items():
             for ordinal, step in rank.look(known.pids.get(number), passed_s):
-                self._usual.learn(step, ordinal)
+                if not self.accused:
+                    self._usual.learn(step, ordinal)
                 sample = Sample(step.busy_s, step.share, step.reduce_s, step.total_s, step.saving_s)
                 samples = self._unaligned.setdefault(step.number, {})
                 samples[number] = sample
