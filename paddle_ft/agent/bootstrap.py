@@ -15,11 +15,13 @@ it says ``ready`` first. If the other end closes without a word, it ends with 0.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib.abc
 import importlib.util
 import json
 import os
+import resource
 import runpy
 import signal
 import socket
@@ -43,6 +45,7 @@ from paddle_ft.errors import (
 from paddle_ft.exits import Leave, end, say
 
 _PR_SET_PDEATHSIG = 1
+DESCRIPTORS = 65536
 _USAGE = "usage: python -m paddle_ft.agent.bootstrap (script.py | -m module | --spare [FD]) [args…]"
 
 
@@ -50,6 +53,7 @@ def main() -> None:
     assert zlib  # loaded before paddle, or 2.6.2 crashes at the first decompression
     parent = os.getppid()
     die_with_parent(parent)
+    allow_descriptors()
     # The agent decides when a worker stops; Ctrl-C in its terminal is its business.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # Paddle reports its connections at level INFO.
@@ -64,6 +68,14 @@ def main() -> None:
         say(_USAGE)
         end(EXIT_CONFIG)
     run(arguments)
+
+
+def allow_descriptors() -> None:
+    """Takes what the system allows: every process group that is left keeps some of them open."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        most = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, DESCRIPTORS)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def die_with_parent(parent: int) -> None:

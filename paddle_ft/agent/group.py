@@ -119,11 +119,13 @@ class WorkerGroup:
         generation = versioned.value
         first = generation.first_rank(me)
         turn = generation.number % generation.world_size
+        # Its state is elsewhere, too: nobody is dead, or another worker here has it.
+        spared = generation.planned or sum(w.stays for w in self._workers.values()) > 1
         stay: dict[int, int] = {}
         for slot, rank in enumerate(sorted(self._workers)):
             pid, new = self._pool.pid(rank), first + slot
-            worn = pid is not None and self._groups.get(pid, 0) >= GROUPS_MAX and new == turn
-            if pid is None or not self._workers[rank].stays or worn:
+            worn = self._groups.get(pid or 0, 0) >= GROUPS_MAX and new == turn
+            if pid is None or not self._workers[rank].stays or (worn and spared):
                 self._pool.drop(rank)
             else:
                 stay[rank] = new

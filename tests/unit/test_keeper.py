@@ -12,7 +12,7 @@ import pytest
 from paddle_ft import keeper as module
 from paddle_ft.agent import ipc
 from paddle_ft.errors import ConfigError, StoreFull
-from paddle_ft.keeper import AgentKeeper
+from paddle_ft.keeper import AgentKeeper, Superseded
 from paddle_ft.types import ImageInfo, TensorSpec
 
 Wait = Callable[..., None]
@@ -26,14 +26,17 @@ class Agent:
         self.directory = directory
         self.got: queue.Queue[object] = queue.Queue()
         self.buffers = 2
-        self.reply = ipc.RestoreReply(None, None, -1, 3)
+        self.reply: ipc.RestoreReply | None = ipc.RestoreReply(None, None, -1, 3)
         self.channel: ipc.Channel | None = None
         self.listener = ipc.Listener(str(directory / "s"), self.on_message)
 
     def on_message(self, channel: ipc.Channel, message: object) -> None:
         self.channel = channel
         if isinstance(message, ipc.RestoreRequest):
-            channel.send(self.reply)
+            if self.reply is None:  # the checkpoint is still being loaded
+                self.got.put(message)
+            else:
+                channel.send(self.reply)
         elif isinstance(message, ipc.Allocate):
             paths = []
             for index in range(self.buffers):
@@ -184,3 +187,22 @@ def test_a_worker_whose_agent_is_gone_ends(
 def test_an_agent_that_does_not_answer_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="does not answer at .*/nobody"):
         AgentKeeper(str(tmp_path / "nobody"))
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_an_order_ends_the_wait_for_a_checkpoint(
+    agent: Agent, keeper: AgentKeeper, at_once: bool
+) -> None:
+    """Its group may never form, and the others would wait for this worker in the next one."""
+    agent.reply = None
+
+    def order() -> None:
+        assert isinstance(agent.got.get(timeout=20), ipc.RestoreRequest)
+        agent.say(ipc.Order(4, {}, at_once))
+
+    thread = threading.Thread(target=order)
+    thread.start()
+    with pytest.raises(Superseded):
+        keeper.restore()
+    thread.join(20)
+    assert keeper.wait_order(3).generation == 4
