@@ -44,6 +44,8 @@ from paddle_ft.errors import (
 )
 from paddle_ft.exits import Leave, end, say
 
+LAUNCHER_VARIABLE = "PADDLE_FT_LAUNCHER_PID"
+"""Who started this process; not for what it starts in turn."""
 _PR_SET_PDEATHSIG = 1
 DESCRIPTORS = 65536
 _USAGE = "usage: python -m paddle_ft.agent.bootstrap (script.py | -m module | --spare [FD]) [args…]"
@@ -51,9 +53,14 @@ _USAGE = "usage: python -m paddle_ft.agent.bootstrap (script.py | -m module | --
 
 def main() -> None:
     assert zlib  # loaded before paddle, or 2.6.2 crashes at the first decompression
+<<<<<<< HEAD
     parent = os.getppid()
     die_with_parent(parent)
     allow_descriptors()
+=======
+    # A launcher may have been killed before this line, and the parent then is another one.
+    die_with_parent(int(os.environ.pop(LAUNCHER_VARIABLE, 0)) or os.getppid())
+>>>>>>> 6769d3d (A worker whose launcher is killed before the worker's first line ends, too: it knows who started it)
     # The agent decides when a worker stops; Ctrl-C in its terminal is its business.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # Paddle reports its connections at level INFO.

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from paddle_ft.agent.bootstrap import LAUNCHER_VARIABLE
 from paddle_ft.config import secret_variables
 
 log = logging.getLogger("paddle_ft")
@@ -201,7 +202,7 @@ class WorkerPool:
         script = [] if extra else self._command
         return subprocess.Popen(
             [sys.executable, "-u", "-m", "paddle_ft.agent.bootstrap", *extra, *script],
-            env={**_clean_environment(), **env},
+            env={**_clean_environment(), **env, LAUNCHER_VARIABLE: str(os.getpid())},
             stdin=stdin,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from paddle_ft.agent.bootstrap import LAUNCHER_VARIABLE
 from tests.integration.session_world import ROOT
 
 BOOTSTRAP = [sys.executable, "-u", "-m", "paddle_ft.agent.bootstrap"]
@@ -127,6 +128,23 @@ def test_a_worker_dies_with_its_parent(tmp_path: Path, wait_for: Wait) -> None:
         parent.send_signal(signal.SIGKILL)
         parent.wait()
     wait_for(lambda: not running(worker))
+
+
+def test_a_worker_whose_launcher_was_killed_before_it_ran_does_not_begin(tmp_path: Path) -> None:
+    """By then its parent is another process, which would never end."""
+    path = script(tmp_path, "print('it runs')\n")
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    for pid, said in ((gone.pid, ""), (os.getpid(), "it runs\n")):
+        done = subprocess.run(
+            [*BOOTSTRAP, path],
+            env={**environment(), LAUNCHER_VARIABLE: str(pid)},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert (done.returncode == 0, done.stdout) == (bool(said), said)
 
 
 def running(pid: int) -> bool:
