@@ -53,14 +53,9 @@ _USAGE = "usage: python -m paddle_ft.agent.bootstrap (script.py | -m module | --
 
 def main() -> None:
     assert zlib  # loaded before paddle, or 2.6.2 crashes at the first decompression
-<<<<<<< HEAD
-    parent = os.getppid()
-    die_with_parent(parent)
-    allow_descriptors()
-=======
     # A launcher may have been killed before this line, and the parent then is another one.
     die_with_parent(int(os.environ.pop(LAUNCHER_VARIABLE, 0)) or os.getppid())
->>>>>>> 6769d3d (A worker whose launcher is killed before the worker's first line ends, too: it knows who started it)
+    allow_descriptors()
     # The agent decides when a worker stops; Ctrl-C in its terminal is its business.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # Paddle reports its connections at level INFO.
