@@ -117,10 +117,12 @@ class Collective:
         import paddle.distributed as dist
 
         gathered: list[Any] = []
+        self.board.call()
         try:
             dist.all_gather(gathered, tensor)
         except RuntimeError as error:
             raise peer_loss(error, self.rank, "an all-gather") from error
+        self.board.called()
         return gathered
 
     def sum(self, numbers: list[int]) -> list[int]:

@@ -320,7 +320,9 @@ class WorkerGroup:
         elif isinstance(message, ipc.LostPeer):
             if channel.generation == self.generation:
                 worker, at_step = self._workers[rank], self._step_of(rank)
-                self._workers[rank] = replace(worker, lost_peer=message.reason, at_step=at_step)
+                self._workers[rank] = replace(
+                    worker, lost_peer=message.reason, lost_s=time.monotonic(), at_step=at_step
+                )
         else:
             self._workers[rank] = replace(
                 self._workers[rank],

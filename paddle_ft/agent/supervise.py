@@ -22,6 +22,8 @@ from paddle_ft.coordination.view import live_nodes
 from paddle_ft.errors import EXIT_COLLECTIVE, EXIT_PAUSED
 from paddle_ft.types import Generation, NodeStatus, Recovery
 
+CULPRIT_WITHIN_S = 0.1
+"""How much later than by its peers a worker's end may be noticed."""
 COLLATERAL_PATIENCE_S = 0.5
 """How long a worker that only lost a peer is given company before the others are stopped: the
 one that really failed may not have been reaped yet."""
@@ -46,6 +48,8 @@ class Worker:
     """What it can do when the group changes, by its own word."""
     lost_peer: str = ""
     """Why its group is broken, by its own word; it waits to be ordered into another."""
+    lost_s: float = 0.0
+    """Since when."""
     stopped: bool = False
     """The agent ended it."""
     at_step: int = 0
@@ -275,7 +279,8 @@ def supervise(
     actions: list[LocalAction] = []
     status = status_of(view, config.nproc_per_node)
     leaving = view.leaving_since_s is not None
-    if published is not None and (published.status != status or published.leaving != leaving):
+    changed = published is not None and (published.status != status or published.leaving != leaving)
+    if changed and not _may_change_soon(view.group, status, now_s):
         actions.append(Publish(status, leaving))
     generation = view.state.generation.value if view.state.generation else None
     mine = generation is not None and view.me in generation.member_ids()
@@ -291,6 +296,16 @@ def supervise(
     elif generation is not None and mine and generation.number > view.launched:
         actions.append(StartWorkers(generation))
     return tuple(actions)
+
+
+def _may_change_soon(group: Group | None, status: NodeStatus, now_s: float) -> bool:
+    """Somebody has lost a peer, a moment ago: who failed is about to be known.
+
+    It would wait for this write otherwise.
+    """
+    if group is None or not status.collateral or not group.running:
+        return False
+    return all(now_s - w.lost_s < CULPRIT_WITHIN_S for w in group.workers if w.lost_peer)
 
 
 def _while_running(

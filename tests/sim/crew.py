@@ -203,7 +203,9 @@ class Crew:
     def lost_peer(self, worker: SimWorker) -> None:
         rank = self._rank_of(worker)
         if rank is not None and self._channels.get(worker.number) == self.generation:
-            self._workers[rank] = replace(self._workers[rank], lost_peer="lost")
+            self._workers[rank] = replace(
+                self._workers[rank], lost_peer="lost", lost_s=self._world.clock.now
+            )
 
     def farewell(self, worker: SimWorker, how: End, step: int) -> None:
         rank = self._rank_of(worker)

@@ -125,6 +125,14 @@ class TestALostPeer:
         assert (status.state, status.collateral, status.alive) == ("failed", True, 2)
         assert status.reason == "rank 1 lost a peer"
 
+    def test_the_news_waits_a_moment_for_the_culprit(self) -> None:
+        alarmed = (WORKERS[0], replace(WORKERS[1], lost_peer="broken", lost_s=NOW_S - 0.01))
+        seen = view(state(generation(1)), alarmed)
+        assert supervise(seen, Publish(RUNS, False), NOW_S, CONFIG) == ()
+        (told,) = supervise(seen, Publish(RUNS, False), NOW_S + 0.1, CONFIG)
+        assert isinstance(told, Publish)
+        assert told.status.collateral
+
     def test_nobody_is_stopped_for_it(self) -> None:
         alarmed = (WORKERS[0], replace(WORKERS[1], lost_peer="broken"))
         assert acts(view(state(generation(1)), alarmed)) == ()
