@@ -108,7 +108,7 @@ class Job:
         return [
             Launcher(name, p.pid, self._log_dir(name), self._eras[name] if private else 0)
             for name, p in self._running.items()
-            if p.poll() is None
+            if name not in self._killed and p.poll() is None
         ]
 
     def expect(self, name: str, back: bool) -> None:
@@ -120,7 +120,7 @@ class Job:
     def start_again(self, name: str) -> None:
         """Unless the others have come to the end of the job meanwhile."""
         self._owed.discard(name)
-        if len(self._nodes) == 1 or self._running:
+        if name not in self._running and (len(self._nodes) == 1 or self._running):
             self.start(name)
 
     def ended(self) -> bool:

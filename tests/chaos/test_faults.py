@@ -18,7 +18,7 @@ from tests.integration.jobs import FAST_ETCD
 
 FAULTS = int(os.environ.get("FAULTS", "20"))
 SEED = int(os.environ.get("CHAOS_SEED", "1"))
-GAP_S = 4.0
+GAP_S = 6.0
 """Between faults, on the average."""
 STEP_S = 0.05
 KINDS = ("kill-worker", "stop-worker", "kill-node", "stop-node", "kill-etcd", "stop-etcd-leader")
