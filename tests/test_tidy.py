@@ -49,6 +49,7 @@ LAYERS = (
             "meeting",
             "coordination.endpoints",
             "agent.supervise",
+            "agent.reserve",
             "agent.worker_env",
             "chaos.plan",
             "chaos.report",

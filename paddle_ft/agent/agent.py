@@ -28,6 +28,7 @@ from paddle_ft.agent.events import Changed, CommitDone, Defect, Scanned
 from paddle_ft.agent.group import Said, WorkerGroup
 from paddle_ft.agent.membership import Membership, TransactionDone
 from paddle_ft.agent.peers import PeerLinks
+from paddle_ft.agent.reserve import spares_due
 from paddle_ft.agent.snapshots import PartWritten, SnapshotKeeper, StateFailed
 from paddle_ft.agent.supervise import (
     Dismiss,
@@ -38,7 +39,6 @@ from paddle_ft.agent.supervise import (
     StartWorkers,
     StopWorkers,
     TellPause,
-    spares_due,
     supervise,
 )
 from paddle_ft.agent.workers import WorkerEnded

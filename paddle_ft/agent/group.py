@@ -221,7 +221,7 @@ class WorkerGroup:
         return WorkerSpec(rank, env)
 
     def refill(self, spares: int, reserve: int, generation: Generation | None, me: str) -> None:
-        """Keeps ``spares`` and ``reserve`` processes ready; see ``supervise.spares_due``."""
+        """Keeps ``spares`` and ``reserve`` processes ready; see ``reserve.spares_due``."""
         env: dict[str, str] = {}
         if reserve and generation is not None:
             member = me if me in generation.member_ids() else generation.members[0].id

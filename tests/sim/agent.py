@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from paddle_ft.agent import supervise as local
+from paddle_ft.agent.reserve import spares_due
 from paddle_ft.coordination import actions, schema
 from paddle_ft.coordination import view as cluster
 from paddle_ft.coordination.decide import decide
@@ -316,7 +317,7 @@ class SimAgent(WorkerOwner):
             (self.crew.start if starts else self.crew.order)(state.generation)
 
     def _refill(self, state: schema.JobState) -> None:
-        _, reserve = local.spares_due(self._local_view(state), self.config.job)
+        _, reserve = spares_due(self._local_view(state), self.config.job)
         self.crew.refill(reserve)
 
     def turned_to(self, versioned: Versioned[Generation], ranks: Sequence[int]) -> None:

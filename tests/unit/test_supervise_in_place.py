@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from paddle_ft.agent.reserve import spares_due
 from paddle_ft.agent.supervise import (
     Dismiss,
     Group,
@@ -15,7 +16,6 @@ from paddle_ft.agent.supervise import (
     StartWorkers,
     StopWorkers,
     Worker,
-    spares_due,
     status_of,
     supervise,
 )
