@@ -26,7 +26,7 @@ from tests.sim.run import run
 from tests.sim.world import World
 
 SEEDS = 600
-"""Within so many seeds it must be found; most are found within ten."""
+"""Within so many seeds it must be found; it is looked for first where it was found before."""
 
 
 def without(kind: str, key: str) -> Callable[[World], None]:
@@ -59,8 +59,10 @@ def does_not_tell(world: World) -> None:
     world.tells_restore_point = False
 
 
-def first_broken(weaken: Callable[[World], None], wanted: type[Broken]) -> int | None:
-    for seed in range(SEEDS):
+def first_broken(
+    weaken: Callable[[World], None], wanted: type[Broken], likely: int = 0
+) -> int | None:
+    for seed in (likely, *range(SEEDS)):
         broken = run(seed, weaken=weaken).broken
         if isinstance(broken, wanted):
             return seed
@@ -68,22 +70,24 @@ def first_broken(weaken: Callable[[World], None], wanted: type[Broken]) -> int |
 
 
 @pytest.mark.parametrize(
-    ("kind", "key", "wanted"),
+    ("kind", "key", "wanted", "likely"),
     [
-        ("commit", "leader", BrokeSingleWriter),
-        ("commit", "generation", BrokeChain),
-        ("commit", "head", HeadWentBack),
-        ("propose", "leader", BrokeSingleWriter),
-        ("propose", "generation", GenerationWentBack),
-        ("propose", "head", BrokeChain),
+        ("commit", "leader", BrokeSingleWriter, 10),
+        ("commit", "generation", BrokeChain, 0),
+        ("commit", "head", HeadWentBack, 26),
+        ("propose", "leader", BrokeSingleWriter, 142),
+        ("propose", "generation", GenerationWentBack, 8),
+        ("propose", "head", BrokeChain, 127),
     ],
 )
-def test_no_comparison_can_be_left_out(kind: str, key: str, wanted: type[Broken]) -> None:
-    assert first_broken(without(kind, key), wanted) is not None
+def test_no_comparison_can_be_left_out(
+    kind: str, key: str, wanted: type[Broken], likely: int
+) -> None:
+    assert first_broken(without(kind, key), wanted, likely) is not None
 
 
 def test_the_incarnation_cannot_be_left_out_of_the_identity() -> None:
-    assert first_broken(one_identity, BrokeChain) is not None
+    assert first_broken(one_identity, BrokeChain, 5) is not None
 
 
 def test_ranks_cannot_go_on_without_comparing_where_they_stand() -> None:
