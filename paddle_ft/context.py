@@ -5,6 +5,7 @@ Everything that differs between these is decided here, so that the session itsel
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Mapping
@@ -45,10 +46,11 @@ class Context:
 
     def __post_init__(self) -> None:
         self.board = self.collective.board
-        if self.env is not None and self.env.beacon:
-            self.board.move(self.env.beacon)
-        if self.env is not None:
-            stacks.install(Path(self.env.socket).parent)
+        with contextlib.suppress(OSError):  # the agent has gone: whoever connects to it is told
+            if self.env is not None and self.env.beacon:
+                self.board.move(self.env.beacon)
+            if self.env is not None:
+                stacks.install(Path(self.env.socket).parent)
 
     def take(self, env: Mapping[str, str]) -> None:
         """The launcher has told anew: another generation, and perhaps another rank in it.

@@ -31,6 +31,7 @@ pytestmark = pytest.mark.timeout(120)
 FLAGS = ("--nproc_per_node", "2", "--max_restart", "9", "--quiet")
 
 
+@pytest.mark.slow
 @pytest.mark.paddle
 @pytest.mark.etcd
 def test_a_launcher_kills_its_workers_and_the_weights_are_the_same(tmp_path: Path) -> None:

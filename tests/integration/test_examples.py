@@ -47,6 +47,7 @@ def test_digits_are_learnt_on_two_ranks(tmp_path: Path) -> None:
     assert float(final["accuracy"]) >= 0.97
 
 
+@pytest.mark.slow
 def test_digits_run_alone_and_always_end_the_same(tmp_path: Path) -> None:
     arguments = (str(EXAMPLES / "digits/train.py"), "--epochs", "1")
     ends = []
@@ -60,7 +61,9 @@ def test_digits_run_alone_and_always_end_the_same(tmp_path: Path) -> None:
     assert other["weights"] != ends[0]["weights"]
 
 
-@pytest.mark.parametrize("command", [(), LAUNCH], ids=["alone", "two ranks"])
+@pytest.mark.parametrize(
+    "command", [pytest.param((), marks=pytest.mark.slow), LAUNCH], ids=["alone", "two ranks"]
+)
 def test_char_gpt_learns(tmp_path: Path, command: tuple[str, ...]) -> None:
     script = str(EXAMPLES / "char_gpt/train.py")
     final = run(tmp_path, *command, script, *GPT_SMALL)

@@ -245,6 +245,7 @@ def test_a_stop_saves_and_leaves_nothing(
     assert exactly_once(tmp_path / "record")
 
 
+@pytest.mark.slow
 def test_a_private_etcd_is_not_needed_to_find_the_checkpoint_again(
     start: Start, tmp_path: Path, undisturbed: str
 ) -> None:

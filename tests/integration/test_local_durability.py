@@ -169,8 +169,10 @@ LARGE = 40 * 2**20
 CRASHER = """
 import sys
 from pathlib import Path
+from paddle_ft.checkpoint import write
 from tests.integration.test_local_durability import LARGE
 from tests.unit.local_job import Launcher
+write.PACK_BYTES_MIN = write.PACK_BYTES  # one object
 job = Launcher(Path(sys.argv[1]), url=sys.argv[2], endpoint_url=sys.argv[3], block_bytes=2**20)
 job.save(1, LARGE)
 print("ack", flush=True)

@@ -37,7 +37,9 @@ def read_until(process: subprocess.Popen[str], text: str) -> None:
     pytest.fail(f"the script ended without {text}")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_when_stopped_it_saves_and_goes_on_from_there(tmp_path: Path, number: int) -> None:
     undisturbed = succeeded(alone())
     with Workers(1, command=PLAIN, **options(tmp_path, step_s=0.1)) as workers:

@@ -47,7 +47,9 @@ def same_end(first: list[Result], second: list[Result]) -> None:
         assert resumed.end["all"] == undisturbed.end["all"]
 
 
-@pytest.mark.parametrize(("world_size", "die_at"), [(1, 4), (2, 8)])
+@pytest.mark.parametrize(
+    ("world_size", "die_at"), [pytest.param(1, 4, marks=pytest.mark.slow), (2, 8)]
+)
 def test_a_killed_run_ends_bit_for_bit_as_the_undisturbed_one(world_size: int, die_at: int) -> None:
     """Adam, cosine rate, dropout, BatchNorm, shuffle, noise, clipping, a registered object."""
     undisturbed = succeeded(run(world_size, register=True))

@@ -189,7 +189,8 @@ def test_what_a_setting_may_be_is_said_with_where_the_value_is_from(
 def test_every_setting_can_say_what_it_may_be() -> None:
     for group, table in Config():
         for key, default in table:
-            assert ("number" in allowed(f"{group}.{key}")) == isinstance(default, int | float), key
+            is_number = isinstance(default, int | float) and not isinstance(default, bool)
+            assert ("number" in allowed(f"{group}.{key}")) == is_number, key
 
 
 def test_an_unknown_key_in_the_environment_is_an_error(script: str) -> None:
