@@ -335,7 +335,7 @@ def test_a_script_that_knows_nothing_of_paddle_ft(start: Start, tmp_path: Path) 
 def test_spares_take_over(start: Start, tmp_path: Path, undisturbed: str) -> None:
     """Workers that were started before anything failed go on with the same result."""
     launcher = start(
-        "job", "--nproc_per_node", "2", "--spares", "2", "--checkpoint_every", "3", delay=0.2
+        "job", "--nproc_per_node", "2", "--spares", "2", "--checkpoint_every", "3", delay=0.15
     )
     wait_until(lambda: len(launcher.ready()) == 2)
     spares, survivor = launcher.ready(), launcher.workers()[0]

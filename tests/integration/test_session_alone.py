@@ -89,6 +89,7 @@ def test_a_store_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     assert str(blocked) in said[0]
 
 
+@pytest.mark.slow
 def test_two_ranks_save_once_and_both_resume(tmp_path: Path) -> None:
     """As under ``paddle.distributed.launch``; rank 0 saves for both."""
     more = options(tmp_path, save="3 steps", epochs=1)

@@ -76,6 +76,7 @@ def test_also_with_loader_processes_epoch_schedule_and_a_layer_that_thaws() -> N
     same_end(undisturbed, resumed)
 
 
+@pytest.mark.slow
 def test_the_stream_in_which_a_run_died_is_resumed_and_those_before_are_over() -> None:
     options = {"streams": 3, "epochs": 1, "samples": 20}
     undisturbed = succeeded(run(1, **options))
