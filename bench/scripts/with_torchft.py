@@ -58,8 +58,8 @@ def main() -> None:
     log = StepLog(given.record)
     while manager.current_step() < given.steps:
         before = manager.current_step()
-        optimizer.zero_grad()  # its quorum is found while the step goes on
         time.sleep(given.sleep_s)
+        optimizer.zero_grad()
         rank, world = manager.participating_rank() or 0, max(manager.num_participants(), 1)
         own = SAMPLES // world
         x = rows[[(before * SAMPLES + rank * own + i) % 64 for i in range(own)]]
