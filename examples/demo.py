@@ -39,6 +39,7 @@ class Run:
     killed_step: int = 0
     generation_s: float = 0.0
     resumed_from: int = 0
+    in_place: bool = False
     resumed_s: float = 0.0
 
     def result(self, key: str) -> str:
@@ -99,6 +100,7 @@ class Demo:
         elif found := re.search(r"generation (\d+): .*?(?:the checkpoint of step (\d+)|;)", line):
             if int(found[1]) > 1:
                 run.generation_s, run.resumed_from = now_s, int(found[2] or 0)
+                run.in_place = "in place" in line
         elif found := re.search(r"\] (final .*)", line):
             run.final = found[1]
             say(
@@ -127,10 +129,16 @@ def say(text: str) -> None:
 
 
 def tell_recovery(run: Run) -> None:
-    again = run.killed_step - run.resumed_from
-    say(f"      after {run.generation_s - run.killed_s:.2f} s the launcher has noticed, and starts")
-    say(f"      both workers anew from the checkpoint of step {run.resumed_from}:")
-    say(f"      {again} steps are computed again, no sample is used twice or left out")
+    noticed_s = run.generation_s - run.killed_s
+    if run.in_place:
+        say(f"      after {noticed_s:.2f} s the launcher has noticed; the other worker goes on")
+        say("      as it is, and a new one takes the state from it: no step is computed")
+        say("      again, no sample is used twice or left out")
+    else:
+        again = run.killed_step - run.resumed_from
+        say(f"      after {noticed_s:.2f} s the launcher has noticed, and starts")
+        say(f"      both workers anew from the checkpoint of step {run.resumed_from}:")
+        say(f"      {again} steps are computed again, no sample is used twice or left out")
     say(f"      after {run.resumed_s - run.killed_s:.2f} s training goes on with step {run.step}")
 
 
