@@ -245,7 +245,7 @@ def objects_grow_old(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("reclaim", [True, False])
 @pytest.mark.parametrize(
-    ("first", "count"), [(0, 30), pytest.param(30, 1070, marks=pytest.mark.slow)]
+    ("first", "count"), [(0, 40), pytest.param(40, 1060, marks=pytest.mark.slow)]
 )
 def test_nothing_that_is_kept_is_ever_lost(
     first: int, count: int, reclaim: bool, monkeypatch: pytest.MonkeyPatch
