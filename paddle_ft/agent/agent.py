@@ -116,8 +116,7 @@ class Agent:
         self._told_manifest = self._told_reason = ""
         self._signals: list[int] = []
         self._leaving_since_s: float | None = None
-        self._leaving_code = 0
-        self._hurried = False
+        self._leaving_code, self._hurried = 0, False
 
     # ------------------------------------------------------------ life
 
@@ -362,6 +361,8 @@ class Agent:
             send("pause", schema.request_pause(keys, action.pause, action.fences))
         elif isinstance(action, actions.Finish):
             send("finish", schema.finish(keys, action.outcome, action.fences))
+        elif isinstance(action, actions.Bar):
+            send("bar", schema.quarantine(keys, action.node, action.reason, action.fences))
         elif not self._commit_running:
             self._commit_running = True
             self._in_background(lambda: CommitDone(self._committer.commit(action)), "commit")

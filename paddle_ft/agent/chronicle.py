@@ -109,6 +109,8 @@ class Chronicle:
         live = sum(not record.value.leaving for record in state.live.values())
         self._tell("members", live=live, needed=self._needed)
         self._tell("leader", member=state.leader.value if state.leader else "")
+        if state.quarantine or "quarantine" in self._known:
+            self._tell("quarantine", nodes=sorted(state.quarantine))
         if state.generation is not None:
             self._tell("generation", **_facts(state.generation.value, me))
         trouble = find_trouble(state)

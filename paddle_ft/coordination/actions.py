@@ -67,7 +67,16 @@ class Finish:
     fences: Fences
 
 
-Action = Campaign | ScanStore | ImportHead | Propose | RequestPause | Commit | Finish
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """Put ``node`` in quarantine."""
+
+    node: str
+    reason: str
+    fences: Fences
+
+
+Action = Campaign | ScanStore | ImportHead | Propose | RequestPause | Commit | Finish | Bar
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from collections.abc import Iterable, Sequence
 from paddle_ft.checkpoint.retention import Keep, kept_lineage, next_head, rule_of
 from paddle_ft.config import Config
 from paddle_ft.coordination.actions import (
+    Bar,
     Campaign,
     Commit,
     Decision,
@@ -50,6 +51,7 @@ from paddle_ft.errors import (
     EXIT_STORE,
     EXIT_WORKER_FAILED,
 )
+from paddle_ft.health.quarantine import due
 from paddle_ft.types import (
     CommitRef,
     Generation,
@@ -73,8 +75,8 @@ def decide(view: View, now_s: float, config: Config) -> Decision:
         return Decision(None, f"the job has ended: {state.outcome.value.reason}")
     if state.leader is None:
         others = [r.value for r in state.live.values() if not r.value.leaving]
-        if state.nodes[view.me].value.leaving and others:
-            return Decision(None, "leaving: others lead")
+        if others and (state.nodes[view.me].value.leaving or view.me not in state.live):
+            return Decision(None, "leaving or in quarantine: others lead")
         return Decision(Campaign(), "there is no leader")
     if state.leader.value != view.me:
         leader = state.leader.value.partition(".")[0]
@@ -109,6 +111,9 @@ def _lead(view: View, now_s: float, config: Config) -> Decision:
         return Decision(commit, f"all parts of step {commit.step} are written")
     if all_in(members, generation, "finished"):
         return _finished(view, members, commit, now_s, config)
+    bad = due(state, view.wall_s, config.health, config.job.nodes_min)
+    if bad is not None:
+        return Decision(Bar(*bad, fences), f"node {bad[0]} goes to quarantine: {bad[1]}")
     trouble = find_trouble(state)
     if trouble is not None and not (trouble.collateral_only and _pausing(state, generation)):
         return _recover(view, trouble, commit, now_s, config)
@@ -299,6 +304,8 @@ def _regroup(view: View, trouble: Trouble | None, now_s: float, config: Config) 
     waited_s = now_s - view.marks.members_since_s
     if len(chosen) < job.nodes_min:
         told = f"{len(chosen)} of at least {job.nodes_min} nodes are here"
+        if state.quarantine:
+            told += f" ({', '.join(sorted(state.quarantine))} in quarantine)"
         if chosen and waited_s >= job.members_timeout_s:
             reason = f"{told} and nobody came for {job.members_timeout_s:g} s: start more nodes"
             return Decision(Finish(Outcome(EXIT_COORDINATION, reason), state.fences()), reason)

@@ -263,9 +263,13 @@ def quarantine(keys: Keys, node: str, reason: str, fences: Fences) -> Transactio
 
 
 def lift_quarantine(keys: Keys, node: str, mod_revision: int) -> Transaction:
-    """Of the quarantine that was written at ``mod_revision``, not of a later one."""
+    """Of the quarantine that was written at ``mod_revision``, not of a later one.
+
+    What the node has told goes with it, so that it is not barred again for what is forgiven.
+    """
     key = keys.quarantine + node
-    return Transaction((Compare(key, "mod_revision", mod_revision),), (Delete(key),))
+    told = Delete(f"{keys.health}{node}.", prefix=True)
+    return Transaction((Compare(key, "mod_revision", mod_revision),), (Delete(key), told))
 
 
 def ask_to_leave(keys: Keys, record: Versioned[NodeRecord]) -> Transaction:

@@ -58,6 +58,8 @@ class Trouble:
     failed: tuple[NodeRecord, ...] = ()
     uncommittable: str = ""
     """Why parts that all members wrote do not make a checkpoint."""
+    barred: frozenset[str] = frozenset()
+    """Nodes in quarantine: a member of ``lost`` that is there, but is not asked any more."""
 
     @property
     def collateral_only(self) -> bool:
@@ -74,7 +76,8 @@ class Trouble:
 
     def __str__(self) -> str:
         told = [self.uncommittable] if self.uncommittable else []
-        told += [f"node {member.partition('.')[0]} is lost" for member in self.lost]
+        nodes = [member.rpartition(".")[0] for member in self.lost]
+        told += [f"node {n} is {'in quarantine' if n in self.barred else 'lost'}" for n in nodes]
         causes = [r for r in self.failed if not r.status.collateral]
         told += [
             f"node {r.member.node}: {r.status.reason}"
@@ -99,7 +102,9 @@ def find_trouble(state: JobState) -> Trouble | None:
             "failed",
         ):
             failed.append(record.value)
-    return Trouble(tuple(lost), tuple(failed)) if lost or failed else None
+    if not lost and not failed:
+        return None
+    return Trouble(tuple(lost), tuple(failed), barred=state.quarantine)
 
 
 def observe(marks: Marks, state: JobState, now_s: float) -> Marks:

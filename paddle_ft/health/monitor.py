@@ -37,7 +37,6 @@ from paddle_ft.health.judge import (
     patience_after,
 )
 from paddle_ft.health.pace import Pace, PaceJudge, Sample
-from paddle_ft.health.quarantine import due
 from paddle_ft.health.ranks import RankWatch
 from paddle_ft.observe.events import EventLog
 
@@ -116,6 +115,8 @@ class HealthMonitor:
         if not self._config.health.enabled:
             return
         me, number = membership.me, self._group.generation
+        if self._node in state.quarantine:
+            self._blamed_s = ()  # it is punished for these; what comes after counts anew
         paths = {rank: beacon.path for rank, beacon in self._group.beacons().items()}
         told = self._others(state, me, number) if number else ()
         elsewhere = tuple(w for w, _ in told if w is not None)
@@ -152,8 +153,8 @@ class HealthMonitor:
         self._group.blame(blame.rank, blame.pid, blame.verdict.reason)
 
     def _tell(self, state: schema.JobState, membership: Membership) -> None:
-        me, now_s, health = membership.me, time.monotonic(), self._config.health
-        record, own = self._record, state.nodes.get(me)
+        me, now_s = membership.me, time.monotonic()
+        record, own = replace(self._record, blamed=self._blamed_s), state.nodes.get(me)
         keys = schema.Keys(self._config.job.id)
         if own is None:
             return
@@ -164,12 +165,6 @@ class HealthMonitor:
             self._sent_s = now_s
             txn = schema.tell_health(keys, own, record, membership.lease)
             membership.send("health", txn)
-        if state.leader is not None and state.leader.value == me:
-            bad = due(state, me, time.time(), health, self._config.job.nodes_min)
-            if bad is not None and now_s < membership.acting_until_s():
-                node, reason = bad
-                log.warning("node %s goes to quarantine: %s", node, reason)
-                membership.send("quarantine", schema.quarantine(keys, node, reason, state.fences()))
 
     def close(self) -> None:
         self._closed.set()

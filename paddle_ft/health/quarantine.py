@@ -1,6 +1,7 @@
 """Which node is not to be asked any more. Pure.
 
-Invariant: the job keeps at least its minimum of nodes, and the leader never bars itself.
+Invariant: the job keeps at least its minimum of nodes. A leader bars its own node like any other,
+and goes on leading: what hangs are workers, and the launcher that leads is well.
 """
 
 from __future__ import annotations
@@ -10,20 +11,21 @@ from paddle_ft.coordination.schema import JobState
 
 
 def due(
-    state: JobState, me: str, wall_s: float, config: HealthConfig, nodes_min: int
+    state: JobState, wall_s: float, config: HealthConfig, nodes_min: int
 ) -> tuple[str, str] | None:
     """Node and reason, if a node has had too many hung workers; None if none has.
 
     Args:
-        me: the leader.
         wall_s: seconds since 1970.
     """
     if not config.quarantine_after:
         return None
     staying = [m for m, r in state.live.items() if not r.value.leaving]
+    if len(staying) <= nodes_min:
+        return None
     for member in sorted(staying):
         record = state.health.get(member)
-        if record is None or member == me or len(staying) <= nodes_min:
+        if record is None:
             continue
         recent = [t for t in record.value.blamed if wall_s - t < config.quarantine_window_s]
         if len(recent) >= config.quarantine_after:

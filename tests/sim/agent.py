@@ -18,6 +18,7 @@ from paddle_ft.coordination.decide import decide
 from paddle_ft.coordination.kv import Event, KeyValue, Snapshot, Transaction, TxnResult
 from paddle_ft.coordination.mirror import JobMirror
 from paddle_ft.errors import CoordinationError, EtcdUnavailable
+from paddle_ft.health.judge import HealthRecord
 from paddle_ft.types import (
     CommitRef,
     Generation,
@@ -98,6 +99,7 @@ class SimAgent(WorkerOwner):
         self._told_reason = ""
         self._restore_failed = ""
         self._damaged: tuple[str, ...] = ()
+        self._blamed_s: tuple[float, ...] = ()
         self._leaving_since_s: float | None = None
         self._hurried = False
         self._ending = False
@@ -215,6 +217,11 @@ class SimAgent(WorkerOwner):
             self._hurried = True
         self._wake()
 
+    def blame(self) -> None:
+        """A fault: a worker hangs; the monitor ends it, and this is told."""
+        self._blamed_s = (*self._blamed_s, self.world.clock.now + 1e9)
+        self._wake()
+
     def kill(self) -> None:
         """SIGKILL: the workers lose their agent and end, too."""
         self.process.kill()
@@ -279,6 +286,7 @@ class SimAgent(WorkerOwner):
                 Task(self.process, lambda task, end=action: self._leave(task, end))
                 return
             self._act_locally(action, state)
+        self._tell_health(state)
         self._decide(state, now_s)
         self._refill(state)
 
@@ -412,18 +420,17 @@ class SimAgent(WorkerOwner):
         if self._busy or self.world.clock.now < self._not_before_s:
             return
         self._busy = True
-        Task(self.process, lambda task: self._transact(task, kind, txn, term, record))
+        sent = Sent(self.me, kind, term, self.mirror.revision)
+        Task(self.process, lambda task: self._transact(task, txn, sent, record))
 
     def _transact(
-        self, task: Task, kind: str, txn: Transaction, term: int, record: NodeRecord | None
+        self, task: Task, txn: Transaction, sent: Sent, record: NodeRecord | None
     ) -> Steps:
-        if self.world.trapped(self, kind):
+        if self.world.trapped(self, sent.kind):
             yield task.sleep(0.0)  # frozen between the decision and the sending
         result = TxnResult(False, 0)
         try:
-            result = yield self.world.network.transact(
-                task, self.node, txn, Sent(self.me, kind, term)
-            )
+            result = yield self.world.network.transact(task, self.node, txn, sent)
         except CoordinationError:
             pass
         self._busy = False
@@ -433,7 +440,7 @@ class SimAgent(WorkerOwner):
             return  # sent before the lease was lost: this node is somebody else by now
         if result.succeeded and record is not None:
             self._record, self._record_revision = record, result.revision
-        elif kind == "publish":  # refused or not known: go by what etcd holds
+        elif sent.kind == "publish":  # refused or not known: go by what etcd holds
             self._record_revision = self.mirror.revision_of(self.keys.node(self.me))
             known = self.mirror.state().nodes.get(self.me)
             if known is not None:
@@ -448,12 +455,24 @@ class SimAgent(WorkerOwner):
         txn = schema.update_record(self.keys, record, self._lease.number, self._record_revision)
         self._send("publish", txn, record=record)
 
+    def _tell_health(self, state: schema.JobState) -> None:
+        if self.node in state.quarantine:
+            self._blamed_s = ()
+        own, lease = state.nodes.get(self.me), self._lease
+        known = state.health.get(self.me)
+        told = known.value.blamed if known else ()
+        if own is not None and lease is not None and told != self._blamed_s:
+            record = HealthRecord(self.generation, blamed=self._blamed_s)
+            self._send("health", schema.tell_health(self.keys, own, record, lease.number))
+
     # ------------------------------------------------------------ the leader's part
 
     def _decide(self, state: schema.JobState, now_s: float) -> None:
         assert self._lease is not None
         if self.mirror.revision < max(self._wrote_revision, self.committer.moved_revision):
             return  # what was done last is not to be seen yet, and would be done again
+        if not self.world.minds_quarantine:
+            state = replace(state, quarantine=frozenset())
         view = cluster.View(
             me=self.me,
             state=state,
@@ -492,6 +511,9 @@ class SimAgent(WorkerOwner):
         elif isinstance(action, actions.Finish):
             txn = schema.finish(keys, action.outcome, action.fences)
             self._send("finish", txn, action.fences.leader)
+        elif isinstance(action, actions.Bar):
+            txn = schema.quarantine(keys, action.node, action.reason, action.fences)
+            self._send("bar", txn, action.fences.leader)
         elif not self.commit_running:
             self.commit_running = True
             Task(self.process, lambda task: self.committer.commit(task, action), self.committed)

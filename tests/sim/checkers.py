@@ -12,6 +12,7 @@ from paddle_ft.types import CommitRef, Generation, Head
 from tests.sim.history import (
     Acknowledged,
     Applied,
+    Barred,
     Damaged,
     EtcdLost,
     Exited,
@@ -28,6 +29,8 @@ from tests.sim.history import (
 from tests.sim.training import State
 
 WATCH_DELAY_MAX_S = 1.5
+BARRED_WORKS_S = 10.0
+"""So long a node may work on in quarantine, while a leader is lost or nobody reaches etcd."""
 LEADERS_KEYS = ("generation", "head", "pause", "outcome")
 
 
@@ -65,6 +68,14 @@ class LostStep(Broken):
 
 class RedidCommitted(Broken):
     """Workers went on from a state that is older than, or beside, what is committed."""
+
+
+class AskedTheBarred(Broken):
+    """A node in quarantine was given a place."""
+
+
+class BarredTooMany(Broken):
+    """The leader put a node in quarantine that the job could not do without."""
 
 
 class LostCheckpoint(Broken):
@@ -351,6 +362,61 @@ def check_store(history: History) -> None:
                 )
 
 
+# ---------------------------------------------------------------- quarantine
+
+
+def check_quarantine(history: History) -> None:
+    """Who decides on a view in which a node is in quarantine gives it no place, nor does it work on
+    for long; and the leader bars nobody that, in its view, the job cannot do without."""
+    barred: dict[str, Barred] = {}
+    looks: list[tuple[int, int]] = []
+    """Revisions, and how many nodes out of quarantine were there to stay then."""
+    staying: frozenset[str] = frozenset()
+    for fact in history.facts:
+        if isinstance(fact, EtcdLost):
+            barred, looks, staying = {}, [], frozenset()
+        elif isinstance(fact, Nodes):
+            staying = fact.nodes
+        elif isinstance(fact, Barred) and fact.lifted:
+            barred.pop(fact.node, None)
+        elif isinstance(fact, Barred):
+            _check_bar(fact, looks, history.nodes_min)
+            barred.setdefault(fact.node, fact)
+        elif isinstance(fact, Write) and fact.key == "generation":
+            for member in fact.value.members:
+                bar = barred.get(member.node)
+                if bar is not None and bar.revision <= fact.seen:
+                    raise AskedTheBarred(
+                        f"{fact.at_s:.3f}: generation {fact.value.number} has a place for node "
+                        f"{member.node}, which is in quarantine since {bar.at_s:.3f}"
+                    )
+        elif isinstance(fact, Applied) and barred:
+            _check_at_work(fact, barred)
+        if isinstance(fact, Nodes | Barred):
+            looks.append((fact.revision, len(staying - barred.keys())))
+
+
+def _check_bar(fact: Barred, looks: list[tuple[int, int]], nodes_min: int) -> None:
+    if not fact.sender:
+        return
+    there = next((count for revision, count in reversed(looks) if revision <= fact.seen), 0)
+    if there <= nodes_min:
+        raise BarredTooMany(
+            f"{fact.at_s:.3f}: {fact.sender} puts node {fact.node} in quarantine, when {there} "
+            f"nodes were there and {nodes_min} are needed"
+        )
+
+
+def _check_at_work(fact: Applied, barred: dict[str, Barred]) -> None:
+    for member in fact.members:
+        bar = barred.get(member.rpartition(".")[0])
+        if bar is not None and fact.at_s - bar.at_s > BARRED_WORKS_S:
+            raise AskedTheBarred(
+                f"{fact.at_s:.3f}: {member} still applies steps, though its node is in quarantine "
+                f"since {bar.at_s:.3f}"
+            )
+
+
 # ---------------------------------------------------------------- the end
 
 
@@ -434,4 +500,5 @@ CHECKS = (
     check_end,
     check_failures,
     check_exit_codes,
+    check_quarantine,
 )

@@ -9,6 +9,7 @@ from tests.sim.world import World
 
 STRIKING = (
     "crash", "kill worker", "freeze node", "freeze worker", "cut peers", "damage", "false alarm",
+    "hang",
 )  # fmt: skip
 """What workers can fail from. Everything else must leave them alone."""
 
@@ -44,6 +45,10 @@ def _strike(world: World, fault: Fault) -> None:
         clock.after(lasts_s, world.start_node, node)
     elif kind == "kill worker" and agent is not None:
         world.kill_worker(agent)
+    elif kind == "hang" and agent is not None:
+        if agent.workers():
+            world.kill_worker(agent)
+            agent.blame()
     elif kind in ("freeze agent", "freeze node") and agent is not None:
         world.freeze(agent, lasts_s)
         if kind == "freeze node":
@@ -89,6 +94,8 @@ def _strike(world: World, fault: Fault) -> None:
     elif kind == "quarantine":
         world.quarantine(node)
         clock.after(lasts_s, world.release_from_quarantine, node)
+    elif kind == "lift":
+        world.release_from_quarantine(node)
     elif kind == "snare":
         world.snares[fault.detail] = world.snares.get(fault.detail, 0) + 1
     elif kind == "kill reserve" and agent is not None:

@@ -28,6 +28,8 @@ class Write:
     leader: str
     """Who held the leader key at that moment; "" if nobody."""
     leader_term: int
+    seen: int = 0
+    """Revision of the view it was decided on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +99,26 @@ class Nodes:
 
     at_s: float
     staying: frozenset[str]
+    revision: int = 0
+
+    @property
+    def nodes(self) -> frozenset[str]:
+        """Their names, without incarnations."""
+        return frozenset(key.partition("/")[2].rpartition(".")[0] for key in self.staying)
+
+
+@dataclass(frozen=True, slots=True)
+class Barred:
+    """``node`` was put in quarantine, by the leader or, with no ``sender``, by a person; or taken
+    out of it (``lifted``)."""
+
+    at_s: float
+    revision: int
+    node: str
+    sender: str
+    seen: int = 0
+    """Revision of the view it was decided on."""
+    lifted: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +171,7 @@ Fact = (
     | Applied
     | Gone
     | Nodes
+    | Barred
     | Struck
     | Write
     | Stored
@@ -168,6 +191,7 @@ class History:
     steps: int
     """Of the whole training; 0 if the script saves nothing."""
     members_timeout_s: float = 600.0
+    nodes_min: int = 1
     facts: list[Fact] = field(default_factory=list)
 
     def add(self, fact: Fact) -> None:

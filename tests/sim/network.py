@@ -21,11 +21,13 @@ CALL_TIMEOUT_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Sent:
-    """Who sent a transaction, what it is, and the term it was decided in (0: not a leader's)."""
+    """Who sent a transaction, what it is, the term (0: not a leader's) and the view's revision it
+    was decided upon."""
 
     sender: str
     kind: str
     term: int = 0
+    seen: int = 0
 
 
 class Recorder(Protocol):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from paddle_ft.types import Recovery
 
@@ -75,6 +75,8 @@ class Plan:
     spares: int = 0
     groups_max: int = 50
     """Through so many groups a worker goes before it is replaced."""
+    quarantine_after: int = 0
+    """So many hung workers put a node in quarantine; 0: never."""
 
 
 def make_plan(choose: random.Random) -> Plan:
@@ -86,7 +88,7 @@ def make_plan(choose: random.Random) -> Plan:
     until_s = min(QUIET_S - 2.0, 3.0 + 0.35 * steps)  # while there is something to disturb
     count = choose.choice((0, 1, 2, 3, 4, 5, 6, 8))
     faults = [_fault(choose, names, until_s) for _ in range(count)]
-    return Plan(
+    plan = Plan(
         nodes=nodes,
         nodes_min=nodes_min,
         nodes_max=nodes_max,
@@ -111,6 +113,18 @@ def make_plan(choose: random.Random) -> Plan:
         spares=choose.choice((0, 0, 1)),
         groups_max=choose.choice((50, 50, 50, 4)),
     )
+    hangs = nodes > nodes_min and choose.random() < 0.4  # else nobody may be barred
+    return _with_hangs(choose, plan, names, until_s) if hangs else plan
+
+
+def _with_hangs(choose: random.Random, plan: Plan, names: list[str], until_s: float) -> Plan:
+    """Workers of a node or two hang again and again; beside what happens anyway."""
+    bad = choose.sample(names, min(len(names), choose.choice((1, 1, 2))))
+    count = choose.randint(1, 5)
+    hangs = [Fault(choose.uniform(1.0, until_s), "hang", node, node, 0.0)
+             for node in bad for _ in range(count)]  # fmt: skip
+    faults = tuple(sorted((*plan.faults, *hangs), key=lambda f: f.at_s))
+    return replace(plan, faults=faults, quarantine_after=choose.choice((1, 2, 3)))
 
 
 def _fault(choose: random.Random, names: list[str], until_s: float) -> Fault:

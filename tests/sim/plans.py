@@ -73,5 +73,15 @@ def out_for_one_generation(at_s: float) -> Plan:
     )  # fmt: skip
 
 
+def hangs_again_and_again(node: str, nodes_min: int = 2) -> Plan:
+    """Workers of one node of three hang, until it gets no more work; a person lifts that."""
+    hangs = tuple(fault("hang", 2.5 + 1.5 * i, node) for i in range(2))
+    return replace(
+        CALM, nodes=3, nodes_min=nodes_min, nodes_max=3, starts_s=(0.1, 0.2, 0.3), steps=60,
+        save_every=100, watch_delay_s=(0.001, 0.02), quarantine_after=2,
+        faults=(*hangs, fault("lift", 8.0, node)),
+    )  # fmt: skip
+
+
 def with_recovery(plan: Plan, recovery: Recovery) -> Plan:
     return replace(plan, recovery=recovery)

@@ -12,6 +12,7 @@ import pytest
 
 from paddle_ft.types import CommitRef, Generation, Head, Member, Outcome
 from tests.sim.checkers import (
+    AskedTheBarred,
     BrokeChain,
     Broken,
     BrokeSampleAccounting,
@@ -29,6 +30,7 @@ from tests.sim.checkers import (
 from tests.sim.history import (
     Acknowledged,
     Applied,
+    Barred,
     Damaged,
     EtcdLost,
     Exited,
@@ -323,3 +325,27 @@ def test_nobody_goes_on_beside_what_is_committed() -> None:
     beside = state(3, run=9)
     gone = (Gone(0.0, 1, "killed"), Gone(0.0, 2, "killed"))
     assert in_place(*gone, formed(2, (beside,), beside, beside)) is RedidCommitted
+
+
+# ---------------------------------------------------------------- quarantine
+
+BAR = Barred(1.0, 5, "a", "")
+LIFT = replace(BAR, revision=6, lifted=True)
+
+
+@pytest.mark.parametrize(
+    ("facts", "wanted"),
+    [
+        ((BAR, replace(generation(3, SECOND), seen=5)), AskedTheBarred),
+        ((BAR, replace(generation(3, SECOND), seen=4)), None),
+        ((BAR, LIFT, replace(generation(3, SECOND), seen=6)), None),
+        ((BAR, replace(applied(AHEAD, 1), at_s=30.0)), AskedTheBarred),
+        ((BAR, replace(applied(AHEAD, 1), at_s=2.0)), None),
+        ((BAR, LIFT, replace(applied(AHEAD, 1), at_s=30.0)), None),
+    ],
+    ids=["a place", "decided before", "lifted", "works on", "is about to stop", "works again"],
+)
+def test_who_is_in_quarantine_has_no_place_and_does_not_work(
+    facts: tuple[Fact, ...], wanted: type[Broken] | None
+) -> None:
+    assert verdict([*good()[:11], *facts]) is wanted

@@ -11,9 +11,9 @@ from paddle_ft import meeting
 from paddle_ft.checkpoint.collect import release
 from paddle_ft.checkpoint.commit import read_manifest
 from paddle_ft.checkpoint.manifest import Manifest
-from paddle_ft.config import CheckpointConfig, Config, EtcdConfig, JobConfig
+from paddle_ft.config import CheckpointConfig, Config, EtcdConfig, HealthConfig, JobConfig
 from paddle_ft.coordination import schema
-from paddle_ft.coordination.kv import Delete, Put, Transaction
+from paddle_ft.coordination.kv import Put, Transaction
 from paddle_ft.errors import CheckpointDamaged
 from paddle_ft.meeting import Meeting
 from paddle_ft.types import (
@@ -31,6 +31,7 @@ from tests.sim.clock import Clock
 from tests.sim.history import (
     Acknowledged,
     Applied,
+    Barred,
     Damaged,
     EtcdLost,
     Exited,
@@ -67,6 +68,7 @@ def make_config(
     persist_grace_s: float = 1.5,
     recovery: Recovery = "in_place",
     spares: int = 0,
+    quarantine_after: int = 0,
 ) -> Config:
     return Config(
         job=JobConfig(
@@ -76,6 +78,7 @@ def make_config(
         ),
         etcd=EtcdConfig(lease_ttl_s=2, renew_interval_s=0.5, rpc_timeout_s=0.4),
         checkpoint=CheckpointConfig(keep_last=keep_last, persist_grace_s=persist_grace_s),
+        health=HealthConfig(quarantine_after=quarantine_after),
     )  # fmt: skip
 
 
@@ -95,11 +98,13 @@ class World:
             plan.persist_grace_s,
             plan.recovery,
             plan.spares,
+            plan.quarantine_after,
         )
         self.keys = schema.Keys("sim")
         self.training = Training(plan.steps, 8, plan.save_every, plan.session, plan.patient)
         self.history = History(self.training.batch, plan.steps if plan.session else 0)
         self.history.members_timeout_s = plan.members_timeout_s
+        self.history.nodes_min = plan.nodes_min
         self.trace: list[tuple[Any, ...]] = []
         self.tracing = tracing
         self.network = Network(clock, self, self.keys.prefix)
@@ -123,6 +128,8 @@ class World:
         """A worker that waits for a checkpoint hears of no planned change; for tests."""
         self.minds_since = True
         """Workers that have missed a generation do not go on."""
+        self.minds_quarantine = True
+        """Leaders know who is in quarantine."""
         self._brought_by: dict[int, tuple[State, ...]] = {}
         self.one_identity = False
         """Every life of a node has the same incarnation; for tests."""
@@ -157,7 +164,9 @@ class World:
         for event in batch.events:
             key = event.kv.key[len(self.keys.prefix) :]
             if key.startswith("nodes/"):
-                self._node_changed(key, None if event.deleted else event.kv.value)
+                self._node_changed(batch.revision, key, None if event.deleted else event.kv.value)
+            if key.startswith("quarantine/"):
+                self._quarantine_changed(batch.revision, key, event.deleted, sent)
             if key not in KINDS:
                 if not event.deleted and key.startswith("parts/") and self.tracing:
                     self.note("etcd", batch.revision, key)
@@ -187,16 +196,22 @@ class World:
                     sent.term if sent else 0,
                     holder,
                     term,
+                    sent.seen if sent else 0,
                 )
             )
 
-    def _node_changed(self, key: str, value: bytes | None) -> None:
+    def _node_changed(self, revision: int, key: str, value: bytes | None) -> None:
         staying = self._staying - {key}
         if value is not None and not decode(NodeRecord, value).leaving:
             staying |= {key}
         if staying != self._staying:
             self._staying = staying
-            self.history.add(Nodes(self.clock.now, staying))
+            self.history.add(Nodes(self.clock.now, staying, revision))
+
+    def _quarantine_changed(self, revision: int, key: str, lifted: bool, sent: Sent | None) -> None:
+        self.note("etcd", revision, key, "lifted" if lifted else "barred", sent)
+        node, (sender, seen) = key.partition("/")[2], (sent.sender, sent.seen) if sent else ("", 0)
+        self.history.add(Barred(self.clock.now, revision, node, sender, seen, lifted))
 
     def _turn_away_newcomers(self) -> None:
         """A launcher that has not joined when the job ends would begin another run."""
@@ -233,14 +248,16 @@ class World:
     # ------------------------------------------------------------ quarantine
 
     def quarantine(self, node: str) -> None:
-        """Somebody outside keeps ``node`` from taking part."""
+        """A person keeps ``node`` from taking part."""
         key = f"{self.keys.quarantine}{node}"
         self.network.etcd.transact(Transaction((), (Put(key, b"{}"),)))
 
     def release_from_quarantine(self, node: str) -> None:
         key = f"{self.keys.quarantine}{node}"
-        if self.network.etcd.read(key).kvs:
-            self.network.etcd.transact(Transaction((), (Delete(key),)))
+        for kv in self.network.etcd.read(key).kvs:
+            if kv.key == key:
+                txn = schema.lift_quarantine(self.keys, node, kv.mod_revision)
+                self.network.etcd.transact(txn)
 
     def next_worker(self) -> int:
         return self._count("worker")

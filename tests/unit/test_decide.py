@@ -10,6 +10,7 @@ import pytest
 from paddle_ft.config import CheckpointConfig, Config, EtcdConfig, JobConfig
 from paddle_ft.coordination.actions import (
     Action,
+    Bar,
     Campaign,
     Commit,
     Decision,
@@ -32,6 +33,7 @@ from paddle_ft.errors import (
     EXIT_STORE,
     EXIT_WORKER_FAILED,
 )
+from paddle_ft.health.judge import HealthRecord
 from paddle_ft.types import (
     CommitRef,
     Generation,
@@ -246,6 +248,31 @@ def test_quarantined_nodes_have_no_place() -> None:
     state = replace(job({"a1": {}, "b1": {}}), quarantine=frozenset({"b"}))
     state = replace(state)  # what is derived is derived anew
     assert names(proposed(look(state, config((1, 2))))) == ["a1"]
+
+
+@pytest.mark.parametrize("bad", ["a1", "b1"], ids=["the leader's node", "another"])
+def test_a_node_whose_workers_hang_again_and_again_is_barred(bad: str) -> None:
+    """Before anything is done about the last hang: it would be given its place again."""
+    nodes = {name: running() for name in ("a1", "b1", "c1")} | {bad: failed()}
+    state = job(nodes, ["a1", "b1", "c1"])
+    told = HealthRecord(1, blamed=(WALL_S - 30, WALL_S - 20, WALL_S - 10))
+    state = replace(state, health={member(bad).id: Versioned(told, 60, 60)})
+    action = look(state, config((2, 3))).action
+    assert isinstance(action, Bar) and (action.node, action.fences) == (bad[0], state.fences())
+
+    barred = replace(state, quarantine=frozenset({bad[0]}))
+    decision = look(barred, config((2, 3)))
+    assert bad not in names(proposed(decision)) and len(names(proposed(decision))) == 2
+    assert f"node {bad[0]} is in quarantine" in decision.reason
+    assert not isinstance(look(state, config((3, 3))).action, Bar), "all are needed"
+
+
+def test_who_is_in_quarantine_does_not_become_leader_and_is_named_where_nodes_lack() -> None:
+    state = replace(job({"a1": {}, "b1": {}}, leader=""), quarantine=frozenset({"a"}))
+    assert look(state, config((1, 2))).action is None
+    assert isinstance(look(state, config((1, 2)), me="b1").action, Campaign)
+    state = replace(job({"a1": {}, "b1": {}}), quarantine=frozenset({"b"}))
+    assert "b in quarantine" in look(state, config((2, 2))).reason
 
 
 def test_a_generation_starts_where_head_stands() -> None:
