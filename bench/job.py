@@ -125,11 +125,11 @@ class Watch:
     def __init__(self, session: Any) -> None:
         self.snapshots: list[dict[str, Any]] = []
         self._recorder, self._keeper = session._saver._recorder, session._keeper
-        self._acquire, self._wait = self._keeper.acquire, self._recorder.wait_copied
+        self._acquire, self._before = self._keeper.acquire, self._recorder.before_step
         self._buffer = -1
         self._take = self._recorder.take
         self._keeper.acquire = self.acquire
-        self._recorder.wait_copied = self.wait_copied
+        self._recorder.before_step = self.before_step
         self._recorder.take = self.take
 
     def acquire(self, nbytes: int, wait: bool) -> Any:
@@ -144,8 +144,8 @@ class Watch:
             self.snapshots.append({"step": step, "buffer": self._buffer, "first": first})
         return taken
 
-    def wait_copied(self) -> float | None:
-        held_s: float | None = self._wait()
+    def before_step(self, loss: Any) -> float | None:
+        held_s: float | None = self._before(loss)
         if held_s is not None:
             self.snapshots[-1]["held_s"] = held_s
         return held_s

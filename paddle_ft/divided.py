@@ -51,7 +51,7 @@ class Divided:
         if not hasattr(tensor, "data_ptr"):
             raise ConfigError(f"{name!r} is a {type(tensor).__name__}: give a Paddle tensor.")
         check_inside(name, tensor, shard)
-        self.registered.append(Entry(full, tensor, "local", steady=False, shard=shard))
+        self.registered.append(Entry(full, tensor, "local", "any time", shard=shard))
         return self.registered[-1]
 
     def check_all_registered(self, image: Image) -> None:

@@ -12,7 +12,7 @@ from paddle_ft.checkpoint.manifest import ITEM_BYTES
 from paddle_ft.checkpoint.snapshot import Image, array_of, dtype_name, nbytes_of, write_tensor
 from paddle_ft.errors import CheckpointMismatch, ConfigError
 from paddle_ft.plain import from_plain, to_plain
-from paddle_ft.types import Scope, ShardOf, TensorSpec
+from paddle_ft.types import Changes, Scope, ShardOf, TensorSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +23,7 @@ class Entry:
     tensor: Any
     """A Paddle tensor or a NumPy array."""
     scope: Scope
-    steady: bool
-    """Only the optimizer's step changes it."""
+    changes: Changes
     shard: ShardOf | None = None
     """With ``local``: which part of a tensor that is divided among the ranks."""
 
@@ -46,7 +45,7 @@ def taken_from(name: str, state: object) -> tuple[Any, list[Entry]]:
     def take(where: str, value: object) -> dict[str, Any] | None:
         if not is_tensor(value) or dtype_name(value) not in ITEM_BYTES:
             return None
-        entries.append(Entry(where, value, "replicated", steady=False))
+        entries.append(Entry(where, value, "replicated", "any time"))
         return {"name": where, "array": isinstance(value, np.ndarray)}
 
     plain = to_plain(state, name, take)

@@ -1,7 +1,10 @@
 """Takes the snapshots of a session: what is copied, by whom, into which buffer, and when.
 
-Invariant: at most one copy is on its way, and it is complete before the optimizer changes what it
-copies (``wait_copied``). What is published is whole: a copy that was disturbed is thrown away.
+Invariant: at most one copy is on its way, and what the optimizer changes is in it before it does
+(``before_step``). What is published is whole: a copy that was disturbed is thrown away.
+
+Parameters that are not trained are copied beside the steps that follow once they have been the same
+in two snapshots; others of them (a moving average that the forward pass keeps) are copied at once.
 """
 
 from __future__ import annotations
@@ -12,12 +15,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from paddle_ft.checkpoint import plan
-from paddle_ft.checkpoint.snapshot import Snapshot, Source, in_place
+from paddle_ft.checkpoint.snapshot import Outcome, Snapshot, Source, in_place
 from paddle_ft.exits import say
 from paddle_ft.keeper import Keeper
 from paddle_ft.nested import Entry
 from paddle_ft.state import TrainingState
-from paddle_ft.types import ImageInfo, TensorSpec
+from paddle_ft.types import Changes, ImageInfo, TensorSpec
 
 
 class Recorder:
@@ -46,7 +49,14 @@ class Recorder:
         self._mode: plan.Mode = mode
         self._block_bytes = block_bytes
         self._beside = True
+        """False once something has changed that only the optimizer's step should."""
+        self._seldom_beside = True
+        """The same of what changes seldom."""
+        self._seldom: dict[str, tuple[Any, ...]] = {}
+        """By tensor and start of what changes seldom: where it was and some of its words."""
         self._snapshot: Snapshot | None = None
+        self._told = True
+        """For how long training was held for the copy that is on its way has been told."""
         self._loss: Any = None
         self._held_s = 0.0
         self._known: dict[int, tuple[Any, TensorSpec, bool]] = {}
@@ -60,7 +70,7 @@ class Recorder:
     def take(self, step: int, position: Mapping[str, Any], *, wait: bool, beside: bool) -> bool:
         """Snapshots the state as that of ``step``; False if no buffer is free.
 
-        ``wait``: for a buffer; ``beside``: go on while it is copied, and call ``wait_copied``
+        ``wait``: for a buffer; ``beside``: go on while it is copied, and call ``before_step``
         before the next optimizer step. Raises StoreFull (``wait``) if there is no memory.
         """
         self.wait_copied()
@@ -80,26 +90,29 @@ class Recorder:
         info = ImageInfo(step, self._rank, self._world_size, pieces, meta)
         sources = self._sources(entries, beside and self._beside)
         self._snapshot = Snapshot(memory, sources, self._done(buffer, info))
-        self._held_s = time.monotonic() - start_s
+        self._held_s, self._told = time.monotonic() - start_s, False
         return True
 
     def before_step(self, loss: Any) -> float | None:
-        """To be called before the optimizer changes anything: as ``wait_copied``.
+        """To be called before the optimizer changes anything: returns once that may be.
 
-        ``loss`` of the step (a number, a tensor or None) is kept with the snapshots by rank 0.
+        Gives for how many seconds training was held for a snapshot in all; None if there was none
+        since the last call. ``loss`` of the step (a number, a tensor or None) is kept with the
+        snapshots by rank 0.
         """
         self._loss = loss
-        return self.wait_copied()
-
-    def wait_copied(self) -> float | None:
-        """Returns once the copy that is on its way is complete: for how many seconds training was
-        held for it in all; None if there was none."""
-        if self._snapshot is None:
+        if self._snapshot is None or self._told:
             return None
         start_s = time.monotonic()
-        self._snapshot.wait()
-        self._snapshot = None
+        self._snapshot.wait_steady()
+        self._told = True
         return self._held_s + time.monotonic() - start_s
+
+    def wait_copied(self) -> None:
+        """Returns once the copy that is on its way is complete."""
+        if self._snapshot is not None:
+            self._snapshot.wait()
+            self._snapshot = None
 
     def abandon(self) -> None:
         """Throws the copy away that is on its way, if any."""
@@ -116,7 +129,7 @@ class Recorder:
             item = self._known.get(number)
             if item is None or item[0] is not entry.tensor or item[1].name != entry.name:
                 item = entry.tensor, entry.spec(), in_place(entry.tensor)
-            if entry.steady:
+            if entry.changes != "any time":
                 known[number] = item
             specs.append(item[1])
         self._known = known
@@ -127,25 +140,36 @@ class Recorder:
             )
         return self._pieces
 
-    def _sources(self, entries: list[Entry], beside: bool) -> list[tuple[Source, bool]]:
+    def _sources(self, entries: list[Entry], beside: bool) -> list[tuple[Source, Changes]]:
         by_name = {entry.name: entry for entry in entries}
-        sources = []
+        sources: list[tuple[Source, Changes]] = []
+        seldom: dict[str, tuple[Any, ...]] = {}
         for piece in self._pieces:
             entry = by_name[piece.name]
             item = self._known.get(id(entry.tensor))
             make = Source.in_place if item is not None and item[2] else Source.of
             source = make(entry.tensor, piece.start, piece.nbytes, piece.offset)
-            sources.append((source, beside and entry.steady))
+            changes = entry.changes if beside else "any time"
+            if entry.changes == "seldom":
+                place = f"{piece.name} {piece.start}"
+                words = source.words(source.address)
+                seldom[place] = (source.address, source.inplace_version, words)
+                if not self._seldom_beside or self._seldom.get(place) != seldom[place]:
+                    changes = "any time"
+            sources.append((source, changes))
+        self._seldom = seldom
         return sources
 
-    def _done(self, buffer: int, info: ImageInfo) -> Callable[[bool], None]:
-        def done(intact: bool) -> None:
-            if intact:
+    def _done(self, buffer: int, info: ImageInfo) -> Callable[[Outcome], None]:
+        def done(outcome: Outcome) -> None:
+            if outcome == "intact":
                 self.published_step = info.step
                 self._keeper.publish(buffer, info)
                 return
             self._keeper.give_back(buffer)
-            if self._beside:
+            if outcome == "seldom":
+                self._seldom_beside = False
+            elif outcome == "in step" and self._beside:
                 self._beside = False
                 say(
                     "parameters were changed outside of the optimizer's step while they were "

@@ -35,7 +35,7 @@ from paddle_ft.nested import (
     tensor_of,
 )
 from paddle_ft.plain import from_plain, to_plain
-from paddle_ft.types import Scope, ShardOf
+from paddle_ft.types import Changes, Scope, ShardOf
 
 _STATISTICS = ("_mean", "_variance")
 _MASTER = "master_weight"
@@ -144,17 +144,19 @@ class TrainingState:
                 tensor.stop_gradient and key.rpartition(".")[2] in _STATISTICS
             )
             scope: Scope = "local" if local else "replicated"
-            # A frozen parameter may be a moving average that the forward pass updates.
-            entry = Entry(f"model/{key}", tensor, scope, steady=not tensor.stop_gradient)
+            changes: Changes = "any time" if local else "in step"
+            if tensor.stop_gradient and not local:
+                changes = "seldom"
+            entry = Entry(f"model/{key}", tensor, scope, changes)
             yield self._divided.entry(entry, key)
 
     def _optimizer_entries(self) -> Iterator[Entry]:
         for name, tensor in self._slots().items():
-            entry = Entry(name, tensor, "replicated", steady=True)
+            entry = Entry(name, tensor, "replicated", "in step")
             yield self._divided.entry(entry, name.split("/", 1)[1].rpartition("/")[0])
         for key, value in self._other_entries().items():
             if is_tensor(value):
-                yield Entry(f"optimizer/other/{key}", value, "replicated", steady=False)
+                yield Entry(f"optimizer/other/{key}", value, "replicated", "any time")
 
     def _slots(self) -> dict[str, Any]:
         """Accumulators and master weights, by structured name."""

@@ -244,6 +244,10 @@ class Versioned(Generic[T]):
 Scope = Literal["replicated", "local"]
 """``replicated``: equal on all ranks. ``local``: each rank has its own (BatchNorm statistics)."""
 
+Changes = Literal["any time", "in step", "seldom"]
+"""When a tensor changes. ``in step``: in the optimizer's step only. ``seldom``: if the script does
+it, as it may with a parameter that is not trained."""
+
 
 @dataclass(frozen=True, slots=True)
 class ShardOf:

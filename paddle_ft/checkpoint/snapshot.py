@@ -1,8 +1,9 @@
 """Tensors to host memory and back, without holding up training.
 
 Between two optimizer steps the parameters and the optimizer's state do not change, so they are
-copied by a thread of their own beside the next forward and backward pass (``Snapshot``); what a
-forward pass changes is copied before it. The memory belongs to the agent, or to whoever keeps it.
+copied by a thread of their own beside the next forward and backward pass (``Snapshot``), and then,
+beside the steps that follow, what is not trained; what a forward pass changes is copied before it.
+The memory belongs to the agent, or to whoever keeps it.
 
 On the CPU a tensor is copied from where it lies (``data_ptr``), in pieces, with the GIL free
 (ctypes releases it). A tensor on an accelerator goes through a copy in host memory; that path is
@@ -17,12 +18,12 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from paddle_ft.checkpoint.boxes import Box
-from paddle_ft.types import ImageInfo, TensorSpec
+from paddle_ft.types import Changes, ImageInfo, TensorSpec
 
 CHUNK_BYTES = 8 * 2**20
 """Copied in one go; a copy that is no longer wanted stops after it."""
@@ -167,36 +168,46 @@ class Image:
         return views[0] if len(views) == 1 else memoryview(b"".join(views))
 
 
+Outcome = Literal["intact", "stopped", "in step", "seldom"]
+"""Of a copy. The last two make it useless: a tensor of that kind was seen to change meanwhile."""
+
+
 class Snapshot:
     """One copy of the state on its way into a buffer.
 
-    ``sources`` that a forward pass may change (``late`` is false) are copied by the constructor,
-    the others by a thread. ``on_done(intact)`` is called once all is there, by that thread (or by
-    the constructor, if nothing is late); ``intact`` is false if the state was seen to change
-    meanwhile, which leaves the copy useless.
+    ``sources`` that change at "any time" are copied by the constructor, the others by a thread:
+    first those that change "in step", then those that change "seldom". ``on_done(outcome)`` is
+    called once all is there, by that thread (or by the constructor, if it has copied all).
     """
 
     def __init__(
         self,
         target: memoryview,
-        sources: Sequence[tuple[Source, bool]],
-        on_done: Callable[[bool], None],
+        sources: Sequence[tuple[Source, Changes]],
+        on_done: Callable[[Outcome], None],
     ) -> None:
-        self._target = target
+        self._target = target  # or its memory might go
         self._on_done = on_done
         self._stop = threading.Event()
+        self._steady_copied = threading.Event()
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(target)) if target else 0
-        for source, late in sources:
-            if not late:
+        for source, changes in sources:
+            if changes == "any time":
                 source.copy(self._address, _never)
-        self._late = [source for source, late in sources if late]
-        self._words = [source.words(source.address) for source in self._late]
+        self._steady = [source for source, changes in sources if changes == "in step"]
+        self._seldom = [source for source, changes in sources if changes == "seldom"]
+        self._words = {id(s): s.words(s.address) for s in (*self._steady, *self._seldom)}
         self._thread: threading.Thread | None = None
-        if self._late:
+        if self._words:
             self._thread = threading.Thread(target=self._copy, name="snapshot", daemon=True)
             self._thread.start()
         else:
-            on_done(True)
+            on_done("intact")
+
+    def wait_steady(self) -> None:
+        """Returns once everything is copied that the optimizer's step changes."""
+        if self._thread is not None:
+            self._steady_copied.wait()
 
     def wait(self) -> None:
         """Returns once everything is copied and ``on_done`` has been called."""
@@ -205,25 +216,38 @@ class Snapshot:
             self._thread = None
 
     def abandon(self) -> None:
-        """Stops copying; ``on_done`` is called with False unless all was there already."""
+        """Stops copying; ``on_done`` is called with "stopped" unless all was there already."""
         self._stop.set()
         self.wait()
 
     def _copy(self) -> None:
-        for source in self._late:
-            source.copy(self._address, self._stop.is_set)
-        self._on_done(not self._stop.is_set() and self._unchanged())
+        steady = self._copied(self._steady)
+        self._steady_copied.set()
+        seldom = self._copied(self._seldom)
+        if self._stop.is_set():
+            self._on_done("stopped")
+        else:
+            self._on_done("intact" if steady and seldom else "seldom" if steady else "in step")
 
-    def _unchanged(self) -> bool:
-        """Whether nothing wrote to the tensors while they were copied.
+    def _copied(self, sources: Sequence[Source]) -> bool:
+        """Copies them; whether each is as it was when the snapshot began."""
+        intact = True
+        for source in sources:
+            source.copy(self._address, self._stop.is_set)
+            intact = intact and self._unchanged(source)
+        return intact
+
+    def _unchanged(self, source: Source) -> bool:
+        """Whether nothing wrote to the tensor before all of it was copied.
 
         Paddle counts in-place operations, but not ``set_value``; that would have changed one of
         the words that were looked at before.
         """
-        return all(
+        words = self._words[id(source)]
+        return (
             source.words(self._address + source.offset) == words
+            and source.words(source.address) == words
             and (source.tensor is None or source.tensor.inplace_version == source.inplace_version)
-            for source, words in zip(self._late, self._words, strict=True)
         )
 
 

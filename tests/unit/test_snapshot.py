@@ -11,7 +11,7 @@ import pytest
 
 from paddle_ft.checkpoint import snapshot
 from paddle_ft.checkpoint.snapshot import Image, Snapshot, Source
-from paddle_ft.types import ImageInfo, TensorSpec
+from paddle_ft.types import Changes, ImageInfo, TensorSpec
 
 
 class Gated(Source):
@@ -40,25 +40,47 @@ def gated(array: np.ndarray[Any, Any]) -> Gated:
 def test_what_is_late_is_copied_by_a_thread_and_the_rest_at_once() -> None:
     late, early = np.arange(1000.0), np.arange(7, dtype=np.int32)
     memory = memoryview(bytearray(8100))
-    done: list[bool] = []
+    done: list[str] = []
     source = gated(late)
     copy = Snapshot(
-        memory, [(source, True), (Source.of(early, 0, early.nbytes, 8064), False)], done.append
+        memory,
+        [(source, "in step"), (Source.of(early, 0, early.nbytes, 8064), "any time")],
+        done.append,
     )
     assert bytes(memory[8064 : 8064 + 28]) == early.tobytes()
     assert Gated.begun.wait(20)
     assert done == []
     Gated.gate.set()
     copy.wait()
-    assert done == [True]
+    assert done == ["intact"]
     assert bytes(memory[:8000]) == late.tobytes()
 
 
+def test_the_step_waits_only_for_what_it_changes() -> None:
+    trained, frozen = np.arange(100.0), np.arange(1000.0)
+    memory = memoryview(bytearray(9000))
+    done: list[str] = []
+    source = gated(frozen)
+    copy = Snapshot(
+        memory, [(source, "seldom"), (Source.of(trained, 0, 800, 8064), "in step")], done.append
+    )
+    copy.wait_steady()
+    assert bytes(memory[8064 : 8064 + 800]) == trained.tobytes()
+    trained += 1.0
+    assert Gated.begun.wait(20)
+    assert done == []
+    Gated.gate.set()
+    copy.wait()
+    assert done == ["intact"]
+    assert bytes(memory[:8000]) == frozen.tobytes()
+
+
+@pytest.mark.parametrize("changes", ["in step", "seldom"])
 @pytest.mark.parametrize("kind", ["for good", "of what was copied"])
-def test_a_change_while_it_is_copied_is_noticed(kind: str) -> None:
+def test_a_change_while_it_is_copied_is_noticed(kind: str, changes: Changes) -> None:
     late = np.arange(1000.0)
-    done: list[bool] = []
-    copy = Snapshot(memoryview(bytearray(8000)), [(gated(late), True)], done.append)
+    done: list[str] = []
+    copy = Snapshot(memoryview(bytearray(8000)), [(gated(late), changes)], done.append)
     assert Gated.begun.wait(20)
     if kind == "for good":
         late += 1.0
@@ -66,26 +88,26 @@ def test_a_change_while_it_is_copied_is_noticed(kind: str) -> None:
         late[:10] = -1.0  # the copy is whole all the same
     Gated.gate.set()
     copy.wait()
-    assert done == [kind == "of what was copied"]
+    assert done == ["intact" if kind == "of what was copied" else changes]
 
 
 def test_a_copy_that_is_no_longer_wanted_is_not_intact() -> None:
-    done: list[bool] = []
-    copy = Snapshot(memoryview(bytearray(80)), [(gated(np.arange(10.0)), True)], done.append)
+    done: list[str] = []
+    copy = Snapshot(memoryview(bytearray(80)), [(gated(np.arange(10.0)), "in step")], done.append)
     assert Gated.begun.wait(20)
     stopper = threading.Thread(target=copy.abandon)
     stopper.start()
     copy._stop.wait(20)
     Gated.gate.set()
     stopper.join(20)
-    assert done == [False]
+    assert done == ["stopped"]
 
 
 def test_large_tensors_are_copied_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(snapshot, "CHUNK_BYTES", 100)
     array = np.arange(333, dtype=np.uint8)
     memory = memoryview(bytearray(400))
-    Snapshot(memory, [(Source.of(array, 3, 330, 64), False)], lambda intact: None)
+    Snapshot(memory, [(Source.of(array, 3, 330, 64), "any time")], lambda intact: None)
     assert bytes(memory[64 : 64 + 330]) == array[3:].tobytes()
     assert not any(memory[:64])
 

@@ -122,12 +122,12 @@ def image_of(state: TrainingState) -> Image:
     pieces = share([e.spec() for e in entries], 0, 1, 4096)
     memory = memoryview(bytearray(max(1, image_bytes(pieces))))
     sources = [
-        (Source.of(entry.tensor, piece.start, piece.nbytes, piece.offset), entry.steady)
+        (Source.of(entry.tensor, piece.start, piece.nbytes, piece.offset), entry.changes)
         for entry, piece in zip(entries, pieces, strict=True)
     ]
     intact = []
     Snapshot(memory, sources, intact.append).wait()
-    assert intact == [True]
+    assert intact == ["intact"]
     meta = json.loads(json.dumps({"state": state.meta()}))
     return Image(ImageInfo(3, 0, 1, pieces, meta), memory)
 
