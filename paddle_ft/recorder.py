@@ -73,10 +73,10 @@ class Recorder:
         ``wait``: for a buffer; ``beside``: go on while it is copied, and call ``before_step``
         before the next optimizer step. Raises StoreFull (``wait``) if there is no memory.
         """
+        start_s = time.monotonic()
         self.wait_copied()
         if self.published_step == step:
             return True
-        start_s = time.monotonic()
         entries = self._state.entries()
         pieces = self._divide(entries)
         meta: dict[str, Any] = {}
