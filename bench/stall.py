@@ -113,7 +113,7 @@ def measure(
                 never.append(statistics.mean(lengths[EVERY:]))
     peers = {"paddle.save": long_one.paddle_save, **peers}
     rows = [row for case in ours for row in rows_of(case, peers if case is long_one else {})]
-    rows.insert(3, _against_never(long_one, never))
+    rows.insert(4, _against_never(long_one, never))
     return rows
 
 
@@ -134,29 +134,35 @@ def rows_of(case: Case, peers: dict[str, list[float]]) -> list[Row]:
         name: [1e3 * s for s in values] if name == "paddle.save" else values
         for name, values in peers.items()
     }
-    held_ms = 1e3 * statistics.median(case.held) if case.held else float("nan")
     first_ms = 1e3 * statistics.median(case.first) if case.first else float("nan")
     note = (
-        f"a step lasts {step_ms:.0f} ms, {length:.1f} copies; of the stall the loop stood still "
-        f"for {held_ms:.1f} ms, the rest is that the step ran slower; the first snapshot in a "
-        f"buffer, which is not counted, {first_ms:.0f} ms"
+        f"a step lasts {step_ms:.0f} ms, {length:.1f} copies; the first snapshot in a buffer, "
+        f"which is not counted, costs {first_ms:.0f} ms"
     )
     if case.goal < 1 and length < 4:
         note += "; TOO SHORT for this goal"
     if case.ranks > 1:
         note += "; the copy is that of a rank's share, all ranks at once"
-    stall = Row(
-        GROUP, case.name, "ms", [1e3 * s for s in case.stalls], copies, "memcpy", peers,
-        case.goal, note=note,
+    held = Row(
+        GROUP, case.name, "ms", [1e3 * s for s in case.held], copies, "memcpy", peers, case.goal,
+        note=note,
     )  # fmt: skip
-    held = Row(GROUP, f"{case.name}: of it, stood still", "ms", [1e3 * s for s in case.held],
-               copies, "memcpy", goal=case.goal)  # fmt: skip
+    slower = Row(
+        GROUP, f"{case.name}: that and what the steps around it ran slower", "ms",
+        [1e3 * s for s in case.stalls], copies, "memcpy",
+    )  # fmt: skip
     lost = Row(
         GROUP, f"{case.name}: share of training time lost, every {EVERY} steps", "%", case.lost,
         goal=0.5 if case.goal < 1 else None,
-        note="each period of a checkpoint against the quiet second half of the same period",
+        note="each period of a checkpoint against the quiet second half of the same period: the "
+        "copy, and the cores that hashing and writing take from training",
     )  # fmt: skip
-    return [stall, held, lost]
+    stood = Row(
+        GROUP, f"{case.name}: share of training time stood still, every {EVERY} steps", "%",
+        [100 * s / (EVERY * statistics.median(case.steps_s)) for s in case.held],
+        goal=0.5 if case.goal < 1 else None,
+    )  # fmt: skip
+    return [held, slower, stood, lost]
 
 
 def _against_never(case: Case, never: list[float]) -> Row:

@@ -182,7 +182,7 @@ def measure_throughput(
         rows = [
             _directory(folder, source, image, rounds, say),
             *_reading(folder, source, image, rounds, say),
-            _s3(source, image, max(2, rounds // 2), say),
+            _s3(source, image, rounds, say),
         ]
         del image
     return rows
