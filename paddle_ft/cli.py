@@ -25,6 +25,7 @@ from paddle_ft.coordination import schema
 from paddle_ft.coordination.view import find_trouble, live_nodes
 from paddle_ft.errors import ConfigError, MembersMissing, PaddleFTError
 from paddle_ft.health.cli import health
+from paddle_ft.health.probe_cli import probe
 
 LOGS = Path("log")
 """Where a launcher that was not told otherwise puts its output."""
@@ -60,6 +61,7 @@ _ckpt = typer.Typer(
 _ckpt.callback()(lambda: None)
 app.add_typer(_ckpt, name="ckpt")
 app.command()(health)
+app.command()(probe)
 app.add_typer(chaos_app, name="chaos")
 
 

@@ -30,6 +30,7 @@ EPILOG = """exit codes:
   4    the checkpoint store cannot be used
   5    a checkpoint is damaged everywhere, or belongs to another model
   6    workers fail at the same step in the same way in every attempt
+  7    this node is much slower than the others (--probe)
   70   a defect of paddle_ft (please report its traceback)
   71   this machine is short of disk space, memory, descriptors or processes
   130  stopped by Ctrl-C, 143 stopped by SIGTERM; the last checkpoint is named
@@ -114,6 +115,8 @@ _FLAGS = (
      "script run up to its session (0)")),
     ("fault tolerance", "--recovery", "HOW", ("in_place: workers that are left go on with what "
      "they have in memory, where the script allows it; restart: all are started again (in_place)")),
+    ("fault tolerance", "--probe", "HOW", ("local: measure this node first, and do not join if it "
+     "is much slower than the others (off)")),
     ("fault tolerance", "--master", "ADDRESS", ("etcd://host:port is the same as --etcd; a plain "
      "host:port is not needed")),
     ("other", "--chaos", "PLAN", ("hurt this job on purpose, as in kill-worker@30s,"
@@ -209,6 +212,7 @@ _DIRECT = {
     "checkpoint_every": "checkpoint.when",
     "cache": "checkpoint.cache",
     "durable": "checkpoint.durable",
+    "probe": "health.probe",
 }
 
 

@@ -171,6 +171,9 @@ class HealthConfig(_Group):
     quarantine_after: int = Field(3, ge=0)
     """So many hung workers within ``quarantine_window_s`` put a node in quarantine; 0: never."""
     quarantine_window_s: float = Field(3600.0, gt=0)
+    probe: Literal["off", "local"] = "off"
+    """Whether a node is measured before it joins, which takes some two seconds: it stays out if a
+    figure is below half of the median of the nodes that came before."""
 
 
 class Config(_Group):

@@ -14,6 +14,7 @@
     ├── CheckpointError                 5   a checkpoint exists but cannot be used
     │   ├── CheckpointDamaged           5   bytes are missing or altered: use an older one
     │   └── CheckpointMismatch          5   it belongs to another model, dataset or job
+    ├── NodeUnfit                       7   this node is much slower than the others: see why
     ├── MachineError                    71  this machine is short of something, or refuses it
     ├── WorkerFailed                    1   workers failed more often than --max_restart allows
     └── CollectiveFailed                75  a peer was lost in a collective: the generation restarts
@@ -31,6 +32,7 @@ EXIT_COORDINATION = 3
 EXIT_STORE = 4
 EXIT_CHECKPOINT = 5
 EXIT_SAME_FAILURE = 6
+EXIT_UNFIT = 7
 EXIT_BUG = 70
 """An exception that is none of the above: a defect of paddle_ft, reported with its traceback."""
 EXIT_MACHINE = 71
@@ -106,6 +108,12 @@ class CheckpointDamaged(CheckpointError):
 
 class CheckpointMismatch(CheckpointError):
     """A checkpoint belongs to another model, optimizer, dataset or job."""
+
+
+class NodeUnfit(PaddleFTError):
+    """This node, or a link of it, is much slower than those of the others."""
+
+    exit_code = EXIT_UNFIT
 
 
 class MachineError(PaddleFTError):

@@ -19,6 +19,7 @@ from typing import NoReturn
 from paddle_ft import policies
 from paddle_ft.command_line import Command, parse
 from paddle_ft.config import Config
+from paddle_ft.coordination.kv import Coordinator
 from paddle_ft.errors import EXIT_BUG, EXIT_SIGINT, ConfigError, MachineError, PaddleFTError
 
 _SPACE = "free disk space, or set TMPDIR to a directory that has some"
@@ -72,6 +73,7 @@ def run(command: Command) -> int:
         coordinator = EtcdCoordinator(etcd)
         stack.callback(coordinator.close)
         coordinator.ping()
+        _probe(config, coordinator, name.name, console.say)
         console.say(
             f"job {config.job.id}, node {name.name}, checkpoints in {room.url}, "
             f"etcd {','.join(etcd.endpoints)}{' (private)' if embedded else ''}, "
@@ -96,6 +98,16 @@ def run(command: Command) -> int:
             with contextlib.suppress(PaddleFTError):
                 room.release()
         return exit_code
+
+
+def _probe(
+    config: Config, coordinator: Coordinator, node: str, say: Callable[[str], object]
+) -> None:
+    """What ``--probe`` asks for; raises NodeUnfit if this node is not to join."""
+    if config.health.probe == "local":
+        from paddle_ft.health.probe import admit
+
+        admit(config, coordinator, node, say)
 
 
 def _chaos(

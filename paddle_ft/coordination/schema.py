@@ -15,6 +15,8 @@ simulator breaks when one of these comparisons is left out (tests/sim/test_fence
     /paddle_ft/<job>/quarantine/<node>            reason
     /paddle_ft/<job>/drain/<node>.<incarnation>   asked to leave; leased with the node itself
     /paddle_ft/<job>/health/<node>.<incarnation>  HealthRecord leased, written by that node only
+    /paddle_ft/<job>/figures/<node>               Figures      of nodes that ``--probe`` let in
+    /paddle_ft/<job>/probe/<node>                 Entry        leased; of ``paddle-ft probe``
     /paddle_ft/<job>/outcome                      Outcome      written by the leader
 """
 
@@ -90,6 +92,14 @@ class Keys:
     @property
     def health(self) -> str:
         return f"{self.prefix}health/"
+
+    @property
+    def figures(self) -> str:
+        return f"{self.prefix}figures/"
+
+    @property
+    def probe(self) -> str:
+        return f"{self.prefix}probe/"
 
     @property
     def drain(self) -> str:
