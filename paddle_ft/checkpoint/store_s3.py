@@ -12,7 +12,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from typing import Any, NoReturn, TypeVar
 
 from paddle_ft.checkpoint import layout
@@ -73,7 +73,7 @@ class S3Store:
     def get(self, name: str) -> bytes:
         def attempt() -> bytes:
             answer = self._call("get_object", name)
-            content: bytes = self._body(name, lambda: answer["Body"].read())
+            content: bytes = self._read(name, answer["Body"], lambda body: body.read())
             if len(content) != answer["ContentLength"]:
                 raise StoreUnavailable(f"{self._at(name)} came incompletely; check the network.")
             return content
@@ -88,8 +88,9 @@ class S3Store:
         def attempt() -> None:
             answer = self._call("get_object", name, Range=f"bytes={offset}-{offset + total - 1}")
             if answer["ContentLength"] < total:
+                answer["Body"].close()  # its connection is not used again
                 raise StoreMissing(f"{self._at(name)} ends before byte {offset + total}.")
-            self._body(name, lambda: self._fill(name, answer["Body"], targets))
+            self._read(name, answer["Body"], lambda body: self._fill(name, body, targets))
 
         self._retry(attempt)
 
@@ -238,28 +239,26 @@ class S3Store:
         except BotoCoreError as error:
             self._raise_botocore(error, name or "")
 
-    def _body(self, name: str, read: Callable[[], T]) -> T:
+    def _read(self, name: str, body: Any, read: Callable[[Any], T]) -> T:
         from botocore.exceptions import BotoCoreError, HTTPClientError
 
         try:
-            return read()
+            with closing(body):
+                return read(body)
         except (BotoCoreError, HTTPClientError, OSError) as error:
             raise StoreUnavailable(
                 f"{self._at(name)} came incompletely ({type(error).__name__}); check the network."
             ) from error
 
     def _fill(self, name: str, body: Any, targets: Sequence[memoryview]) -> None:
-        try:
-            for target in targets:
-                while target.nbytes:
-                    count = body.readinto(target)
-                    if not count:
-                        raise StoreUnavailable(
-                            f"{self._at(name)} came incompletely; check the network."
-                        )
-                    target = target[count:]
-        finally:
-            body.close()
+        for target in targets:
+            while target.nbytes:
+                count = body.readinto(target)
+                if not count:
+                    raise StoreUnavailable(
+                        f"{self._at(name)} came incompletely; check the network."
+                    )
+                target = target[count:]
 
     def _raise(self, code: str, message: str, status: int, name: str) -> NoReturn:
         at = self._at(name)
