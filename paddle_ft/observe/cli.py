@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import typer
 from rich.console import Console
@@ -52,20 +54,25 @@ def _field(name: str, value: Any) -> str:
 
 def _follow(path: Path) -> Iterator[Event]:
     """All events, and then each as it is written; without an end."""
-    at, inode, rest = 0, 0, b""
+    while True:
+        with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+            yield from _follow_one(path, file)
+        time.sleep(FOLLOW_S)
+
+
+def _follow_one(path: Path, file: BinaryIO) -> Iterator[Event]:
+    """What is in ``file`` and comes, until there is another one by this name, and it is read."""
+    rest, own = b"", os.fstat(file.fileno()).st_ino
     while True:
         try:
-            with path.open("rb") as file:
-                found = path.stat().st_ino
-                if found != inode:  # there is another file by this name now
-                    at, inode, rest = 0, found, b""
-                file.seek(at)
-                data = file.read()
+            replaced = path.stat().st_ino != own
         except FileNotFoundError:
-            data = b""
-        at += len(data)
+            replaced = True
+        data = file.read()
         *lines, rest = (rest + data).split(b"\n")
         yield from (event for line in lines if (event := parse(line)) is not None)
+        if replaced and not data:
+            return
         time.sleep(FOLLOW_S)
 
 

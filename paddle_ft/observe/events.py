@@ -10,6 +10,7 @@ Each line has ``run`` (which life of which launcher), ``kind``, ``wall_s`` (sinc
     registered      member                        it is known to the others, under this id
     members         live, needed                  nodes that could take part, and the minimum
     leader          member                        "" while there is none
+    quarantine      nodes                         those in quarantine; not told before there is one
     generation      number, members, world_size, in_place, planned, restarts, restore_step, reason,
                     here (this node is a member)  restore_step is -1 without a checkpoint
     trouble         generation, lost, collateral, reason      it cannot go on; lost: members that

@@ -153,6 +153,8 @@ def _fault(event: Event) -> str:
             return ""
         how = f"signal {told['signal']}" if told.get("signal") else f"code {told.get('exit_code')}"
         return f"rank {told['rank']} ended with {how}"
+    if event.kind == "hung":  # before it is ended, its stacks are saved
+        return f"rank {told.get('rank')} hung: {told.get('reason', '')}"
     if event.kind == "lost_peer":
         return f"rank {told.get('rank')} lost a peer"
     return str(told.get("reason", "")) if event.kind == "trouble" else ""

@@ -108,6 +108,15 @@ def test_a_recovery_in_place() -> None:
     assert (fault.steps_redone, fault.over) == (0, True)
 
 
+def test_a_hang_is_noticed_when_it_is_named_and_not_when_the_process_is_ended() -> None:
+    job = Launcher().start().generation(0.5, 1).steps(1, 2, 1, 12, 101)
+    job.tell(13.4, "hung", rank=1, pid=7, generation=1, reason="its process is stopped")
+    job.killed(13.8).generation(13.9, 2, restarts=1).steps(2, 14.1, 102, 15.1, 112).finish(15.1)
+    result = told(job)
+    assert spent(result)["detection"] == 1.4
+    assert [f.reason for f in result.faults] == ["rank 1 hung: its process is stopped"]
+
+
 def test_who_loses_a_peer_may_be_first_to_notice() -> None:
     job = Launcher().start().generation(0.5, 1).steps(1, 2, 1, 12, 101)
     job.tell(12.1, "lost_peer", rank=0, generation=1, reason="gone")
