@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from paddle_ft.checkpoint.snapshot import Source, nbytes_of
+from paddle_ft.checkpoint.snapshot import nbytes_of
 from paddle_ft.errors import CollectiveFailed, ConfigError
 from paddle_ft.gloo import GlooGroups
 from paddle_ft.health.board import Board
@@ -38,7 +38,6 @@ class Collective:
         """Set where the group can be left for another one."""
         self.board = Board()
         """Where it is told which collective this rank is in."""
-        self._staging: Any = None
 
     @classmethod
     def from_environment(cls) -> Collective:
@@ -176,19 +175,16 @@ class Collective:
         if self.rank != root:
             ctypes.memmove(data.ctypes.data, tensor.data_ptr(), data.size)
 
-    def broadcast_filled(self, nbytes: int, root: int, sources: list[Source] | None) -> Any:
-        """A tensor of ``nbytes`` bytes that ``root`` fills from ``sources``; valid until the next.
-
-        Raises CollectiveFailed.
-        """
+    def broadcast_memory(self, address: int, nbytes: int, root: int) -> None:
+        """Overwrites the memory there with that of ``root``. Raises CollectiveFailed."""
         import paddle
+        from paddle.base import core
 
-        if self._staging is None or self._staging.shape[0] != nbytes:
-            self._staging = paddle.empty([nbytes], dtype="uint8")
-        for source in sources or ():
-            source.copy(self._staging.data_ptr(), lambda: False)
-        self.broadcast(self._staging, root)
-        return self._staging
+        if self.world_size == 1 or not nbytes:
+            return
+        memory = np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(address))
+        form = {"place": paddle.CPUPlace(), "persistable": False, "name": "", "stop_gradient": True}
+        self.broadcast(core.eager.Tensor(value=memory, zero_copy=True, **form), root)
 
     def broadcast_all(self, tensors: Iterable[Any], root: int = 0) -> None:
         """``broadcast`` of many tensors, small ones packed together. Raises CollectiveFailed."""

@@ -12,7 +12,9 @@ cannot be brought there has raised.
 from __future__ import annotations
 
 import time
+from collections.abc import Container
 from dataclasses import replace
+from typing import Any
 
 from paddle_ft import transfer
 from paddle_ft.checkpoint.snapshot import Image
@@ -213,8 +215,8 @@ class Membership:
             self._put(image)
         self._context.board.enter(before)
 
-    def _put(self, image: Image) -> None:
-        self._state.restore(image)
+    def _put(self, image: Image, there: Container[str] = ()) -> None:
+        self._state.restore(image, there)
         if self.started:
             self._state.restore_registered(image)
         else:
@@ -238,13 +240,15 @@ class Membership:
             meta = {"position": self.position.to_meta(), "state": self._state.meta()}
             entries = self._state.entries()
             transfer.give(collective, entries, met.step, meta, self.local.agreed)
-        elif met.in_need:
+        elif rank in met.in_need:
             # What it has stays what it has until all is there: the source may be lost meanwhile.
-            image = transfer.take(collective, met.source, rank, rank in met.in_need)
-            if image is not None:
-                self._has_state = False  # while it is being put
-                self._put(image)
-                say(f"rank {rank} has the state of step {met.step} from rank {met.source}")
+            places = _nowhere if self._has_state else self._state.places
+            image, there = transfer.take(collective, met.source, rank, places)
+            self._has_state = False  # while it is being put
+            self._put(image, there)
+            say(f"rank {rank} has the state of step {met.step} from rank {met.source}")
+        elif met.in_need:
+            transfer.attend(collective, met.source)
 
 
 def _use_kernels_once() -> None:
@@ -257,6 +261,11 @@ def _use_kernels_once() -> None:
     x = paddle.ones([2, 2])
     x.stop_gradient = False
     paddle.nn.functional.linear(x, x).sum().backward()
+
+
+def _nowhere(image: Image) -> dict[str, Any]:
+    """For ``transfer``: no tensor may be overwritten before all is there."""
+    return {}
 
 
 def _on_cpu(state: TrainingState) -> bool:

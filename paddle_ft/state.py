@@ -17,10 +17,10 @@ has; so are its optimizer slots of the same shape. Everything that is not a tens
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
-from paddle_ft.checkpoint.snapshot import Image, write_tensor
+from paddle_ft.checkpoint.snapshot import Image, in_place, write_tensor
 from paddle_ft.divided import Divided, names_of_shards, read_shards, split
 from paddle_ft.errors import CheckpointMismatch, ConfigError
 from paddle_ft.nested import (
@@ -205,14 +205,32 @@ class TrainingState:
 
     # ------------------------------------------------------------ putting back
 
-    def restore(self, image: Image) -> None:
-        """Overwrites model, optimizer and schedulers.
+    def restore(self, image: Image, there: Container[str] = ()) -> None:
+        """Overwrites model, optimizer and schedulers; tensors ``there`` have been already.
 
         Raises CheckpointMismatch if ``image`` is not of this model and optimizer.
         """
+        entries, apart, other = self._fitting(image)
+        for entry in entries:
+            if entry.name not in there:
+                write_tensor(entry.tensor, image.read(entry.name))
+        read_shards(image, apart)
+        meta = image.info.meta.get("state", {})
+        self._restore_other(image, other, meta.get("other", {}))
+        self._restore_schedulers(image, meta)
+
+    def places(self, image: Image) -> dict[str, Any]:
+        """Tensors whose memory can be overwritten with what ``image`` has of their names.
+
+        Raises CheckpointMismatch if it is not of this model and optimizer.
+        """
+        entries, _, _ = self._fitting(image)
+        return {e.name: e.tensor for e in entries if in_place(e.tensor)}
+
+    def _fitting(self, image: Image) -> tuple[list[Entry], list[Entry], list[str]]:
+        """What is there for ``image``: whole tensors, shards, and names in ``optimizer/other``."""
         other = [n for n in image.names() if n.startswith("optimizer/other/")]
-        parameters = self._parameters_with_slots(image)
-        self._make_slots(parameters)
+        self._make_slots(self._parameters_with_slots(image))
         entries = [
             entry
             for entry in [*self.model_entries(), *self._optimizer_entries()]
@@ -222,12 +240,7 @@ class TrainingState:
         mine = {entry.name for entry in apart}.union(other)
         given = [n for n in image.names() if not n.startswith("registered/") and n not in mine]
         compare(image, [entry.spec() for entry in entries], given)
-        for entry in entries:
-            write_tensor(entry.tensor, image.read(entry.name))
-        read_shards(image, apart)
-        meta = image.info.meta.get("state", {})
-        self._restore_other(image, other, meta.get("other", {}))
-        self._restore_schedulers(image, meta)
+        return entries, apart, other
 
     def register(self, name: str, thing: Any, image: Image | None) -> None:
         """Adds ``thing``; puts its state back if ``image`` holds one.
