@@ -1,5 +1,10 @@
 """The same job for torchft: one replica, of one process.
 
+The quorum of a step is asked for at its beginning and found beside it, as torchft advises. Gradients
+are summed by ``Manager.allreduce``, as one tensor: in torchft's ``DistributedDataParallel`` a peer
+that is lost during the all-reduce ends the process of the survivor, too (AssertionError in its
+``_comm_hook``, torchft of October 2026), and the whole job begins again at step 0.
+
 TORCHFT_LIGHTHOUSE names the lighthouse.
 ``--timeout_s``: of its collectives and of its quorum.
 """
@@ -16,7 +21,17 @@ import torch
 import torch.distributed as dist
 from steplog import HIDDEN, SAMPLES, WIDTH, StepLog, parse
 from torch import nn
-from torchft import DistributedDataParallel, Manager, Optimizer, ProcessGroupGloo
+from torchft import Manager, Optimizer, ProcessGroupGloo
+
+
+def reduce(manager: Any, parameters: list[Any]) -> None:
+    """Averages the gradients; if a peer is lost the manager takes note, and nothing is applied."""
+    flat = torch.cat([p.grad.reshape(-1) for p in parameters])
+    manager.allreduce(flat).wait()
+    at = 0
+    for p in parameters:
+        p.grad.copy_(flat[at : at + p.numel()].view_as(p))
+        at += p.numel()
 
 
 def main() -> None:
@@ -27,15 +42,15 @@ def main() -> None:
     logging.disable(logging.INFO)
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    plain = nn.Sequential(nn.Linear(WIDTH, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, WIDTH))
-    adam = torch.optim.Adam(plain.parameters(), 1e-3)
+    model = nn.Sequential(nn.Linear(WIDTH, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, WIDTH))
+    adam = torch.optim.Adam(model.parameters(), 1e-3)
 
     def load_state(state: dict[str, Any]) -> None:
-        plain.load_state_dict(state["model"])
+        model.load_state_dict(state["model"])
         adam.load_state_dict(state["optimizer"])
 
     def state() -> dict[str, Any]:
-        return {"model": plain.state_dict(), "optimizer": adam.state_dict()}
+        return {"model": model.state_dict(), "optimizer": adam.state_dict()}
 
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     timeout = timedelta(seconds=given.timeout_s)
@@ -52,18 +67,18 @@ def main() -> None:
         store_port=store.port,
         replica_id=f"replica-{given.replica}",
     )
-    model = DistributedDataParallel(manager, plain)
     optimizer = Optimizer(manager, adam)
     rows = torch.randn(64, WIDTH, generator=torch.Generator().manual_seed(0))
     log = StepLog(given.record)
     while manager.current_step() < given.steps:
         before = manager.current_step()
+        optimizer.zero_grad()  # asks for the quorum, which is found beside the step
         time.sleep(given.sleep_s)
-        optimizer.zero_grad()
         rank, world = manager.participating_rank() or 0, max(manager.num_participants(), 1)
         own = SAMPLES // world
         x = rows[[(before * SAMPLES + rank * own + i) % 64 for i in range(own)]]
         model(x).square().mean().backward()
+        reduce(manager, list(model.parameters()))
         optimizer.step()
         if manager.current_step() > before:
             rank = manager.participating_rank()
