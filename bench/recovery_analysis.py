@@ -116,6 +116,17 @@ def longest_pause(lines: Iterable[Applied], pids: Iterable[int], since_s: float)
     return max(intervals(x for x in lines if x.pid in wanted and x.at_s > since_s), default=0.0)
 
 
+def growth_pause(lines: Iterable[Applied], pids: Iterable[int], since_s: float) -> float:
+    """The longest time on any of ``pids`` from its last step in a world to its first one in a
+    larger world, after ``since_s``; 0.0 if none grew."""
+    wanted = set(pids)
+    grown = [0.0]
+    for pid in wanted:
+        own = sorted((x for x in lines if x.pid == pid and x.at_s > since_s), key=lambda x: x.at_s)
+        grown += [b.at_s - a.at_s for a, b in pairwise(own) if b.world > a.world]
+    return max(grown)
+
+
 def useful_share(
     lines: Iterable[Applied], begin_s: float, end_s: float, step_s: float, world: int
 ) -> float:

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.recovery_analysis import (
+    growth_pause,
     intervals,
     latest,
-    longest_pause,
     median,
     useful_share,
 )
@@ -25,6 +25,7 @@ GROUP = "Joining, and what it costs when nothing fails"
 LOST = "Many faults in one job"
 MBYTES = 400.0
 JOIN_TIMEOUT_S = 60.0
+NEVER = ("--checkpoint_every", "never")
 
 
 def _started(job: Job) -> None:
@@ -41,12 +42,14 @@ def _started(job: Job) -> None:
 
 
 def join_pauses(parent: Path, mbytes: float, times: int) -> tuple[list[float], list[float], int]:
-    """(longest pauses of the survivors less a step, times of a broadcast, failures); seconds.
+    """(pauses of the survivor less a step, times of a broadcast, failures); seconds.
 
-    Two nodes run, one of them is killed, and a prepared node takes its place in the group.
+    Two nodes run, one of them is killed, and a prepared node takes its place in the group. Nothing
+    is saved meanwhile, for checkpoints hold training up, too. Broadcasts take turns with the joins,
+    in the same groups.
     """
     arguments = ("--mbytes", str(mbytes)) if mbytes else ()
-    job = PaddleFT(fresh(parent), 2, nodes=2, flags=EVERY, arguments=arguments)
+    job = PaddleFT(fresh(parent), 2, nodes=2, flags=NEVER, arguments=arguments)
     pauses: list[float] = []
     failures = 0
     _started(job)
@@ -66,11 +69,20 @@ def join_pauses(parent: Path, mbytes: float, times: int) -> tuple[list[float], l
             except Stuck:
                 failures += 1
                 break
-            pauses.append(longest_pause(job.lines, pids, since_s) - step_s)
-        told = [p.read_text().split() for p in job.record.glob("broadcast-*.txt")]
+            pauses.append(growth_pause(job.lines, pids, since_s) - step_s)
+        broadcasts = broadcast_times(job.record)
     finally:
         job.close()
-    return pauses, [max(map(float, each)) for each in zip(*told, strict=True)], failures
+    return pauses, broadcasts, failures
+
+
+def broadcast_times(record: Path) -> list[float]:
+    """Seconds until all ranks had it; without the first one of each group."""
+    groups: dict[str, list[list[float]]] = {}
+    for path in sorted(record.glob("broadcast-*.txt")):
+        _, generation, _ = path.stem.split("-")
+        groups.setdefault(generation, []).append([float(w) for w in path.read_text().split()])
+    return [max(each) for ranks in groups.values() for each in list(zip(*ranks, strict=True))[1:]]
 
 
 def _alone(job: Job, since_s: float, steps: int) -> bool:
@@ -95,7 +107,7 @@ def joining(parent: Path, times: int, say: Say) -> list[Row]:
                 f"a prepared node joins, {name}: pause of those that are there",
                 "s",
                 pauses,
-                limit=broadcasts[1:],
+                limit=broadcasts,
                 limit_name="one broadcast" if mbytes else "",
                 goal=goal,
                 note=failed if failures else "",
@@ -114,7 +126,7 @@ def overhead(parent: Path, rounds: int, seconds: float, say: Say) -> Row:
     ours: list[float] = []
     plain: list[float] = []
     makes: tuple[tuple[list[float], Callable[[], Job]], ...] = (
-        (ours, lambda: PaddleFT(fresh(parent), 2, flags=("--checkpoint_every", "never"))),
+        (ours, lambda: PaddleFT(fresh(parent), 2, flags=NEVER)),
         (plain, lambda: PaddleLaunch(fresh(parent), 2)),
     )
     for _ in range(rounds):

@@ -1,8 +1,8 @@
 """The job of the recovery benchmark under ``paddle_ft.launch``.
 
 With ``--parallel`` the model is a ``paddle.DataParallel``, whose workers cannot go on in place.
-With ``--mbytes`` the state has a table of that size that is not trained, and what a broadcast of it
-takes is measured before the first step.
+With ``--mbytes`` the state has tables of that size that are not trained, and what a broadcast of it
+takes is measured soon after each change of the group.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from steplog import HIDDEN, SAMPLES, WIDTH, StepLog, parse
 
 import paddle_ft as ft
 
-BROADCASTS = 5
+BROADCASTS = 3
+AFTER_STEPS = 3
 
 
 class Rows(paddle.io.Dataset):
@@ -48,19 +49,32 @@ class Model(nn.Layer):
         return self.body(x)
 
 
-def time_broadcasts(session: Any, mbytes: float, record: str) -> None:
-    """Seconds of one broadcast of ``mbytes``, several times, from the launcher's first group."""
-    if session.generation != 1 or session.world_size == 1:
-        return
-    tensor = paddle.ones([int(mbytes * 1e6)], dtype="uint8")
-    taken = []
-    for _ in range(BROADCASTS):
+class Broadcasts:
+    """Seconds of one broadcast of ``mbytes``, several times, in each group of more than one rank.
+
+    All ranks of a group come to the same step after it was formed.
+    """
+
+    def __init__(self, session: Any, mbytes: float, record: str) -> None:
+        self._session, self._nbytes = session, int(mbytes * 1e6)
+        self._record = Path(record)
+        self._generation, self._due_step = 0, 0
+
+    def applied(self) -> None:
+        session = self._session
+        if session.generation != self._generation:
+            self._generation, self._due_step = session.generation, session.global_step + AFTER_STEPS
+        if self._nbytes and session.world_size > 1 and session.global_step == self._due_step:
+            taken = " ".join(f"{self._time():.5f}" for _ in range(BROADCASTS))
+            name = f"broadcast-{session.generation}-{session.rank}.txt"
+            (self._record / name).write_text(taken)
+
+    def _time(self) -> float:
+        tensor = paddle.ones([self._nbytes], dtype="uint8")
         paddle.distributed.barrier()
         start_s = time.perf_counter()
         paddle.distributed.broadcast(tensor, 0)
-        taken.append(time.perf_counter() - start_s)
-    told = " ".join(f"{t:.5f}" for t in taken)
-    (Path(record) / f"broadcast-{session.rank}.txt").write_text(told)
+        return time.perf_counter() - start_s
 
 
 def main() -> None:
@@ -76,13 +90,13 @@ def main() -> None:
     optimizer = paddle.optimizer.Adam(1e-3, parameters=trained)
     log, rows = StepLog(given.record), Rows(given.steps * SAMPLES)
     with ft.session(model=model, optimizer=optimizer) as session:
-        if given.mbytes:
-            time_broadcasts(session, given.mbytes, given.record)
+        broadcasts = Broadcasts(session, given.mbytes, given.record)
         for x in session.batches(rows, batch_size=SAMPLES):
             time.sleep(given.sleep_s)
             model(x).square().mean().backward()
             if session.step():
                 log.applied(session.rank, session.world_size, session.global_step)
+                broadcasts.applied()
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """The same job for torchft: one replica, of one process.
 
-The quorum of a step is asked for at its beginning and found beside it, as torchft advises. Gradients
-are summed by ``Manager.allreduce``, as one tensor: in torchft's ``DistributedDataParallel`` a peer
-that is lost during the all-reduce ends the process of the survivor, too (AssertionError in its
+The quorum of a step is asked for at its beginning and found beside it, as torchft advises. The
+gradients are summed by ``Manager.allreduce``, as one tensor: in its own wrapper for DDP a peer
+that is lost during the all-reduce ends the survivor's process, too (AssertionError in
 ``_comm_hook``, torchft of October 2026), and the whole job begins again at step 0.
 
 TORCHFT_LIGHTHOUSE names the lighthouse.

@@ -7,6 +7,7 @@ import pytest
 from bench.recovery_analysis import (
     Applied,
     completed,
+    growth_pause,
     intervals,
     latest,
     longest_pause,
@@ -102,6 +103,13 @@ def test_the_longest_pause_is_that_of_the_ones_who_were_there() -> None:
     lines = [*steps(0.0, 1, 3, 1), Applied(0.5, 0, 2, 4, 10), Applied(9.5, 0, 2, 5, 99)]
     assert longest_pause(lines, {10}, -1.0) == pytest.approx(0.4)
     assert longest_pause(lines, {10}, 0.2) == 0.0
+
+
+def test_only_the_pause_in_which_the_world_grew_is_that_of_a_join() -> None:
+    alone = [Applied(0.0, 0, 1, 1, 10), Applied(9.0, 0, 1, 2, 10), Applied(9.4, 0, 2, 3, 10)]
+    lines = [*alone, Applied(12.0, 0, 2, 4, 10), Applied(13.0, 0, 1, 5, 10)]
+    assert growth_pause(lines, {10}, -1.0) == pytest.approx(0.4)
+    assert growth_pause(lines, {10}, 9.2) == growth_pause(lines, {11}, -1.0) == 0.0
 
 
 def test_work_that_is_done_again_or_on_fewer_ranks_is_worth_less() -> None:
