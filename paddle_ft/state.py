@@ -35,6 +35,7 @@ from paddle_ft.nested import (
     tensor_of,
 )
 from paddle_ft.plain import from_plain, to_plain
+from paddle_ft.slots import make_slots
 from paddle_ft.types import Changes, Scope, ShardOf
 
 _STATISTICS = ("_mean", "_variance")
@@ -230,7 +231,7 @@ class TrainingState:
     def _fitting(self, image: Image) -> tuple[list[Entry], list[Entry], list[str]]:
         """What is there for ``image``: whole tensors, shards, and names in ``optimizer/other``."""
         other = [n for n in image.names() if n.startswith("optimizer/other/")]
-        self._make_slots(self._parameters_with_slots(image))
+        make_slots(self.optimizer, self._parameters_with_slots(image))
         entries = [
             entry
             for entry in [*self.model_entries(), *self._optimizer_entries()]
@@ -325,18 +326,6 @@ class TrainingState:
             if name.startswith("optimizer/") and not name.startswith("optimizer/other/")
         }
         return [p for key, p in self.model_tensors().items() if key in keys]
-
-    def _make_slots(self, parameters: list[Any]) -> None:
-        """Lets the optimizer create its accumulators, as its first step would."""
-        if not parameters or not hasattr(self.optimizer, "_create_accumulators"):
-            return
-        from paddle.base import framework
-        from paddle.base.layer_helper import LayerHelper
-
-        if not isinstance(self.optimizer.helper, LayerHelper):
-            self.optimizer.helper = LayerHelper(type(self.optimizer).__name__)
-        block = framework.default_main_program().global_block()
-        self.optimizer._create_accumulators(block, parameters)
 
     def _restore_other(self, image: Image, names: list[str], plain: Mapping[str, Any]) -> None:
         if not names and not plain:

@@ -100,6 +100,7 @@ LAYERS = (
             "chaos.*",
             "session",
             "state",
+            "slots",
             "nested",
             "divided",
             "local_state",
@@ -154,6 +155,7 @@ ONLY_IN = {
     "paddle": [
         "session",
         "state",
+        "slots",
         "nested",
         "regroup",
         "reproducible",

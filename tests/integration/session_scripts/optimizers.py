@@ -15,6 +15,7 @@ from paddle import nn
 
 from paddle_ft.checkpoint.plan import image_bytes, share
 from paddle_ft.checkpoint.snapshot import Image, Snapshot, Source
+from paddle_ft.slots import make_slots
 from paddle_ft.state import TrainingState
 from paddle_ft.types import ImageInfo
 
@@ -111,7 +112,7 @@ def train(net: Any, optimizer: Any, schedule: Any, first: int, last: int) -> Non
 def pretend(net: Any, optimizer: Any, schedule: Any, x: Any) -> None:
     """A step of an optimizer that has no kernel for this dtype on the CPU."""
     state = TrainingState(net, optimizer, schedule)
-    state._make_slots(net.parameters())
+    make_slots(optimizer, net.parameters())
     for entry in state.entries():
         if entry.name.startswith("optimizer/"):
             entry.tensor.add_(paddle.to_tensor(float(x[0, 0])))
