@@ -7,7 +7,8 @@ either end (collections of garbage, pauses of the machine), are averaged.
 
 Invariant: a rank is named when that average is beyond ``SLOW`` and beyond what the scatter of its
 own steps explains, and cleared only when it is back below half of that; so no single step, and no
-run of up to ``WINDOW`` // 4 bad ones, names anybody.
+run of up to ``WINDOW`` // 4 bad ones, names anybody. Links must be beyond what their average has
+wandered before as well: on a machine that others use, it does so by itself.
 """
 
 from __future__ import annotations
@@ -26,6 +27,11 @@ SLOW = math.log(1.15)
 SLOW_LINK = math.log(2.0)
 SIGMAS = 5.5
 SCATTER_STEPS = 128
+MEANS_KEPT = 64
+MEANS_LEAST = 4
+WANDERS = 4.0
+"""So many times as far as its average wandered before a link must be off. With ranks this costs
+more than it brings: who is slow because others use its processors is slow (docs/STATUS.md)."""
 MIN_EXCESS_S = 0.001
 LINK_HISTORY = 1024
 LINK_LEARNT = 64
@@ -70,11 +76,16 @@ def same_paces(one: Sequence[Pace], other: Sequence[Pace]) -> bool:
 class Gauge:
     """The trimmed mean of the last values, held against what their scatter explains."""
 
-    def __init__(self, threshold: float) -> None:
+    def __init__(self, threshold: float, wanders: float = 0.0) -> None:
         self.named = False
         self._threshold = threshold
+        self._wanders = wanders
         self._last: deque[float] = deque(maxlen=WINDOW)
         self._jumps: deque[float] = deque(maxlen=SCATTER_STEPS)
+        self._means: deque[float] = deque(maxlen=MEANS_KEPT)
+        """Of every ``WINDOW`` steps: how far it wanders without anybody being slow."""
+        self._count = 0
+        self._wander = 0.0
 
     @property
     def mean(self) -> float:
@@ -87,13 +98,29 @@ class Gauge:
         self._last.append(value)
         if len(self._last) < WINDOW:
             return
-        limit = max(self._threshold, SIGMAS * self._scatter() / math.sqrt(WINDOW))
+        self._count += 1
+        limit = max(
+            self._threshold,
+            SIGMAS * self._scatter() / math.sqrt(WINDOW),
+            self._wanders * self._wander,
+        )
         self.named = counts and self.mean > (limit / 2 if self.named else limit)
+        if self._wanders and self._count % WINDOW == 0:
+            self._means.append(self.mean)
+            self._wander = _wander(self._means)
 
     def _scatter(self) -> float:
         """Standard deviation of one value, from the differences of successive ones, which a lasting
         change does not enlarge."""
         return median(self._jumps) * 1.4826 / math.sqrt(2)
+
+
+def _wander(means: deque[float]) -> float:
+    """Standard deviation of the means; a change that lasts for less than half of them is none."""
+    if len(means) < MEANS_LEAST:
+        return 0.0
+    middle = median(means)
+    return median(abs(mean - middle) for mean in means) * 1.4826
 
 
 def trimmed_mean(values: Sequence[float] | deque[float]) -> float:
@@ -110,7 +137,7 @@ class PaceJudge:
     def __init__(self, local: Sequence[int]) -> None:
         self._local = tuple(local)
         self._gauges = {rank: Gauge(SLOW) for rank in local}
-        self._link = Gauge(SLOW_LINK)
+        self._link = Gauge(SLOW_LINK, WANDERS)
         self._reduces: deque[float] = deque(maxlen=LINK_HISTORY)
         self._recent: dict[int, deque[Sample]] = {r: deque(maxlen=WINDOW) for r in local}
         self._usual_s = 0.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -135,3 +136,51 @@ def test_a_node_judges_its_rank_by_what_other_nodes_told(seed: int, slower: floa
     assert set(judge.slow) == ({1} if slower > 1 else set())
     if judge.paces():
         assert judge.paces()[0].busy_s == pytest.approx(0.05 * slower, rel=0.1)
+
+
+TRACE = Path(__file__).parent / "traces" / "busy_machine.csv"
+"""1,500 steps of a real job of two ranks of 12 ms each, on a machine where ten other programs
+shared two processors: nothing is wrong with the links, and some steps take ten times as long."""
+
+
+def recorded() -> list[dict[int, Sample]]:
+    rows = [line.split(",") for line in TRACE.read_text().splitlines() if line[0] != "#"]
+    steps = []
+    for row in rows:
+        busy0_s, reduce0_s, busy1_s, reduce1_s = (int(us) / 1e6 for us in row)
+        pairs = enumerate([(busy0_s, reduce0_s), (busy1_s, reduce1_s)])
+        steps.append({r: Sample(busy, 0.5, inside, busy + inside) for r, (busy, inside) in pairs})
+    return steps
+
+
+def test_links_are_not_named_for_what_a_busy_machine_does() -> None:
+    judge = PaceJudge(range(2))
+    for number, samples in enumerate(recorded()):
+        judge.step(samples)
+        assert not judge.slow_links, f"step {number}"
+
+
+def test_on_a_busy_machine_what_is_much_slower_is_named_all_the_same() -> None:
+    steps = recorded()
+    ranks, links = PaceJudge(range(2)), PaceJudge(range(2))
+    for samples in steps[:600]:
+        ranks.step(samples)
+        links.step(samples)
+    named, slow_links = set[int](), 0.0
+    for samples in steps[600 : 600 + 2 * SOON]:
+        more_s = 2 * samples[1].busy_s
+        ranks.step({0: samples[0], 1: longer(samples[1], busy_s=more_s)})
+        more_s = 15 * min(s.reduce_s for s in samples.values())
+        links.step({rank: longer(s, reduce_s=more_s) for rank, s in samples.items()})
+        named |= set(ranks.slow)
+        slow_links = max(slow_links, links.slow_links)
+    assert named == {1} and slow_links > 5
+
+
+def longer(sample: Sample, busy_s: float = 0.0, reduce_s: float = 0.0) -> Sample:
+    return Sample(
+        sample.busy_s + busy_s,
+        sample.share,
+        sample.reduce_s + reduce_s,
+        sample.total_s + busy_s + reduce_s,
+    )
