@@ -10,6 +10,7 @@ import os
 import random
 import re
 import socket
+import struct
 import tempfile
 from collections.abc import Iterator, Sequence
 from typing import IO
@@ -20,6 +21,7 @@ PORTS = range(20000, 32000)
 """Below Linux's ephemeral range, so that no outgoing connection takes one that was handed out."""
 ELSEWHERE = "192.0.2.1"
 """An address that nobody has (RFC 5737)."""
+_SIOCGIFADDR = 0x8915
 
 
 def free_ports(host: str, count: int) -> tuple[int, ...]:
@@ -83,6 +85,24 @@ def address_towards(endpoints: Sequence[str]) -> str:
             except (OSError, ValueError):
                 continue
     return "127.0.0.1"
+
+
+def interface_of(host: str) -> str:
+    """Name of the network interface of this machine whose address ``host`` is; "" if none is."""
+    try:
+        address = socket.gethostbyname(host)
+    except OSError:
+        return ""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            request = struct.pack("256s", name.encode())
+            try:
+                found = fcntl.ioctl(probe, _SIOCGIFADDR, request)[20:24]
+            except OSError:
+                continue  # it has no IPv4 address
+            if socket.inet_ntoa(found) == address:
+                return name
+    return ""
 
 
 class NodeName:

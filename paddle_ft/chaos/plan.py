@@ -41,6 +41,8 @@ DEFAULTS: Mapping[str, str] = MappingProxyType(
 )
 ANSWERS = ("503", "reset", "stall")
 FAULTS_MAX = 100_000
+_LENGTHS = ("500ms", "1s", "2s", "4s", "8s")
+"""Of random faults: below and beyond what a lease lasts."""
 _UNITS_S = {"ms": 0.001, "s": 1.0, "min": 60.0, "h": 3600.0}
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|min|h)")
 
@@ -200,22 +202,31 @@ def make(kind: str, at: str, options: Mapping[str, str], pick: int) -> Fault:
 
 
 def random_plan(
-    seed: int, faults: int, over_s: float, kinds: Sequence[str] = WORKER_KINDS
+    seed: int, faults: int, over_s: float, kinds: Sequence[str] = WORKER_KINDS, directory: str = ""
 ) -> tuple[Fault, ...]:
-    """``faults`` of ``kinds``, each at a random time within ``over_s``, in the order of time."""
+    """``faults`` of ``kinds``, each at a random time within ``over_s``, in the order of time.
+
+    How long they last and what the store answers is random too; ``directory`` is for full-disk.
+    """
     made = []
     for index in range(faults):
         kind = kinds[number(seed, index, "kind") % len(kinds)]
         at_s = number(seed, index, "at") / 2**64 * over_s
-        made.append(make(kind, f"{at_s:.3f}s", {}, number(seed, index, "pick")))
+        choices = {"for": _LENGTHS, "answer": ANSWERS, "dir": (directory,) if directory else ()}
+        options = {
+            name: values[number(seed, index, name) % len(values)]
+            for name, values in choices.items()
+            if values and name in OPTIONS.get(kind, ())
+        }
+        made.append(make(kind, f"{at_s:.3f}s", options, number(seed, index, "pick")))
     return tuple(sorted(made, key=lambda f: f.at_s))
 
 
 def _random(whole: str, options: Mapping[str, str]) -> tuple[int, tuple[Fault, ...]]:
-    unknown = set(options) - {"seed", "faults", "over", "kinds"}
+    unknown = set(options) - {"seed", "faults", "over", "kinds", "dir"}
     if unknown:
         raise ConfigError(
-            f"{whole}: random has no option {min(unknown)}: it has seed, faults, over, kinds"
+            f"{whole}: random has no option {min(unknown)}: it has seed, faults, over, kinds, dir"
         )
     numbers = {
         name: options.get(name, default) for name, default in (("seed", "0"), ("faults", ""))
@@ -226,7 +237,7 @@ def _random(whole: str, options: Mapping[str, str]) -> tuple[int, tuple[Fault, .
     kinds = tuple(options.get("kinds", "+".join(WORKER_KINDS)).split("+"))
     over_s = duration_s(options.get("over", "60s"))
     return int(numbers["seed"]), random_plan(
-        int(numbers["seed"]), int(numbers["faults"]), over_s, kinds
+        int(numbers["seed"]), int(numbers["faults"]), over_s, kinds, options.get("dir", "")
     )
 
 

@@ -14,6 +14,8 @@ from urllib.parse import urlsplit
 
 from typing_extensions import Self
 
+from paddle_ft.agent.net import address_towards
+
 CONNECT_TIMEOUT_S = 5.0
 CHUNK_BYTES = 64 * 1024
 CONNECTIONS_MAX = 256
@@ -25,7 +27,11 @@ _BUSY = (
 
 
 class StoreProxy:
-    """Passes everything on to ``target`` (http://host:port) until ``fail`` is called."""
+    """Passes everything on to ``target`` (http://host:port) until ``fail`` is called.
+
+    It listens at the address of this machine that leads to ``target``: whoever shares a network
+    with that, in another namespace too, reaches the proxy as well.
+    """
 
     def __init__(self, target: str) -> None:
         parts = urlsplit(target)
@@ -35,12 +41,14 @@ class StoreProxy:
         self._changed = threading.Condition()
         self._open: set[socket.socket] = set()
         self._closed = False
-        self._server = socket.create_server(("127.0.0.1", 0), backlog=64)
+        host = address_towards((f"{self._to[0]}:{self._to[1]}",))
+        self._server = socket.create_server((host, 0), backlog=64)
         self._thread = threading.Thread(target=self._accept, name="chaos-proxy", daemon=True)
 
     @property
     def endpoint(self) -> str:
-        return f"http://127.0.0.1:{self._server.getsockname()[1]}"
+        host, port = self._server.getsockname()
+        return f"http://{host}:{port}"
 
     def fail(self, answer: str) -> None:
         """``503``, ``reset`` or ``stall`` from now on; "": everything passes."""

@@ -23,12 +23,12 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from paddle_ft.agent.tether import tethered
+from paddle_ft.chaos import network
 from paddle_ft.chaos.plan import EtcdMember, Fault, Plan
 from paddle_ft.chaos.proxy import StoreProxy
 from paddle_ft.chaos.report import Struck
 from paddle_ft.chaos.watch import Launcher, descendants
 
-COMMAND_TIMEOUT_S = 10.0
 FILL_BYTES_MAX = 2**30
 FILLER = "paddle_ft-chaos-filler"
 
@@ -78,7 +78,7 @@ class Hands:
             victim = acts[fault.kind](fault)
         except NoVictim:
             raise
-        except (Refused, OSError, subprocess.SubprocessError) as error:
+        except (Refused, network.CommandFailed, OSError, subprocess.SubprocessError) as error:
             return Struck(str(fault), "", time.monotonic(), " ".join(str(error).split()))
         return Struck(str(fault), victim, time.monotonic())
 
@@ -87,7 +87,7 @@ class Hands:
         due = [act for at_s, act in self._due if at_s <= now_s]
         self._due = [(at_s, act) for at_s, act in self._due if at_s > now_s]
         for act in due:
-            with suppress(OSError, subprocess.SubprocessError, Refused):
+            with suppress(OSError, subprocess.SubprocessError, Refused, network.CommandFailed):
                 act()
 
     def close(self) -> None:
@@ -174,6 +174,8 @@ class Hands:
         argv = Path(f"/proc/{pid}/cmdline").read_text().split("\0")[:-1]
         argv[0] = os.readlink(f"/proc/{pid}/exe")
         directory = os.readlink(f"/proc/{pid}/cwd")
+        if namespace := network.of_process(pid):
+            argv = [*network.inside(namespace), *argv]
         os.kill(pid, signal.SIGKILL)
 
         def again() -> None:
@@ -202,24 +204,15 @@ class Hands:
         if os.geteuid() != 0:
             raise Refused("only root can change a network namespace")
         fits = [n for n in self.plan.nodes if n.namespace and fault.get("node") in ("", n.name)]
-        node = fits[fault.pick % len(fits)]
-        inside = ["ip", "netns", "exec", node.namespace]
+        if not fits:
+            raise Refused("no node of the plan is in a network namespace of its own")
+        namespace = fits[fault.pick % len(fits)].namespace
         if fault.kind == "partition":
-            rules = [("INPUT", "-i"), ("OUTPUT", "-o")]
-            do = [["iptables", "-I", chain, "!", way, "lo", "-j", "DROP"] for chain, way in rules]
-            undo = [["-D" if word == "-I" else word for word in argv] for argv in do]
+            undo = network.cut(namespace)
         else:
-            shape = ["rate", fault.get("rate"), "burst", "32kbit"]
-            shape += ["latency", f"{fault.seconds('latency') * 1000:g}ms"]
-            do, undo = [], []
-            for device in _devices(node.namespace):
-                where = ["dev", device, "root"]
-                do.append(["tc", "qdisc", "replace", *where, "tbf", *shape])
-                undo.append(["tc", "qdisc", "del", *where])
-        self._later(fault.seconds("for"), lambda: [_run([*inside, *argv]) for argv in undo])
-        for argv in do:
-            _run([*inside, *argv])
-        return f"namespace {node.namespace}"
+            undo = network.slow(namespace, fault.get("rate"), fault.seconds("latency"))
+        self._later(fault.seconds("for"), lambda: [network.run(argv) for argv in undo])
+        return f"namespace {namespace}"
 
     def _fill(self, fault: Fault) -> str:
         place = Path(fault.get("dir"))
@@ -270,15 +263,3 @@ def leads(endpoint: str) -> bool:
 def _send(pid: int, number: int) -> None:
     with suppress(ProcessLookupError):
         os.kill(pid, number)
-
-
-def _run(argv: Sequence[str]) -> str:
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S)
-    if done.returncode:
-        raise Refused(f"{' '.join(argv)}: {done.stderr.strip() or done.returncode}")
-    return done.stdout
-
-
-def _devices(namespace: str) -> list[str]:
-    listed = json.loads(_run(["ip", "-json", "-n", namespace, "link"]))
-    return [link["ifname"] for link in listed if link["ifname"] != "lo"]

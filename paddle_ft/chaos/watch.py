@@ -128,7 +128,7 @@ class Watch:
         for launcher in self._launchers():
             self.log_dirs.add(launcher.log_dir)
             for directory in launcher.run_dirs():
-                for path in directory.glob("beacon-*-*"):
+                for path in _pages_in(directory):
                     number, rank = (int(part) for part in path.name.split("-")[1:])
                     key = ((launcher.era, number), rank, directory)
                     if key in self._last:
@@ -152,3 +152,11 @@ class Watch:
         if reading.at_s and reading.step != self._last[key]:
             self._last[key] = reading.step
             self._samples.append(Sample(reading.at_s, key[0], key[1], reading.step))
+
+
+def _pages_in(directory: Path) -> list[Path]:
+    """None, if its launcher removes it just now."""
+    try:
+        return list(directory.glob("beacon-*-*"))
+    except OSError:
+        return []

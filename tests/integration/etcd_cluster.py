@@ -95,7 +95,7 @@ class EtcdCluster:
     @property
     def endpoints(self) -> tuple[str, ...]:
         """host:port of each member, for clients."""
-        return tuple(f"{HOST}:{self._client_port(i)}" for i in range(self.size))
+        return tuple(f"{self._host(i)}:{self._client_port(i)}" for i in range(self.size))
 
     def config(self, **settings: object) -> EtcdConfig:
         """Client settings for this cluster; ``settings`` override."""
@@ -117,7 +117,10 @@ class EtcdCluster:
         assert index not in self._processes
         with (self._dir / f"{index}.log").open("ab") as log:
             self._processes[index] = subprocess.Popen(
-                tethered(self._argv(index)), stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                tethered([*self._inside(index), *self._argv(index)]),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
             )
 
     def kill(self, index: int) -> None:
@@ -182,17 +185,27 @@ class EtcdCluster:
                     self.kill(index)
                     shutil.rmtree(self._dir / str(index), ignore_errors=True)
 
+    def _host(self, index: int) -> str:
+        """Where member ``index`` listens."""
+        del index
+        return HOST
+
+    def _inside(self, index: int) -> Sequence[str]:
+        """What stands before its command line, as for another network namespace."""
+        del index
+        return ()
+
     def _client_port(self, index: int) -> int:
         return self._ports[3 * index]
 
     def _peer_url(self, index: int) -> str:
-        return f"http://{HOST}:{self._ports[3 * index + 1]}"
+        return f"http://{self._host(index)}:{self._ports[3 * index + 1]}"
 
     def _metrics_url(self, index: int) -> str:
-        return f"http://{HOST}:{self._ports[3 * index + 2]}"
+        return f"http://{self._host(index)}:{self._ports[3 * index + 2]}"
 
     def _argv(self, index: int) -> list[str]:
-        client = f"{self._scheme}://{HOST}:{self._client_port(index)}"
+        client = f"{self._scheme}://{self._host(index)}:{self._client_port(index)}"
         members = ",".join(f"m{i}={self._peer_url(i)}" for i in range(self.size))
         heartbeat, election = self._timing
         return [

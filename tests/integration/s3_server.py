@@ -49,10 +49,11 @@ def weed_binary() -> str | None:
 
 
 class S3Server:
-    """One server on free loopback ports; ``tls``: (certificate, key) to serve HTTPS."""
+    """One server on free ports of ``host``; ``tls``: (certificate, key) to serve HTTPS."""
 
-    def __init__(self, tls: tuple[Path, Path] | None = None) -> None:
+    def __init__(self, tls: tuple[Path, Path] | None = None, host: str = HOST) -> None:
         self._tls = tls
+        self._host = host
         self._dir = Path()
         self._ports: tuple[int, ...] = ()
         self._process: subprocess.Popen[bytes] | None = None
@@ -62,8 +63,8 @@ class S3Server:
     @property
     def endpoint(self) -> str:
         if self._tls:
-            return f"https://{HOST}:{self._ports[-1]}"
-        return f"http://{HOST}:{self._ports[0]}"
+            return f"https://{self._host}:{self._ports[-1]}"
+        return f"http://{self._host}:{self._ports[0]}"
 
     @property
     def environment(self) -> Mapping[str, str]:
@@ -85,7 +86,7 @@ class S3Server:
         """Makes the bucket ``name`` and gives its URL."""
         client = boto3.session.Session().client(
             "s3",
-            endpoint_url=f"http://{HOST}:{self._ports[0]}",
+            endpoint_url=f"http://{self._host}:{self._ports[0]}",
             aws_access_key_id=ACCESS_KEY,
             aws_secret_access_key=SECRET_KEY,
             region_name="us-east-1",
@@ -156,7 +157,7 @@ class S3Server:
 
     def _first_start(self) -> None:
         for attempt in range(_ATTEMPTS):
-            self._ports = free_ports(HOST, len(_PORTS) + 1)
+            self._ports = free_ports(self._host, len(_PORTS) + 1)
             try:
                 self.start()
                 return
@@ -181,8 +182,8 @@ class S3Server:
             f"-logdir={self._dir}",
             "mini",
             f"-dir={self._dir / 'data'}",
-            f"-ip={HOST}",
-            f"-ip.bind={HOST}",
+            f"-ip={self._host}",
+            f"-ip.bind={self._host}",
             "-master.telemetry=false",
             "-webdav=false",
             "-admin.ui=false",
@@ -205,7 +206,7 @@ class S3Server:
     def _answers(self) -> bool:
         """Whether it takes requests, not merely connections."""
         try:
-            with socket.create_connection((HOST, self._ports[0]), timeout=1) as connection:
+            with socket.create_connection((self._host, self._ports[0]), timeout=1) as connection:
                 connection.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
                 return b" 200 " in connection.recv(64)
         except OSError:

@@ -16,6 +16,7 @@ from paddle_ft.agent.net import (
     _at_random,
     address_towards,
     free_ports,
+    interface_of,
 )
 from paddle_ft.errors import ConfigError
 
@@ -64,6 +65,12 @@ name = NodeName(sys.argv[1])
 print(name.name, flush=True)
 sys.stdin.read()
 """
+
+
+def test_an_interface_is_found_by_its_address() -> None:
+    assert interface_of("127.0.0.1") == interface_of("localhost") == "lo"
+    for nobody in ("198.51.100.234", "nosuch.invalid"):
+        assert interface_of(nobody) == ""
 
 
 def test_a_name_comes_back_when_its_launcher_is_dead() -> None:
