@@ -20,7 +20,7 @@ STAMPTORCH := .venv-torch/.made-for
 PIP := install -qq --disable-pip-version-check --no-input
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-2.6 setup-torch bench-checkpoint bench-recovery demo test lint test-slow test-2.6 sim chaos chaos-checkpoint clean
+.PHONY: help setup setup-2.6 setup-torch bench-checkpoint bench-recovery demo test lint test-slow test-2.6 sim chaos chaos-all chaos-checkpoint clean
 
 help:
 	@sed -n 's/^\([a-z][a-z0-9.-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 12
@@ -88,8 +88,11 @@ sim: setup ## SEEDS=20000 runs of the simulated cluster, on two cores
 	$(BIN)/python -m tests.sim.run --from $$half --seeds $$(( $(SEEDS) - half )); second=$$?; \
 	wait $$first && exit $$second
 
-chaos: setup ## FAULTS=30 random faults on real launchers, weights compared with an undisturbed run
-	@FAULTS=$(FAULTS) $(BIN)/python -m pytest -n 0 -s -m slow tests/chaos/test_faults.py
+chaos: setup ## FAULTS=30 random faults of every kind on three nodes in network namespaces (root); 5 minutes
+	@FAULTS=$(FAULTS) $(BIN)/python -m pytest -n 0 -s -rs -m slow -k random tests/chaos/test_network_faults.py
+
+chaos-all: setup ## the same, each kind alone as well, and on one and two launchers without namespaces
+	@FAULTS=$(FAULTS) $(BIN)/python -m pytest -n 0 -s -rs -m slow tests/chaos/test_network_faults.py tests/chaos/test_faults.py
 
 chaos-checkpoint: setup ## every fault of store, workers, launchers, 50 times at random; 20 minutes
 	@rows=$$(mktemp -d -t paddle_ft-chaos-XXXXXX); \

@@ -43,7 +43,7 @@ def run(command: Command) -> int:
     # Heavy imports (grpc, boto3) come after the command line was found good.
     from paddle_ft.agent.agent import Agent
     from paddle_ft.agent.console import Console
-    from paddle_ft.agent.net import NodeName, address_towards, interface_of
+    from paddle_ft.agent.net import NodeName
     from paddle_ft.agent.snapshots import own_directory, remove_leftovers, shared_directory
     from paddle_ft.checkpoint.room import CheckpointRoom, alone
     from paddle_ft.coordination.embedded import EmbeddedEtcd
@@ -79,17 +79,13 @@ def run(command: Command) -> int:
             f"etcd {','.join(etcd.endpoints)}{' (private)' if embedded else ''}, "
             f"output in {config.job.log_dir}/"
         )
-        host = config.job.host or address_towards(coordinator.targets)
-        if interface := interface_of(host):
-            # Left to itself, gloo listens where the host's name resolves to: often at 127.0.1.1.
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         agent = Agent(
             config,
             command.worker,
             coordinator,
             room,
             node=name.name,
-            host=host,
+            host=_own_address(config, coordinator.targets),
             run_dir=run_dir,
             shared_dir=shared_directory(config.job.id),
             console=console,
@@ -112,6 +108,17 @@ def _probe(
         from paddle_ft.health.probe import admit
 
         admit(config, coordinator, node, say)
+
+
+def _own_address(config: Config, targets: Sequence[str]) -> str:
+    """Where the other nodes reach this one; the workers' gloo is told to listen there, too."""
+    from paddle_ft.agent.net import address_towards, interface_of
+
+    host = config.job.host or address_towards(targets)
+    if interface := interface_of(host):
+        # Left to itself it listens where the host's name resolves to: often at 127.0.1.1.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    return host
 
 
 def _chaos(

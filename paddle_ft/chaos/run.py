@@ -26,7 +26,7 @@ from paddle_ft.checkpoint.sign import Trust
 from paddle_ft.checkpoint.store import open_store
 from paddle_ft.command_line import parse
 from paddle_ft.config import CheckpointConfig, Config
-from paddle_ft.errors import ConfigError
+from paddle_ft.errors import EXIT_COORDINATION, EXIT_STORE, ConfigError
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -35,6 +35,8 @@ else:
 
 STOP_TIMEOUT_S = 20.0
 EXIT_NOT_RECOVERED = 1
+UNREACHABLE = (EXIT_COORDINATION, EXIT_STORE)
+AGAIN_S = 1.0
 
 
 def read_plan(path: Path) -> Plan:
@@ -66,6 +68,8 @@ class Job:
         """Nodes that are being killed on purpose."""
         self._owed: set[str] = set()
         """Those of them that are still to come back."""
+        self._again: dict[str, float] = {}
+        """When a launcher is started once more that could not begin."""
         self._ended_s = 0.0
         """When the first launcher ended by itself."""
 
@@ -120,17 +124,29 @@ class Job:
     def start_again(self, name: str) -> None:
         """Unless the others have come to the end of the job meanwhile."""
         self._owed.discard(name)
-        if name not in self._running and (len(self._nodes) == 1 or self._running):
+        if name not in self._running and not self._ended_s:
             self.start(name)
 
     def ended(self) -> bool:
-        """Whether every launcher has ended, and none is to come back."""
+        """Whether every launcher has ended, and none is to come back.
+
+        As a service manager would, it starts one again that came back too early, while etcd or the
+        store could not be reached.
+        """
+        now_s = time.monotonic()
+        for name in [n for n, at_s in self._again.items() if at_s <= now_s]:
+            del self._again[name]
+            self.start_again(name)
         for name, process in list(self._running.items()):
             code = process.poll()
             if code is not None:
                 del self._running[name]
                 if name in self._killed and code < 0:
                     self._killed.discard(name)
+                    continue
+                if code in UNREACHABLE and self._eras[name]:
+                    self._owed.add(name)
+                    self._again[name] = now_s + AGAIN_S
                     continue
                 self._codes[name] = code
                 self._ended_s = self._ended_s or time.monotonic()

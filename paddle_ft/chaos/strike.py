@@ -227,13 +227,12 @@ class Hands:
             )
         filler = place / FILLER
         self._later(fault.seconds("for"), lambda: filler.unlink(missing_ok=True))
-        with filler.open("wb") as stream:
+        with filler.open("wb", buffering=0) as stream:
             with suppress(OSError):
                 os.posix_fallocate(stream.fileno(), 0, max(1, free))
             with suppress(OSError):  # what fallocate did not get
                 while True:
                     stream.write(bytes(4096))
-                    stream.flush()
         return str(place)
 
     def _store(self, fault: Fault) -> str:

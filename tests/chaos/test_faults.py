@@ -1,5 +1,5 @@
 """Random faults from a seed against real launchers; the weights are those of an undisturbed run.
-``make chaos``; ``FAULTS`` and ``CHAOS_SEED`` choose others. docs/chaos-recovery.md is from a run.
+Part of ``make chaos-all``; ``FAULTS`` and ``CHAOS_SEED`` choose others.
 """
 
 from __future__ import annotations

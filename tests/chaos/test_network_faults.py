@@ -24,9 +24,9 @@ from tests.chaos.namespaces import NODES, EtcdOnNodes, World, small_disk, three_
 from tests.integration.jobs import FAST_ETCD
 from tests.integration.s3_server import S3Server, weed_binary
 
-FAULTS = int(os.environ.get("FAULTS", "20"))
+FAULTS = int(os.environ.get("FAULTS", "30"))
 SEED = int(os.environ.get("CHAOS_SEED", "1"))
-GAP_S = float(os.environ.get("CHAOS_GAP_S", "6"))
+GAP_S = float(os.environ.get("CHAOS_GAP_S", "3"))
 KINDS = tuple(os.environ.get("CHAOS_KINDS", "+".join(OPTIONS)).split("+"))
 SHARDS = 6
 DELAY_S = 0.02

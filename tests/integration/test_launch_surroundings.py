@@ -29,6 +29,7 @@ import paddle_ft as ft
 model = paddle.nn.Linear(2, 1)
 optimizer = paddle.optimizer.SGD(parameters=model.parameters())
 assert "MASTER_ADDR" not in os.environ
+assert os.environ["GLOO_SOCKET_IFNAME"] == "lo", "where gloo listens is left to the host's name"
 with ft.session(model=model, optimizer=optimizer) as s:
     if s.restarts == 0:
         if os.fork() == 0:

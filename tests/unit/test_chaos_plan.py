@@ -7,6 +7,7 @@ import math
 import pytest
 
 from paddle_ft.chaos.plan import (
+    ANSWERS,
     OPTIONS,
     duration_s,
     from_table,
@@ -76,6 +77,16 @@ def test_random_plans_come_from_their_seed_alone() -> None:
     assert all(0 <= f.at_s < 120 for f in one.faults)
     assert {f.kind for f in one.faults} == {"kill-worker", "stop-worker"}
     assert len({f.pick % 2 for f in one.faults}) == 2
+
+
+def test_random_faults_last_differently_and_have_what_their_kind_needs() -> None:
+    kinds = "+".join(OPTIONS)
+    plan = parse(f"random:seed=3,faults=200,over=99s,kinds={kinds},dir=/mnt/x")
+    assert {f.kind for f in plan.faults} == set(OPTIONS)
+    partitions = {f.seconds("for") for f in plan.faults if f.kind == "partition"}
+    assert min(partitions) < 2 < max(partitions)
+    assert {f.get("dir") for f in plan.faults if f.kind == "full-disk"} == {"/mnt/x"}
+    assert {f.get("answer") for f in plan.faults if f.kind == "store-errors"} == set(ANSWERS)
 
 
 def test_random_faults_and_named_ones_go_together() -> None:
