@@ -92,7 +92,7 @@ def more(
     torch = has_torchft() and not args.ours
     work = {
         "join": lambda: recovery_more.joining(folder, args.joins, say),
-        "overhead": lambda: [recovery_more.overhead(folder, args.rounds, 10.0, say)],
+        "overhead": lambda: recovery_more.overhead(folder, args.rounds, 10.0, say),
         "many": lambda: recovery_more.many_faults(folder, args.faults, say),
         "goodput": lambda: [recovery_more.goodput(folder, args.goodput_s, 30.0, torch, say)],
     }
