@@ -29,8 +29,9 @@ from paddle_ft.types import decode, encode
 
 BYTES = 8 * 2**20
 REPEATS = 8
-PAIR_S_MAX = 30.0
-"""For one pair, with the wait for the other, who may still be busy with the one before."""
+PAIR_S_MAX = 10.0
+"""For one sum of a pair. The wait for the other is longer from round to round (``_wait_s``): it may
+have waited for somebody who does not come itself."""
 POLL_S = 0.1
 HELLO_BYTES_MAX = 4096
 
@@ -73,7 +74,7 @@ def measure_pairs(
             raise MembersMissing(f"{count} other nodes are being measured: try again later")
         rounds = schedule(names)
         table.put(replace(own, phase=1, pairs=_Pairs(listener, table.known, node).run(rounds)))
-        wait_s = PAIR_S_MAX * (len(rounds) + 1)
+        wait_s = 2 * _wait_s(len(rounds))
         table.await_all(wait_s, lambda: table.all_in(names, 1))
         table.put(replace(table.known[node], phase=2))
         table.await_all(wait_s, lambda: table.all_in(names, 2))
@@ -122,6 +123,11 @@ class _Table:
         return all(self.known[n].phase >= phase or n not in self._there for n in names)
 
 
+def _wait_s(number: int) -> float:
+    """More than all waits of the rounds before ``number``, counted from 0, and one pair."""
+    return PAIR_S_MAX * (2.0 ** (number + 1) - 1)
+
+
 def _until(done: Callable[[], bool], timeout_s: float) -> bool:
     deadline_s = time.monotonic() + timeout_s
     while not done():
@@ -144,25 +150,26 @@ class _Pairs:
 
     def run(self, rounds: tuple[tuple[tuple[str, str], ...], ...]) -> tuple[PairTime, ...]:
         found = []
-        for pairs in rounds:
+        for number, pairs in enumerate(rounds):
             for a, b in pairs:
                 if self._node in (a, b):
                     peer = b if self._node == a else a
-                    found.append(PairTime(peer, self._measure(peer)))
+                    found.append(PairTime(peer, self._measure(peer, _wait_s(number))))
         for connection in self._early.values():
             connection.close()
         return tuple(found)
 
-    def _measure(self, peer: str) -> float:
+    def _measure(self, peer: str, wait_s: float) -> float:
         try:
-            connection = self._call(peer) if self._node < peer else self._answer(peer)
+            mine = self._node < peer
+            connection = self._call(peer) if mine else self._answer(peer, wait_s)
             with connection:
-                connection.settimeout(PAIR_S_MAX)
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                self._sum(connection, self._buffer[:1])  # both are there, and begin together
+                # Both are there, and begin together.
+                self._sum(connection, self._buffer[:1], wait_s)
                 began_s = time.perf_counter()
                 for _ in range(REPEATS):
-                    self._sum(connection, self._buffer)
+                    self._sum(connection, self._buffer, PAIR_S_MAX)
                 return (time.perf_counter() - began_s) / REPEATS
         except OSError:
             return -1.0
@@ -173,8 +180,8 @@ class _Pairs:
         connection.sendall(json.dumps(self._node).encode() + b"\n")
         return connection
 
-    def _answer(self, peer: str) -> socket.socket:
-        deadline_s = time.monotonic() + PAIR_S_MAX
+    def _answer(self, peer: str, wait_s: float) -> socket.socket:
+        deadline_s = time.monotonic() + wait_s
         while peer not in self._early:
             self._listener.settimeout(max(0.001, deadline_s - time.monotonic()))
             connection, _ = self._listener.accept()
@@ -183,9 +190,10 @@ class _Pairs:
                 self._early[str(json.loads(_line(connection)))] = connection
         return self._early.pop(peer)
 
-    def _sum(self, connection: socket.socket, values: NDArray[np.float32]) -> None:
+    def _sum(self, connection: socket.socket, values: NDArray[np.float32], limit_s: float) -> None:
         """Sends what it has while it receives what the other has, and adds."""
         failed: list[OSError] = []
+        connection.settimeout(limit_s)
 
         def send() -> None:
             try:
@@ -197,7 +205,7 @@ class _Pairs:
         sender.start()
         theirs = np.empty_like(values)
         rest = theirs.data.cast("B")
-        deadline_s = time.monotonic() + PAIR_S_MAX
+        deadline_s = time.monotonic() + limit_s
         while len(rest):
             if time.monotonic() > deadline_s:
                 raise TimeoutError("the other is too slow")
@@ -205,7 +213,7 @@ class _Pairs:
                 raise ConnectionError("the other has gone")
             rest = rest[got:]
         theirs += values
-        sender.join(PAIR_S_MAX)
+        sender.join(limit_s)
         if failed or sender.is_alive():
             raise ConnectionError("the other does not take it")
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import socket
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -130,6 +134,7 @@ def test_all_read_the_same_outcome(
 
 
 @pytest.mark.etcd
+@pytest.mark.slow
 def test_a_node_that_does_not_answer_is_named(
     etcd: EmbeddedEtcd, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -144,6 +149,56 @@ def test_a_node_that_does_not_answer_is_named(
         tables = [*nodes.map(lambda n: measured(etcd, n, 3), "abc")]
     for table in tables:
         assert [f.nodes for f in judge(table)] == [("b",)]
+
+
+class Relay:
+    """One connection to ``port``, each 64 KiB of which take ``delay_s``."""
+
+    def __init__(self, port: int, delay_s: float) -> None:
+        self._server = socket.create_server(("127.0.0.1", 0))
+        self.port = self._server.getsockname()[1]
+        self._to, self._delay_s = port, delay_s
+        self.thread = threading.Thread(target=self._serve)
+        self.thread.start()
+
+    def _serve(self) -> None:
+        to = ("127.0.0.1", self._to)
+        with self._server, self._server.accept()[0] as one, socket.create_connection(to) as two:
+            back = threading.Thread(target=self._pass_on, args=(two, one))
+            back.start()
+            self._pass_on(one, two)
+            back.join()
+
+    def _pass_on(self, source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(2**16):
+                time.sleep(self._delay_s * len(data) / 2**16)
+                target.sendall(data)
+        with contextlib.suppress(OSError):
+            target.shutdown(socket.SHUT_WR)
+
+
+@pytest.mark.etcd
+def test_a_slow_link_is_told_from_a_bad_node(
+    etcd: EmbeddedEtcd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pairs, "REPEATS", 2)
+    call, relays = pairs._Pairs._call, list[Relay]()
+
+    def through_a_relay(self: pairs._Pairs, peer: str) -> socket.socket:
+        slow = (self._node, peer) == ("a", "b")
+        other = self._known[peer]
+        relays.append(Relay(other.port, 0.05 if slow else 0.01))
+        self._known = {**self._known, peer: replace(other, port=relays[-1].port)}
+        return call(self, peer)
+
+    monkeypatch.setattr(pairs._Pairs, "_call", through_a_relay)
+    with ThreadPoolExecutor(3) as nodes:
+        tables = [*nodes.map(lambda n: measured(etcd, n, 3), "abc")]
+    for relay in relays:
+        relay.thread.join(10)
+    for table in tables:
+        assert [f.nodes for f in judge(table)] == [("a", "b")]
 
 
 @pytest.mark.etcd
