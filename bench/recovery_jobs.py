@@ -211,8 +211,6 @@ class PaddleFT(Job):
         wanted = 1 if self.nodes and unit not in self._members() else self.spares
         if not wanted:
             return True
-        if "--parallel" in self.arguments:
-            return waiting_spares(self.units[unit].pid) >= wanted
         try:
             text = (self.folder / f"unit-{unit}" / "log" / "workers.json").read_text()
             return len(json.loads(text)["ready"]) >= wanted
@@ -357,24 +355,6 @@ def descendants(pid: int) -> list[int]:
         own = children.get(left.pop(), [])
         found += own
         left += own
-    return found
-
-
-SPARE_CPU_S = 0.4
-"""So much a process that imports Paddle has used at least when it is done with that."""
-
-
-def waiting_spares(launcher: int) -> int:
-    """Processes of ``launcher`` that have imported Paddle and wait for what to run."""
-    tick_s = 1 / os.sysconf("SC_CLK_TCK")
-    found = 0
-    for pid in descendants(launcher):
-        with suppress(OSError, ValueError, IndexError):
-            if b"--spare" not in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"):
-                continue
-            words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-            used_s = (int(words[11]) + int(words[12])) * tick_s
-            found += words[0] == "S" and used_s >= SPARE_CPU_S
     return found
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from paddle_ft.agent import door
 from paddle_ft.agent.beacon import Beacon
 from paddle_ft.agent.worker_env import SESSION_VARIABLE, SessionEnv
 from paddle_ft.checkpoint import plan
@@ -36,7 +37,7 @@ class Context:
 
     url: str | None = None
     save: Rule | None = None
-    collective: Collective = field(default_factory=Collective.from_environment)
+    collective: Collective = field(default_factory=lambda: _collective())
     env: SessionEnv | None = field(default_factory=lambda: _session_env())
     """What the launcher has told; None without a launcher."""
     held_s: float = 0.0
@@ -57,7 +58,7 @@ class Context:
 
         The variables change as well, for the script and for ``paddle.distributed``.
         """
-        os.environ.update(env)
+        door.take(env)
         self.env = _session_env()
         if self.env is not None:
             self.board.move(self.env.beacon)
@@ -149,6 +150,11 @@ class Teller:
             return
         self._loss_at_s = now_s
         self._loss = float(loss.mean() if getattr(loss, "size", 1) != 1 else loss)
+
+
+def _collective() -> Collective:
+    """Of a worker in reserve it is nobody's yet: its session waits only when it has begun."""
+    return Collective(0, 1) if door.is_sealed() else Collective.from_environment()
 
 
 def _session_env() -> SessionEnv | None:

@@ -20,6 +20,7 @@ from __future__ import annotations
 import os
 import socket
 import threading
+from collections.abc import Set
 from typing import Any
 
 SOFT_ROUNDS = 10
@@ -67,12 +68,19 @@ class GlooGroups:
             if self.wanted > number:
                 raise RuntimeError(f"group {number} is over before it began")
         store = core.TCPStore(host, int(port), rank == 0, 0, _STORE_TIMEOUT_S)
-        self._undelay(int(port))
+        undelay(int(port), self._base)
         group = core.ProcessGroupGloo.create(store, rank, world_size, _GROUP_ID + number)
         with self._lock:
             self._inodes = set(_sockets()) - self._base
         _install(group, store, rank, world_size, _GROUP_ID + number)
         self._kept = [store]
+
+    def leave(self, number: int) -> None:
+        """This process is alone in group ``number``: to Paddle, as if there had never been one."""
+        with self._lock:
+            self.number, self._inodes = number, set()
+            self._entered.set()
+        _uninstall()
 
     def settle(self) -> None:
         """All members are in the present group: what was held of earlier ones can go."""
@@ -121,17 +129,21 @@ class GlooGroups:
                 continue
             self._held.append(one)
 
-    def _undelay(self, port: int) -> None:
-        """The store's client sends a request in pieces, which Nagle's algorithm would hold back."""
-        for inode, descriptor in _sockets().items():
-            if inode in self._base:
-                continue
+
+def undelay(port: int, others: Set[int] = frozenset()) -> None:
+    """For the client of the store at ``port``: sockets but those whose inodes are in ``others``.
+
+    It sends a request in pieces, which Nagle's algorithm would hold back.
+    """
+    for inode, descriptor in _sockets().items():
+        if inode in others:
+            continue
+        try:
             with socket.socket(fileno=os.dup(descriptor)) as one:
-                try:
-                    if one.family == socket.AF_INET and one.getpeername()[1] == port:
-                        one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                except OSError:
-                    continue
+                if one.family == socket.AF_INET and one.getpeername()[1] == port:
+                    one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        except OSError:  # closed meanwhile, or not connected
+            continue
 
 
 def has_other_groups() -> bool:
@@ -150,11 +162,7 @@ def _install(group: Any, store: Any, rank: int, world_size: int, number: int) ->
     from paddle.distributed import collective, parallel_helper
     from paddle.distributed.communication.group import Group, _GroupManager
 
-    before = collective._group_map_by_name.pop("_default_pg", None)
-    if before is not None:
-        collective._group_map.pop(before.id, None)
-        collective._group_map_backend.pop(before, None)
-        _GroupManager.group_map_by_id.pop(before.id, None)
+    _uninstall()
     default = Group(rank, number, list(range(world_size)), pg=group, name="_default_pg")
     collective._group_map_by_name["_default_pg"] = default
     collective._group_map[number] = default
@@ -165,6 +173,22 @@ def _install(group: Any, store: Any, rank: int, world_size: int, number: int) ->
     _GroupManager.global_group_id = number
     parallel._global_parallel_env = parallel.ParallelEnv()
     parallel_helper.__dict__["__parallel_ctx__clz__"] = True
+
+
+def _uninstall() -> None:
+    """Paddle has no default group any more; rank and world are those of the environment."""
+    import paddle.distributed.parallel as parallel
+    from paddle.distributed import collective, parallel_helper
+    from paddle.distributed.communication.group import _GroupManager
+
+    before = collective._group_map_by_name.pop("_default_pg", None)
+    if before is None:
+        return
+    collective._group_map.pop(before.id, None)
+    collective._group_map_backend.pop(before, None)
+    _GroupManager.group_map_by_id.pop(before.id, None)
+    parallel._global_parallel_env = parallel.ParallelEnv()
+    parallel_helper.__dict__["__parallel_ctx__clz__"] = None
 
 
 def _sockets() -> dict[int, int]:

@@ -112,7 +112,7 @@ class Membership:
         """Joins the first group; the state is in model and optimizer then. Raises PaddleFTError."""
         env = self._context.env
         if env is not None and env.waits:
-            _use_kernels_once()
+            use_kernels_once()
             self.keeper.join(-1, 0, 0, "")
             self._take_order()
         try:
@@ -251,16 +251,17 @@ class Membership:
             transfer.attend(collective, met.source)
 
 
-def _use_kernels_once() -> None:
+def use_kernels_once() -> None:
     """The first product and its gradient take tens of milliseconds in a process: before it waits.
 
     Without a layer: the parameters of one would shift the automatic names of the script's.
     """
     import paddle
 
-    x = paddle.ones([2, 2])
-    x.stop_gradient = False
-    paddle.nn.functional.linear(x, x).sum().backward()
+    with paddle.enable_grad(), paddle.amp.auto_cast(enable=False):
+        x = paddle.ones([2, 2])
+        x.stop_gradient = False
+        paddle.nn.functional.linear(x, x).sum().backward()
 
 
 def _nowhere(image: Image) -> dict[str, Any]:

@@ -313,9 +313,9 @@ class Agent:
             turn(state.generation, self._membership.me, sequence)
 
     def _refill(self, state: schema.JobState) -> None:
-        spares, reserve = spares_due(self._local_view(state), self._config.job)
-        generation = state.generation.value if state.generation else None
-        self._group.refill(spares, reserve, generation, self._membership.me)
+        due = spares_due(self._local_view(state), self._config.job)
+        if due is not None:
+            self._group.refill(*due, state.generation.value if state.generation else None)
 
     def _restore_failed(self, event: StateFailed) -> None:
         self._group.cannot_restore(event)

@@ -30,11 +30,12 @@ import sys
 import traceback
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType, TracebackType
 from typing import Any
 
+from paddle_ft.agent import door
 from paddle_ft.errors import (
     EXIT_CONFIG,
     EXIT_SIGINT,
@@ -62,7 +63,8 @@ def main() -> None:
     os.environ.setdefault("GLOG_minloglevel", "1")
     # Said by Paddle at each import, of a compiler cache that training has no use for.
     warnings.filterwarnings("ignore", message="No ccache found")
-    sys.meta_path.insert(0, _WithoutSignalHandler())
+    sys.meta_path.insert(0, _PaddleAsItIsNeeded())
+    door.seal()
     arguments = sys.argv[1:]
     if arguments[:1] == ["--spare"]:
         arguments = wait_as_spare(arguments[1:])
@@ -92,8 +94,11 @@ def die_with_parent(parent: int) -> None:
         os._exit(EXIT_WORKER_FAILED)
 
 
-class _WithoutSignalHandler(importlib.abc.MetaPathFinder):
-    """Imports Paddle and takes its signal handlers away, which print a C++ stack at SIGTERM."""
+class _PaddleAsItIsNeeded(importlib.abc.MetaPathFinder):
+    """Imports Paddle and takes its signal handlers away, which print a C++ stack at SIGTERM.
+
+    And the waits from the way in which it connects to the store of its group.
+    """
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -106,11 +111,21 @@ class _WithoutSignalHandler(importlib.abc.MetaPathFinder):
             load = spec.loader.exec_module
 
             def exec_module(module: ModuleType) -> None:
-                load(module)
+                with door.unasked():
+                    load(module)
                 module.disable_signal_handler()
+                core = module.base.core
+                connect = core.create_or_get_global_tcp_store
+                core.create_or_get_global_tcp_store = lambda: _connect_store(connect)
 
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
+
+
+def _connect_store(connect: Callable[[], Any]) -> Any:
+    from paddle_ft.collective import connect_store
+
+    return connect_store(connect)
 
 
 def run(arguments: list[str]) -> None:

@@ -16,10 +16,10 @@ from paddle_ft.agent.beacon import Beacon, Reading
 from paddle_ft.agent.console import Console
 from paddle_ft.agent.snapshots import SnapshotKeeper, StateFailed
 from paddle_ft.agent.supervise import Group, Worker
-from paddle_ft.agent.worker_env import SESSION_VARIABLE, SessionEnv, worker_env
+from paddle_ft.agent.worker_env import SESSION_VARIABLE, SessionEnv, sealed_env, worker_env
 from paddle_ft.agent.workers import WorkerEnded, WorkerPool, WorkerSpec
 from paddle_ft.config import Config
-from paddle_ft.types import CommitRef, Generation, Versioned, encode
+from paddle_ft.types import CommitRef, Generation, Recovery, Versioned, encode
 
 HEARD_OUT_S = 1.0
 """How long after a worker's end its connection may stay open before the end counts all the same."""
@@ -71,7 +71,7 @@ class WorkerGroup:
         self._groups: dict[int, int] = {}
         """By process id: how many groups it has been ordered into."""
         self._orders: dict[int, ipc.Order] = {}
-        """By rank: for workers that have not come to their session yet."""
+        """By rank: for workers that come to their session later, or were on their way to it."""
         self._beacons: dict[int, Beacon] = {}
         """By rank; another dict for each generation."""
         self._pause_told = False
@@ -82,6 +82,8 @@ class WorkerGroup:
         self.generation_revision = 0
         self.restore_failed = ""
         self.restore_fatal = 0
+        self._told: Recovery = ""
+        """What a worker has said last that it can do when the group changes."""
 
     def listen(self) -> None:
         self._listener = ipc.Listener(self._socket, self._on_message)
@@ -95,7 +97,9 @@ class WorkerGroup:
         if not self.generation:
             return None
         workers = tuple(self._workers[rank] for rank in sorted(self._workers))
-        return Group(self.generation, workers, self._pause_told, self._dismissed_s)
+        stepping = any(beacon.read().first_s for beacon in self._beacons.values())
+        pause, dismissed_s = self._pause_told, self._dismissed_s
+        return Group(self.generation, workers, pause, dismissed_s, self._told, stepping)
 
     @property
     def at_the_door(self) -> int:
@@ -165,6 +169,7 @@ class WorkerGroup:
     def _fill(self, generation: int, spec: WorkerSpec, order: ipc.Order) -> None:
         """Gives ``rank`` a worker: who waits at the door, else a new one."""
         self._workers[spec.rank] = Worker(spec.rank)
+        self._orders[spec.rank] = order
         pid = next((p for p in (*self._ready, *self._pool.reserve())), None)
         if pid is None:
             pid = self._pool.start(generation, spec)
@@ -174,8 +179,6 @@ class WorkerGroup:
             if channel is not None:
                 self._channels[pid] = channel
                 channel.send(order)
-            else:
-                self._orders[spec.rank] = order
         self._rank_of[pid] = spec.rank
 
     def _send_order(self, rank: int, order: ipc.Order) -> None:
@@ -183,11 +186,10 @@ class WorkerGroup:
         if pid is None:
             return
         self._groups[pid] = self._groups.get(pid, 0) + 1
+        self._orders[rank] = order  # it may be between two connections
         channel = self._channels.get(pid)
         if channel is not None:
             channel.send(order)
-        else:  # it is on its way to its session
-            self._orders[rank] = order
 
     def _session(self, generation: int, beacon: str) -> SessionEnv:
         checkpoint = self._config.checkpoint
@@ -220,12 +222,11 @@ class WorkerGroup:
         env[SESSION_VARIABLE] = encode(session).decode()
         return WorkerSpec(rank, env)
 
-    def refill(self, spares: int, reserve: int, generation: Generation | None, me: str) -> None:
+    def refill(self, spares: int, reserve: int, generation: Generation | None) -> None:
         """Keeps ``spares`` and ``reserve`` processes ready; see ``reserve.spares_due``."""
         env: dict[str, str] = {}
         if reserve and generation is not None:
-            member = me if me in generation.member_ids() else generation.members[0].id
-            env = dict(worker_env(generation, member, 0, devices=self._config.job.devices))
+            env = dict(sealed_env(generation))
             waits = replace(self._session(0, ""), waits=True)
             env[SESSION_VARIABLE] = encode(waits).decode()
         self._pool.refill(spares, reserve, env)
@@ -340,6 +341,7 @@ class WorkerGroup:
             return  # else of a process that has been given up
         self._channels[channel.pid] = channel
         self._workers[rank] = replace(self._workers[rank], session=True, recovery=message.recovery)
+        self._told = message.recovery or self._told
         if rank in self._orders and message.generation != self.generation:
             channel.send(self._orders[rank])
         if self._pause_told:

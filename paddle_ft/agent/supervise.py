@@ -71,6 +71,10 @@ class Group:
     pause_told: bool = False
     dismissed_s: float | None = None
     """Since when its workers know that there is no place for them in the next one."""
+    told: Recovery = ""
+    """What a worker has said last that it can do, in this generation or an earlier one."""
+    stepping: bool = True
+    """One of them has applied a step in this generation."""
 
     @property
     def running(self) -> bool:

@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from paddle_ft.types import Generation, Recovery
 
 SESSION_VARIABLE = "PADDLE_FT"
+SEALED = "not-known-yet"
+"""Value of what tells a rank, for a worker in reserve (``agent.door``)."""
+_BACKEND = "PADDLE_DISTRI_BACKEND"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +43,7 @@ class SessionEnv:
     recovery: Recovery = "in_place"
     """What the user wants to be done when the group changes, where the script allows it."""
     waits: bool = False
-    """A worker in reserve: runs up to its session, and waits there for its first generation."""
+    """A worker in reserve: it waits for its first generation where it needs its rank."""
 
 
 def worker_env(
@@ -76,5 +79,11 @@ def worker_env(
     if devices:
         env[device_variable] = devices[slot] if slots > 1 else ",".join(devices)
     else:
-        env["PADDLE_DISTRI_BACKEND"] = "gloo"
+        env[_BACKEND] = "gloo"
     return env
+
+
+def sealed_env(generation: Generation) -> Mapping[str, str]:
+    """Variables of a worker in reserve, on the CPU: nothing in them tells a rank or a world."""
+    like = worker_env(generation, generation.members[0].id, 0)
+    return {name: value if name == _BACKEND else SEALED for name, value in like.items()}
