@@ -35,6 +35,8 @@ class Resumption:
     """Steps that a rank applied once more."""
     full_s: float | None
     """As ``new_s``, of the first step in a world as large as before; None if there was none."""
+    again_s: float = 0.0
+    """As ``new_s``, of the first step of all, which may be one that was applied before."""
 
 
 def parse(text: str) -> list[Applied]:
@@ -75,11 +77,13 @@ def resumption(lines: Sequence[Applied], fault_s: float) -> Resumption | None:
     new = completed(x for x in after if x.step > furthest)
     if not new:
         return None
+    again_s = completed(after)[0][0] - fault_s
     full = next((at_s for at_s, _, w in new if w == world), None)
     return Resumption(
         new[0][0] - fault_s,
         redone_steps(before, after),
         None if full is None else full - fault_s,
+        again_s,
     )
 
 

@@ -73,7 +73,7 @@ def kinds(parent: Path) -> Iterator[Kind]:
     yield from _hang(parent)
     for ranks in (2, 3):
         yield Kind(
-            Outcome(RESTART, "paddle_ft", f"--spares {ranks}", ranks, goal_s=(0.3, 1.0)),
+            Outcome(RESTART, "paddle_ft", f"--spares {ranks}", ranks, goal_s=(0.3, 1.0), anew=True),
             lambda ranks=ranks: PaddleFT(
                 fresh(parent), ranks, spares=ranks, flags=EVERY, arguments=("--parallel",)
             ),

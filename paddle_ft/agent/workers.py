@@ -121,9 +121,12 @@ class WorkerPool:
     def refill(self, spares: int, reserve: int, env: Mapping[str, str]) -> None:
         """Starts what is missing in reserve; called when there is nothing more urgent.
 
-        ``reserve``: processes that run the script up to its session, with ``env``. Those that are
-        too many are ended.
+        ``reserve``: processes that run the script until it needs its rank, with ``env``; of a
+        script that cannot do that, imported ones take their place. Those that are too many are
+        ended.
         """
+        if self._reserve_deaths >= RESERVE_DEATHS_MAX:
+            spares, reserve = max(spares, reserve), 0
         self._spares = [s for s in self._spares if s.poll() is None]
         while len(self._spares) > spares:
             process = self._spares.pop()
@@ -134,8 +137,6 @@ class WorkerPool:
         for running in list(self._reserve.values())[reserve:]:
             running.stopped = True
             _signal_group(running.process, signal.SIGKILL)
-        if self._reserve_deaths >= RESERVE_DEATHS_MAX:
-            return
         self._log_dir.mkdir(parents=True, exist_ok=True)
         while len(self._reserve) < reserve:
             running = _Running(self._spawn(env, []), None)
@@ -173,8 +174,8 @@ class WorkerPool:
             self._reserve_deaths += 1
             if self._reserve_deaths == RESERVE_DEATHS_MAX:
                 log.warning(
-                    "workers in reserve end before they get to their session (exit code %d): none "
-                    "are kept from here on; see %s",
+                    "workers in reserve end before they get to their session (exit code %d): from "
+                    "here on they only import Paddle; see %s",
                     event.exit_code,
                     self._log_dir / RESERVE_LOG,
                 )

@@ -306,6 +306,7 @@ def test_a_node_is_drained_without_losing_a_step(
     assert first.wait() == 0, first.output
     told = final(first.output)
     assert (told["world"], told["restarts"]) == ("1", "0")
+    assert (told["paddle"], told["group"]) == ("1", "False"), "the group of two is gone"
     assert exactly_once(record)
     generations = {line["step"]: line["generation"] for line in lines(record)}
     assert len({(g["step"], g["generation"]) for g in lines(record)}) == len(generations)
@@ -345,6 +346,24 @@ def test_spares_take_over(start: Start, tmp_path: Path, undisturbed: str) -> Non
     assert now[0] == survivor
     assert now[1] in spares
     assert final(launcher.output)["weights"] == undisturbed
+
+
+@pytest.mark.slow
+def test_workers_that_start_anew_come_from_the_reserve(start: Start, tmp_path: Path) -> None:
+    """Of a script with ``paddle.DataParallel``: the same result, and all of them were there."""
+    script = (str(TINY), "--record", str(tmp_path / "a"), "--parallel")
+    alone = start("alone", "--nproc_per_node", "2", script=script)
+    assert alone.wait() == 0, alone.output
+    script = (str(TINY), "--record", str(tmp_path / "b"), "--parallel", "--delay", "0.15")
+    flags = ("--nproc_per_node", "2", "--spares", "2", "--checkpoint_every", "3")
+    launcher = start("job", *flags, script=script)
+    wait_until(lambda: len(launcher.ready()) == 2)
+    spares = launcher.ready()
+    launcher.kill_worker(1)
+    assert launcher.wait() == 0, launcher.output
+    assert sorted(launcher.workers().values()) == sorted(spares)
+    assert final(launcher.output)["restarts"] == "1"
+    assert final(launcher.output)["weights"] == final(alone.output)["weights"]
 
 
 def test_a_signal_saves_now_and_a_terminal_that_closes_saves_and_ends(

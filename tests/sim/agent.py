@@ -325,8 +325,9 @@ class SimAgent(WorkerOwner):
             (self.crew.start if starts else self.crew.order)(state.generation)
 
     def _refill(self, state: schema.JobState) -> None:
-        _, reserve = spares_due(self._local_view(state), self.config.job)
-        self.crew.refill(reserve)
+        due = spares_due(self._local_view(state), self.config.job)
+        if due is not None:
+            self.crew.refill(due[1])
 
     def turned_to(self, versioned: Versioned[Generation], ranks: Sequence[int]) -> None:
         self._restore_failed = ""

@@ -122,6 +122,7 @@ class Crew:
 
     def _fill(self, env: Env, order: Order) -> None:
         self._workers[env.rank] = local.Worker(env.rank)
+        self._orders[env.rank] = order
         free = [*self._ready, *(w.number for w in self.reserve())]
         if not free:
             worker = self._pool[env.rank] = SimWorker(self._world, self._agent, env)
@@ -133,18 +134,15 @@ class Crew:
         if self._ready.pop(number, None) is not None:
             self._channels[number] = 0
             worker.told(worker.hear_order, order)
-        else:
-            self._orders[env.rank] = order
 
     def _send_order(self, rank: int, order: Order) -> None:
         worker = self._pool.get(rank)
         if worker is None:
             return
         self._groups[worker.number] = self._groups.get(worker.number, 0) + 1
+        self._orders[rank] = order
         if worker.number in self._channels:
             worker.told(worker.hear_order, order)
-        else:
-            self._orders[rank] = order
 
     def refill(self, reserve: int) -> None:
         for worker in self.reserve()[reserve:]:

@@ -148,9 +148,9 @@ class SimWorker:
 
     @property
     def ordered(self) -> bool:
-        return (
-            self.order is not None and self.can_change and self.order.generation > self.generation
-        )
+        if self.order is None or not (self.can_change or self.env is None):
+            return False  # who waits at the door follows any
+        return self.order.generation > self.generation
 
     @property
     def ordered_at_once(self) -> bool:

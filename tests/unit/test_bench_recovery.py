@@ -17,7 +17,7 @@ from bench.recovery_analysis import (
     useful_share,
 )
 from bench.recovery_report import load_told, row_of
-from bench.recovery_trials import Outcome, Resumption
+from bench.recovery_trials import Outcome, Resumption, first_again
 
 
 def steps(begin_s: float, first: int, count: int, world: int, pid: int = 10) -> list[Applied]:
@@ -62,6 +62,7 @@ def test_steps_after_a_checkpoint_are_redone_and_the_old_ones_are_not_new() -> N
     assert found is not None
     assert found.redone == 3
     assert found.new_s == pytest.approx(3.151 - 0.48)
+    assert found.again_s == pytest.approx(3.001 - 0.48)
 
 
 def test_a_smaller_world_resumes_before_it_is_whole_again() -> None:
@@ -138,6 +139,16 @@ def test_a_goal_is_of_the_time_beyond_a_step_and_without_loss() -> None:
     assert outcome([0.19] * 10, redone=1).reached is False
     assert outcome([0.19] * 10, failures=1).reached is False
     assert outcome([]).reached is None
+
+
+def test_who_starts_anew_is_to_step_again_in_time_and_may_do_steps_again() -> None:
+    found = [Resumption(0.7, 8, 0.7, again_s) for again_s in (0.2, 0.29, 0.9)]
+    anew = Outcome("g", "paddle_ft", "s", 2, found, 0, 20.0, [0.05], goal_s=(0.3, 1.0), anew=True)
+    assert anew.reached is True
+    assert "p50 0.290 s" in first_again(anew)
+    found[1] = Resumption(0.7, 8, 0.7, 0.31)
+    assert anew.reached is False
+    assert first_again(outcome([0.19])) == ""
 
 
 def test_failures_stand_in_the_table() -> None:

@@ -169,9 +169,21 @@ class TestReserve:
     def test_a_node_without_a_place_prepares_all_its_workers(self) -> None:
         assert spares_due(view(state(generation(1, (OTHER,))), ()), CONFIG) == (0, 2)
 
-    def test_none_where_one_cannot_go_on(self) -> None:
+    def test_who_has_to_start_anew_does_so_from_the_reserve_too(self) -> None:
         cannot = replace(RUNS, recovery="restart")
-        assert spares_due(view(state(generation(1), cannot)), CONFIG) == (1, 0)
+        assert spares_due(view(state(generation(1), cannot)), CONFIG) == (0, 1)
+
+    def test_imported_only_where_the_rank_decides_on_the_device(self) -> None:
+        with_devices = CONFIG.model_copy(update={"devices": ("0", "1")})
+        assert spares_due(view(state(generation(1))), with_devices) == (1, 0)
+
+    def test_it_is_left_alone_until_workers_that_were_started_step(self) -> None:
+        silent = tuple(Worker(rank) for rank in (0, 1))
+        for recovery in ("restart", "in_place"):
+            started = Group(1, silent, told=recovery, stepping=False)
+            local = replace(view(state(generation(1))), group=started)
+            assert spares_due(local, CONFIG) is None
+            assert spares_due(replace(local, group=replace(started, stepping=True)), CONFIG)
 
     def test_none_when_it_ends(self) -> None:
         here = state(generation(1))

@@ -27,6 +27,7 @@ arguments.add_argument("--width", type=int, default=16)
 arguments.add_argument("--delay", type=float, default=0.0)
 arguments.add_argument("--fail-at", type=int, default=-1)
 arguments.add_argument("--reproducible", type=int, default=0)
+arguments.add_argument("--parallel", action="store_true")
 given = arguments.parse_args()
 
 
@@ -51,6 +52,9 @@ model = paddle.nn.Sequential(
     paddle.nn.Dropout(0.2),
     paddle.nn.Linear(given.width, 1),
 )
+if given.parallel:
+    paddle.distributed.init_parallel_env()
+    model = paddle.DataParallel(model)
 schedule = paddle.optimizer.lr.CosineAnnealingDecay(1e-2, T_max=40)
 optimizer = paddle.optimizer.Adam(
     schedule,
@@ -86,6 +90,7 @@ with ft.session(
             digest.update(tensor.numpy().tobytes())
         print(
             f"final step={s.global_step} weights={digest.hexdigest()} world={s.world_size} "
-            f"restarts={s.restarts}",
+            f"restarts={s.restarts} paddle={paddle.distributed.get_world_size()} "
+            f"group={paddle.distributed.is_initialized()}",
             flush=True,
         )
