@@ -112,7 +112,7 @@ _FLAGS = (
     ("fault tolerance", "--max_restart", "K", ("worker failures within job.restart_window_s that "
      "are answered by a restart (3)")),
     ("fault tolerance", "--spares", "K", ("worker processes kept ready to take over, with the "
-     "script run up to its session (0)")),
+     "script run until it needs its rank (0)")),
     ("fault tolerance", "--recovery", "HOW", ("in_place: workers that are left go on with what "
      "they have in memory, where the script allows it; restart: all are started again (in_place)")),
     ("fault tolerance", "--probe", "HOW", ("local: measure this node first, and do not join if it "

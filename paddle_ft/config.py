@@ -46,7 +46,7 @@ class JobConfig(_Group):
     """What becomes of the workers that are left when one is lost: they go on with what they have in
     memory, where the script allows it, or all are started again."""
     spares: int = Field(0, ge=0, le=256)
-    """Worker processes kept ready on this node, with the script run up to its session."""
+    """Worker processes kept ready on this node, with the script run until it needs its rank."""
     max_restart: int = Field(3, ge=0)
     """Worker failures within ``restart_window_s`` that are answered by a restart."""
     restart_window_s: float = Field(300.0, gt=0)

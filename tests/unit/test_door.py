@@ -157,7 +157,6 @@ print(type(os.environ).__name__, dist.get_rank(), dist.get_world_size())
     [
         "dist.get_rank()",
         slow("dist.get_world_size() - 1"),
-        slow("paddle.io.DataLoader([1, 2]) and 1"),
         slow("dist.ParallelEnv().local_rank + 1"),
     ],
 )
