@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from paddle_ft.checkpoint.snapshot import nbytes_of
 from paddle_ft.errors import CollectiveFailed, ConfigError
-from paddle_ft.gloo import GlooGroups, undelay
+from paddle_ft.gloo import GlooGroups
 from paddle_ft.health.board import Board
 
 JOIN_TIMEOUT_S = 300.0
@@ -218,17 +218,15 @@ class Collective:
 
 
 def connect_store(connect: Callable[[], Any]) -> Any:
-    """What ``connect`` gives, Paddle's own way to the store of its first group, without its waits.
+    """What ``connect`` gives, Paddle's own way to the store of its first group.
 
-    A rank that connects before the server listens would sleep for 3 s, and each request to the
-    store take 40 ms. Raises CollectiveFailed if rank 0 does not listen in time.
+    A rank that connects before the server listens would sleep for 3 s. The sockets stay as they
+    are: with TCP_NODELAY the groups that ``fleet`` makes after the first one failed to connect.
+    Raises CollectiveFailed if rank 0 does not listen in time.
     """
-    address = _rendezvous()
     if os.environ.get("PADDLE_TRAINER_ID", "0") != "0":
-        _await_listening(address, JOIN_TIMEOUT_S)
-    store = connect()
-    undelay(address[1])
-    return store
+        _await_listening(_rendezvous(), JOIN_TIMEOUT_S)
+    return connect()
 
 
 def is_peer_loss(error: BaseException) -> bool:

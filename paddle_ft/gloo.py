@@ -68,7 +68,7 @@ class GlooGroups:
             if self.wanted > number:
                 raise RuntimeError(f"group {number} is over before it began")
         store = core.TCPStore(host, int(port), rank == 0, 0, _STORE_TIMEOUT_S)
-        undelay(int(port), self._base)
+        _undelay(int(port), self._base)
         group = core.ProcessGroupGloo.create(store, rank, world_size, _GROUP_ID + number)
         with self._lock:
             self._inodes = set(_sockets()) - self._base
@@ -130,7 +130,7 @@ class GlooGroups:
             self._held.append(one)
 
 
-def undelay(port: int, others: Set[int] = frozenset()) -> None:
+def _undelay(port: int, others: Set[int]) -> None:
     """For the client of the store at ``port``: sockets but those whose inodes are in ``others``.
 
     It sends a request in pieces, which Nagle's algorithm would hold back.

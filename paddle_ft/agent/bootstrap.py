@@ -97,7 +97,7 @@ def die_with_parent(parent: int) -> None:
 class _PaddleAsItIsNeeded(importlib.abc.MetaPathFinder):
     """Imports Paddle and takes its signal handlers away, which print a C++ stack at SIGTERM.
 
-    And the waits from the way in which it connects to the store of its group.
+    And the wait of 3 s from the way in which it connects to the store of its group.
     """
 
     def find_spec(
