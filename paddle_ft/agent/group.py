@@ -170,7 +170,7 @@ class WorkerGroup:
         """Gives ``rank`` a worker: who waits at the door, else a new one."""
         self._workers[spec.rank] = Worker(spec.rank)
         self._orders[spec.rank] = order
-        pid = next((p for p in (*self._ready, *self._pool.reserve())), None)
+        pid = self._pool.candidate(self._ready)
         if pid is None:
             pid = self._pool.start(generation, spec)
         else:

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -113,6 +113,12 @@ class WorkerPool:
     def reserve(self) -> list[int]:
         """Process ids, the one started first at first."""
         return [pid for pid, running in self._reserve.items() if not running.stopped]
+
+    def candidate(self, ready: Iterable[int]) -> int | None:
+        """Who in reserve takes the next place: one of ``ready``, if any, but none that was told to
+        end and whose end is still to be heard of."""
+        there = self.reserve()
+        return next((pid for pid in (*ready, *there) if pid in there), None)
 
     def pid(self, rank: int) -> int | None:
         running = self._ranks.get(rank)

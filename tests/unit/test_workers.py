@@ -154,3 +154,20 @@ def test_a_killed_data_loader_leaves_no_shared_memory(
     workers.end()
     assert not runs(pid)
     assert not left_by(pid, workers.pid)
+
+
+def test_nobody_takes_a_place_who_was_told_to_end(tmp_path: Path) -> None:
+    """Its end may be heard of later than the place is to be filled."""
+    started = Workers(tmp_path, "import time; time.sleep(99)")
+    pool = started.pool
+    try:
+        pool.refill(0, 2, {})
+        first, second = pool.reserve()
+        assert pool.candidate([second]) == second
+        assert pool.candidate([]) == first
+        pool.refill(0, 1, {})
+        assert pool.candidate([second]) == first
+        pool.refill(0, 0, {})
+        assert pool.candidate([first, second]) is None
+    finally:
+        pool.close()
