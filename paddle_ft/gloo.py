@@ -68,7 +68,7 @@ class GlooGroups:
             if self.wanted > number:
                 raise RuntimeError(f"group {number} is over before it began")
         store = core.TCPStore(host, int(port), rank == 0, 0, _STORE_TIMEOUT_S)
-        _undelay(int(port), self._base)
+        set_delay(int(port), False, self._base)
         group = core.ProcessGroupGloo.create(store, rank, world_size, _GROUP_ID + number)
         with self._lock:
             self._inodes = set(_sockets()) - self._base
@@ -130,10 +130,10 @@ class GlooGroups:
             self._held.append(one)
 
 
-def _undelay(port: int, others: Set[int]) -> None:
-    """For the client of the store at ``port``: sockets but those whose inodes are in ``others``.
+def set_delay(port: int, delay: bool, others: Set[int] = frozenset()) -> None:
+    """Of the client of the store at ``port``: sockets but those whose inodes are in ``others``.
 
-    It sends a request in pieces, which Nagle's algorithm would hold back.
+    It sends a request in pieces, which Nagle's algorithm holds back unless ``delay`` is false.
     """
     for inode, descriptor in _sockets().items():
         if inode in others:
@@ -141,7 +141,7 @@ def _undelay(port: int, others: Set[int]) -> None:
         try:
             with socket.socket(fileno=os.dup(descriptor)) as one:
                 if one.family == socket.AF_INET and one.getpeername()[1] == port:
-                    one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                    one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, not delay)
         except OSError:  # closed meanwhile, or not connected
             continue
 
