@@ -23,6 +23,7 @@ from paddle_ft.config import EtcdConfig
 from paddle_ft.coordination.embedded import EmbeddedEtcd
 from paddle_ft.coordination.etcd import EtcdCoordinator
 from paddle_ft.coordination.schema import Keys
+from paddle_ft.observe.events import read
 
 SCRIPTS = HERE / "scripts"
 POLL_S = 0.02
@@ -49,6 +50,8 @@ class Job:
     environ: dict[str, str] = field(default_factory=dict)
     units: dict[int, subprocess.Popen[bytes]] = field(default_factory=dict)
     lines: list[Applied] = field(default_factory=list)
+    victim: int = 0
+    """The process that was signalled last."""
     _read: dict[Path, int] = field(default_factory=dict)
 
     def command(self, unit: int) -> list[str]:
@@ -141,6 +144,7 @@ class Job:
         """Signals a worker, a random one unless it is named; gives when (monotonic)."""
         pids = latest(self.lines)
         pid = pids[random.randrange(self.ranks) if rank is None else rank]
+        self.victim = pid
         at_s = time.monotonic()
         with suppress(ProcessLookupError):
             os.kill(pid, number)
@@ -221,6 +225,12 @@ class PaddleFT(Job):
         """Units whose workers have made the newest steps."""
         pids = set(latest(self.lines).values())
         return {u for u, p in self.units.items() if pids & set(descendants(p.pid))}
+
+    def named(self, after_s: float) -> list[tuple[int, float]]:
+        """Process ids that were told to hang since ``after_s``, and when."""
+        folders = [self.folder / f"unit-{unit}" / "log" for unit in self.units]
+        told = [e for e in read(folders) if e.kind == "hung" and e.at_s > after_s]
+        return [(int(e.fields["pid"]), e.at_s) for e in told]
 
     def leader(self) -> int:
         """The unit that leads."""

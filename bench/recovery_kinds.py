@@ -35,11 +35,6 @@ WORKER, NODE, RESTART, HANG = (
 )
 EVERY = ("--checkpoint_every", "10")
 """As often as the scripts of those save that have to."""
-SHORT_LEASE = {
-    "PADDLE_FT_ETCD__LEASE_TTL_S": "2",
-    "PADDLE_FT_ETCD__RENEW_INTERVAL_S": "0.3",
-    "PADDLE_FT_ETCD__RPC_TIMEOUT_S": "1",
-}
 TORCHFT_TUNED = (
     "--join_timeout_ms", "100", "--heartbeat_timeout_ms", "500", "--quorum_tick_ms", "20",
 )  # fmt: skip
@@ -162,14 +157,11 @@ def _node(parent: Path) -> Iterator[Kind]:
         ("the leader's", kill_leader),
     )
     for who, fault in victims:
-        for lease, environ in (("lease 5 s (default)", {}), ("lease 2 s", SHORT_LEASE)):
-            yield Kind(
-                Outcome(NODE, "paddle_ft", f"{who}, {lease}", ranks, goal_s=(0.3, 1.0)),
-                lambda environ=environ: PaddleFT(
-                    fresh(parent), ranks, nodes=ranks, flags=EVERY, environ=dict(environ)
-                ),
-                fault,
-            )
+        yield Kind(
+            Outcome(NODE, "paddle_ft", f"{who}, lease 5 s (default)", ranks, goal_s=(0.3, 1.0)),
+            lambda: PaddleFT(fresh(parent), ranks, nodes=ranks, flags=EVERY),
+            fault,
+        )
     yield from torchft_kinds(parent, NODE, ranks)
     for settings, flags in (
         ("defaults", ()),
@@ -189,7 +181,7 @@ def _node(parent: Path) -> Iterator[Kind]:
 
 def _hang(parent: Path) -> Iterator[Kind]:
     yield Kind(
-        Outcome(HANG, "paddle_ft", "--spares 1", 2),
+        Outcome(HANG, "paddle_ft", "--spares 1", 2, hangs=True),
         lambda: PaddleFT(fresh(parent), 2, spares=1, flags=EVERY),
         stop_worker,
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.recovery_analysis import median, percentile
-from bench.recovery_trials import Outcome, first_again
+from bench.recovery_trials import Outcome, first_again, told_of_hangs
 from bench.report import Row
 
 HEAD = (
@@ -71,7 +71,7 @@ def document(
         members = [o for o in outcomes if o.group == group]
         lines += ["", f"## {group}", "", HEAD, "| --- " * HEAD.count(" |") + "|"]
         lines += [row_of(o) for o in members]
-        told = [(o, first_again(o) + o.note) for o in members]
+        told = [(o, first_again(o) + told_of_hangs(o) + o.note) for o in members]
         notes = [f"- {o.name}, {o.settings}: {text}" for o, text in told if text]
         lines += ["", *notes] if notes else []
     for group in dict.fromkeys(r.group for r in rows):

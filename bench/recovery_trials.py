@@ -25,6 +25,9 @@ Say = Callable[[str], None]
 FULL_TIMEOUT_S = 25.0
 """How long the world may take to be whole again before the job is given up for further trials."""
 
+NAMED_TIMEOUT_S = 3.0
+"""A hang is written down after the stacks of all ranks are, for which who was stopped goes on."""
+
 
 @dataclass
 class Outcome:
@@ -46,8 +49,19 @@ class Outcome:
     """Of p50 and p99, beyond one step; see ``anew``."""
     anew: bool = False
     """Workers start from the last commit, and do steps again: the goal is of the first of these."""
+    hangs: bool = False
+    """The fault is a hang: somebody has to name the one that does."""
+    noticed: list[float] = field(default_factory=list)
+    """Seconds after which the right one was named, and nobody else."""
+    misnamed: int = 0
+    slowest_s: float = 0.0
+    """The slowest undisturbed step of the jobs."""
     note: str = ""
     not_run: str = ""
+
+    @property
+    def noticed_goal_s(self) -> float:
+        return 3 * self.slowest_s + 1.0
 
     @property
     def trials(self) -> int:
@@ -61,6 +75,9 @@ class Outcome:
     @property
     def reached(self) -> bool | None:
         """None where there is no goal, or nothing was run."""
+        if self.hangs and self.trials:
+            late = any(s > self.noticed_goal_s for s in self.noticed)
+            return not (late or self.misnamed or self.failures) and bool(self.noticed)
         if self.goal_s is None or not self.trials:
             return None
         beyond = self.beyond()
@@ -85,6 +102,8 @@ class Outcome:
             "any_step_s": [round(r.again_s, 4) for r in self.found],
             "steps_redone": [r.redone for r in self.found],
             "join_pause_s": [round(j, 4) for j in self.joins],
+            "noticed_s": [round(s, 4) for s in self.noticed],
+            "misnamed": self.misnamed,
             "goal_s": self.goal_s,
             "reached": self.reached,
             "note": self.note,
@@ -160,6 +179,7 @@ def start(make: Callable[[], Job], outcome: Outcome) -> Job | None:
         job.close()
         raise
     outcome.step_s.append(median(intervals(job.lines)))
+    outcome.slowest_s = max([outcome.slowest_s, *intervals(job.lines)])
     return job
 
 
@@ -172,6 +192,8 @@ def one(job: Job, outcome: Outcome, fault: Fault, timeout_s: float) -> bool:
     if not resumed or found is None:
         outcome.failures += 1
         return False
+    if outcome.hangs and isinstance(job, PaddleFT):
+        note_hang(job, outcome, at_s)
     whole = bring_back(job, outcome, at_s)
     found = resumption(job.lines, at_s)
     assert found is not None
@@ -215,6 +237,28 @@ def note_join(job: Job, outcome: Outcome, at_s: float, found: Resumption) -> Non
     pause_s = longest_pause(job.lines, pids, at_s + found.new_s)
     with suppress(ValueError):
         outcome.joins.append(max(pause_s - median(outcome.step_s), 0.0))
+
+
+def note_hang(job: PaddleFT, outcome: Outcome, at_s: float) -> None:
+    """Whether the one that was stopped was named, and nobody else, and after how long."""
+    job.wait(lambda: bool(job.named(at_s)), NAMED_TIMEOUT_S)
+    told = job.named(at_s)
+    if {pid for pid, _ in told} == {job.victim}:
+        outcome.noticed.append(told[0][1] - at_s)
+    else:
+        outcome.misnamed += 1
+
+
+def told_of_hangs(outcome: Outcome) -> str:
+    """ "" if it is not about hangs."""
+    if not outcome.hangs or not outcome.trials:
+        return ""
+    s = outcome.noticed
+    when = f"after {percentile(s, 0.5):.2f} s (p50), {max(s):.2f} s (max), " if s else ""
+    return (
+        f"named rightly in {len(s)} of {outcome.trials}, {when}goal {outcome.noticed_goal_s:.2f} s "
+        f"(3 x the slowest normal step + 1 s); "
+    )
 
 
 def first_again(outcome: Outcome) -> str:

@@ -221,6 +221,7 @@ class HealthMonitor:
             self._write_file(known, record)
 
     def _accuse(self, known: _Known, watch: _GroupWatch, new: list[Verdict]) -> None:
+        noticed_s = time.monotonic()
         subjects = [
             flight.Subject(rank.row, known.pids[number], rank.reader.calls())
             for number, rank in watch.ranks.items()
@@ -241,7 +242,7 @@ class HealthMonitor:
             self._blames.append(_Blame(known.generation, verdict.rank, pid, verdict))
             told: dict[str, Any] = {"rank": verdict.rank, "pid": pid, "reason": verdict.reason}
             told |= {"still_s": round(verdict.since_s, 3), "collective": verdict.collective}
-            self._events.add("hung", generation=known.generation, **told)
+            self._events.add("hung", at_s=noticed_s, generation=known.generation, **told)
         blamed = {verdict.rank for verdict in new}
         ended = [r.row for n, r in watch.ranks.items() if n in blamed]
         self._usual.patience = patience_after(self._usual, ended)
