@@ -19,6 +19,7 @@ from paddle_ft.agent.supervise import Group, Worker
 from paddle_ft.agent.worker_env import SESSION_VARIABLE, SessionEnv, sealed_env, worker_env
 from paddle_ft.agent.workers import WorkerEnded, WorkerPool, WorkerSpec
 from paddle_ft.config import Config
+from paddle_ft.health import stacks
 from paddle_ft.types import CommitRef, Generation, Recovery, Versioned, encode
 
 HEARD_OUT_S = 1.0
@@ -290,6 +291,7 @@ class WorkerGroup:
             self._ended[event.pid] = event
             return
         self._pool.reap(event)
+        stacks.remove(self._run_dir, event.pid)
         self._groups.pop(event.pid, None)
         rank = self._rank_of.pop(event.pid, None)
         if rank is not None:

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any, TypeVar
 
 from paddle_ft.coordination.kv import Compare, Delete, KeyValue, Put, Transaction
@@ -42,6 +41,7 @@ from paddle_ft.types import (
 )
 
 ROOT = "/paddle_ft"
+VALUES_MIN = 64
 T = TypeVar("T")
 
 
@@ -193,6 +193,7 @@ def parse(keys: Keys, kvs: Iterable[KeyValue]) -> JobState:
             quarantine.add(name[len("quarantine/") :])
         else:
             single[name] = kv
+    _values.looked(len(nodes) + len(parts) + len(health) + len(single))
     text = {n: _text(single[n]) for n in ("leader", "store") if n in single}
     return JobState(
         nodes=nodes,
@@ -211,16 +212,39 @@ def parse(keys: Keys, kvs: Iterable[KeyValue]) -> JobState:
 
 def _decoded(kind: type[T], kv: KeyValue) -> T:
     try:
-        value: T = _value(kind, kv.value)  # type: ignore[arg-type]
+        value: T = _values.value(kind, kv.value)
         return value
     except ValueError as error:
         raise ValueError(f"{kv.key} does not hold a {kind.__name__}: {error}") from error
 
 
-@lru_cache(maxsize=32_768)
-def _value(kind: Any, data: bytes) -> Any:
-    """As ``decode``; of thousands of keys most are as they were at the last look."""
-    return decode(kind, data)
+class _Values:
+    """Values that were decoded: of thousands of keys most are as they were at the last look.
+
+    Kept are those of the last look, and of those before at most some four times as many: a job
+    writes new ones for as long as it runs. Threads may cost each other an entry, nothing more.
+    """
+
+    def __init__(self) -> None:
+        self._new: dict[tuple[Any, bytes], Any] = {}
+        self._old: dict[tuple[Any, bytes], Any] = {}
+
+    def value(self, kind: Any, data: bytes) -> Any:
+        """As ``decode``."""
+        key = kind, data
+        value = self._new.get(key)
+        if value is None:
+            value = self._old.get(key)
+            self._new[key] = value = decode(kind, data) if value is None else value
+        return value
+
+    def looked(self, count: int) -> None:
+        """A look that took ``count`` values is over."""
+        if len(self._new) > max(VALUES_MIN, 2 * count):
+            self._new, self._old = {}, self._new
+
+
+_values = _Values()
 
 
 def _versioned(kind: type[T], kv: KeyValue) -> Versioned[T]:

@@ -95,9 +95,9 @@ class HealthMonitor:
         self._blames: deque[_Blame] = deque(maxlen=256)
         self._blamed_s: tuple[float, ...] = ()
         self._accused: set[int] = set()
-        """Process ids."""
+        """Process ids, of those that run: the kernel gives them again."""
         self._seen: dict[str, tuple[int, float]] = {}
-        """By member: revision of what it told last, and when that came here."""
+        """By member that is there: revision of what it told last, and when that came here."""
         self._sent_s = float("-inf")
         self._record = HealthRecord(0)
         self._watch: _GroupWatch | None = None
@@ -132,6 +132,7 @@ class HealthMonitor:
         self, state: schema.JobState, me: str, generation: int
     ) -> tuple[tuple[Waiting | None, tuple[Pace, ...]], ...]:
         now_s, found = time.monotonic(), []
+        self._seen = {m: told for m, told in self._seen.items() if m in state.health}
         for member, versioned in state.health.items():
             record = versioned.value
             revision, since_s = self._seen.get(member, (0, 0.0))
@@ -190,6 +191,7 @@ class HealthMonitor:
         watch.look(known, min(now_s - self._looked_s, GAP_S))
         self._looked_s = now_s
         self._name_slow(watch)
+        self._accused.intersection_update(known.pids.values())
         rows = [rank.row for rank in watch.ranks.values()]
         hung = find_hung(rows, known.elsewhere, self._usual)
         new = [v for v in hung if known.pids.get(v.rank) not in self._accused]

@@ -6,6 +6,7 @@ exists only once the signal is handled; to a process without the file it must no
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import signal
@@ -33,3 +34,11 @@ def install(directory: Path) -> None:
     except (OSError, RuntimeError):
         return
     _file = file
+
+
+def remove(directory: Path, pid: int) -> None:
+    """Process ``pid`` has ended; another one may get its id, and must not be asked too early."""
+    path = path_of(directory, pid)
+    for left in (path, path.with_suffix(".new")):
+        with contextlib.suppress(OSError):
+            left.unlink(missing_ok=True)

@@ -149,8 +149,11 @@ _EACH = {
     "slow-network": [
         "slow-network@3s:node=a:for=5s",
         "slow-network@12s:node=b:for=5s:rate=200kbit",
+        "slow-network@21s:node=c:for=5s:rate=1mbit:latency=20ms",
     ],
-    "full-disk": ["full-disk@2s:dir=DISK:for=8s"],
+    "full-disk": [
+        f"full-disk@{at}s:dir=DISK:for={length}s" for at, length in ((2, 8), (13, 3), (19, 3))
+    ],
     "store-errors": [
         f"store-errors@{at}s:answer={answer}:for=6s"
         for answer, at in zip(ANSWERS, (2, 11, 20), strict=True)

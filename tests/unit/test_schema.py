@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+from dataclasses import replace
+
 import pytest
 
 from paddle_ft.coordination import schema
@@ -25,6 +28,7 @@ A = Member("a", "1", "host", 2, (1, 2, 3))
 REF = CommitRef(1, 10, 1, "manifest", "digest")
 HEAD = Head(REF)
 GENERATION = Generation(1, (A,), "host:1")
+LOOKS = 2000
 MAX_OPERATIONS = 128
 """What etcd takes in one transaction unless it is told otherwise."""
 
@@ -265,3 +269,15 @@ def test_a_job_is_bound_to_one_store() -> None:
     job = Job()
     assert job.run(schema.claim_store(KEYS, "one"))
     assert not job.run(schema.claim_store(KEYS, "two"))
+
+
+def test_of_the_values_of_a_long_job_only_the_last_are_kept() -> None:
+    still, generations = KeyValue(KEYS.generation, encode(GENERATION), 1, 1), []
+    for revision in range(2, LOOKS):
+        head = Head(replace(REF, step=revision))
+        state = schema.parse(KEYS, [still, KeyValue(KEYS.head, encode(head), 2, revision)])
+        assert state.head is not None and state.head.value == head
+        assert state.generation is not None
+        generations.append(state.generation.value)
+    assert len(set(map(id, generations))) == 1, "what stays as it is, is decoded once"
+    assert sum(isinstance(value, Head) for value in gc.get_objects()) < LOOKS / 4
