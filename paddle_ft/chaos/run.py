@@ -111,7 +111,7 @@ class Job:
         private = not self._config.etcd.endpoints
         return [
             Launcher(name, p.pid, self._log_dir(name), self._eras[name] if private else 0)
-            for name, p in self._running.items()
+            for name, p in list(self._running.items())  # called while others start and end
             if name not in self._killed and p.poll() is None
         ]
 
