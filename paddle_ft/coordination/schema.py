@@ -41,7 +41,7 @@ from paddle_ft.types import (
 )
 
 ROOT = "/paddle_ft"
-VALUES_MIN = 64
+VALUES_MIN = 256
 T = TypeVar("T")
 
 

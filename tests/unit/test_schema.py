@@ -28,7 +28,7 @@ A = Member("a", "1", "host", 2, (1, 2, 3))
 REF = CommitRef(1, 10, 1, "manifest", "digest")
 HEAD = Head(REF)
 GENERATION = Generation(1, (A,), "host:1")
-LOOKS = 2000
+LOOKS = 4000
 MAX_OPERATIONS = 128
 """What etcd takes in one transaction unless it is told otherwise."""
 
