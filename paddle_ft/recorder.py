@@ -5,6 +5,8 @@ Invariant: at most one copy is on its way, and what the optimizer changes is in 
 
 Parameters that are not trained are copied beside the steps that follow once they have been the same
 in two snapshots; others of them (a moving average that the forward pass keeps) are copied at once.
+Paddle does not count every way of writing to them, so such a copy counts only if it is, byte by
+byte, what the snapshot before has.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from paddle_ft.checkpoint import plan
-from paddle_ft.checkpoint.snapshot import Outcome, Snapshot, Source, in_place
+from paddle_ft.checkpoint.snapshot import Outcome, Snapshot, Source, fingerprint, in_place
 from paddle_ft.exits import say
 from paddle_ft.keeper import Keeper
 from paddle_ft.nested import Entry
@@ -54,6 +56,10 @@ class Recorder:
         """The same of what changes seldom."""
         self._seldom: dict[str, tuple[Any, ...]] = {}
         """By tensor and start of what changes seldom: where it was and some of its words."""
+        self._watched: dict[str, tuple[Source, Changes]] = {}
+        """By the same: what the snapshot on its way copies of it, and when."""
+        self._fingerprints: dict[str, bytes] = {}
+        """By the same: of what the last snapshot has, if that is whole."""
         self._snapshot: Snapshot | None = None
         self._told = True
         """For how long training was held for the copy that is on its way has been told."""
@@ -89,7 +95,7 @@ class Recorder:
         buffer, memory = acquired
         info = ImageInfo(step, self._rank, self._world_size, pieces, meta)
         sources = self._sources(entries, beside and self._beside)
-        self._snapshot = Snapshot(memory, sources, self._done(buffer, info))
+        self._snapshot = Snapshot(memory, sources, self._done(buffer, memory, info))
         self._held_s, self._told = time.monotonic() - start_s, False
         return True
 
@@ -144,6 +150,7 @@ class Recorder:
         by_name = {entry.name: entry for entry in entries}
         sources: list[tuple[Source, Changes]] = []
         seldom: dict[str, tuple[Any, ...]] = {}
+        self._watched = {}
         for piece in self._pieces:
             entry = by_name[piece.name]
             item = self._known.get(id(entry.tensor))
@@ -154,18 +161,34 @@ class Recorder:
                 place = f"{piece.name} {piece.start}"
                 words = source.words(source.address)
                 seldom[place] = (source.address, source.inplace_version, words)
-                if not self._seldom_beside or self._seldom.get(place) != seldom[place]:
+                known = self._seldom_beside and place in self._fingerprints
+                if not known or self._seldom.get(place) != seldom[place]:
                     changes = "any time"
+                if beside and self._seldom_beside:
+                    self._watched[place] = source, changes
             sources.append((source, changes))
         self._seldom = seldom
         return sources
 
-    def _done(self, buffer: int, info: ImageInfo) -> Callable[[Outcome], None]:
+    def _same(self, memory: memoryview) -> bool:
+        """Whether what was copied beside the steps is what the snapshot before has of it."""
+        found: dict[str, bytes] = {}
+        same = True
+        for place, (source, changes) in self._watched.items():
+            found[place] = fingerprint(memory[source.offset : source.offset + source.nbytes])
+            same = same and (changes == "any time" or found[place] == self._fingerprints[place])
+        self._fingerprints = found
+        return same
+
+    def _done(self, buffer: int, memory: memoryview, info: ImageInfo) -> Callable[[Outcome], None]:
         def done(outcome: Outcome) -> None:
+            if outcome == "intact" and not self._same(memory):
+                outcome = "seldom"
             if outcome == "intact":
                 self.published_step = info.step
                 self._keeper.publish(buffer, info)
                 return
+            self._fingerprints = {}
             self._keeper.give_back(buffer)
             if outcome == "seldom":
                 self._seldom_beside = False

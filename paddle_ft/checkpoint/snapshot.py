@@ -13,6 +13,7 @@ written for, but has not been run on, a GPU.
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import mmap
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +29,8 @@ from paddle_ft.types import Changes, ImageInfo, TensorSpec
 CHUNK_BYTES = 8 * 2**20
 """Copied in one go; a copy that is no longer wanted stops after it."""
 _LARGE_BYTES = 4096
+_SUMS = 1021
+"""Of a chunk's words: a prime, so that no usual row length is a multiple of it."""
 
 
 # ---------------------------------------------------------------- one tensor
@@ -98,6 +101,22 @@ class Source:
                 return
             size = min(CHUNK_BYTES, self.nbytes - at)
             ctypes.memmove(target + self.offset + at, self.address + at, size)
+
+
+def fingerprint(data: memoryview) -> bytes:
+    """Tells whether bytes have changed; about as fast as reading them, and without the GIL.
+
+    Every ``_SUMS``-th word of a chunk is added up. Only changes that cancel out in such a sum go
+    unseen, so it is nothing against whoever wants that.
+    """
+    found = hashlib.sha256()
+    for at in range(0, len(data), CHUNK_BYTES):
+        chunk = np.frombuffer(data[at : at + CHUNK_BYTES], np.uint8)
+        whole = len(chunk) - len(chunk) % (8 * _SUMS)
+        words = chunk[:whole].view(np.uint64).reshape(-1, _SUMS)
+        found.update(np.add.reduce(words, axis=0).tobytes())
+        found.update(chunk[whole:].tobytes())
+    return found.digest()
 
 
 def _host_copy(tensor: Any) -> Any:

@@ -116,6 +116,50 @@ def test_what_changes_while_it_is_copied_beside_is_copied_at_once_from_then_on(
     assert capfd.readouterr().err == ""
 
 
+def test_rows_written_in_a_way_that_paddle_does_not_count_are_in_no_snapshot_of_an_earlier_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world = World(monkeypatch)
+    before = world.table.weight.numpy()
+    world.save(1)
+    copy = Snapshot._copied
+
+    def late(snapshot: Snapshot, sources: list[Source]) -> bool:
+        if sources and sources[0].tensor is world.table.weight:
+            after = before.copy()
+            after[1, 3] += 1.0  # none of the words that are looked at
+            world.table.weight.set_value(after)
+        return copy(snapshot, sources)
+
+    monkeypatch.setattr(Snapshot, "_copied", late)
+    assert world.save(2)["model/0.weight"] == "seldom"
+    assert world.keeper.given_back == [1]
+    assert world.save(3)["model/0.weight"] == "any time"
+    assert world.saved(1) == before.tobytes()
+    assert world.saved(3) == world.table.weight.numpy().tobytes() != before.tobytes()
+    assert list(world.keeper.images) == [1, 3]
+
+
+def test_after_a_copy_that_was_thrown_away_what_changes_seldom_is_copied_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world = World(monkeypatch)
+    world.save(1)
+    real = Snapshot._copied
+
+    def stopped(snapshot: Snapshot, sources: list[Source]) -> bool:
+        snapshot._stop.wait(20)
+        return real(snapshot, sources)
+
+    monkeypatch.setattr(Snapshot, "_copied", stopped)
+    assert world.recorder.take(2, {}, wait=True, beside=True)
+    world.recorder.abandon()
+    monkeypatch.setattr(Snapshot, "_copied", real)
+    assert world.save(3)["model/0.weight"] == "any time"
+    assert world.save(4)["model/0.weight"] == "seldom"
+    assert list(world.keeper.images) == [1, 3, 4]
+
+
 def test_a_copy_that_is_thrown_away_says_nothing(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -120,6 +120,22 @@ def test_the_word_looked_at_lies_within_the_bytes(nbytes: int) -> None:
     assert not any(source.words(source.address))
 
 
+@pytest.mark.parametrize("nbytes", [0, 1, 8, 8167, 8168, 8169, 50_000])
+def test_a_fingerprint_sees_each_byte_and_its_place(
+    nbytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(snapshot, "CHUNK_BYTES", 20_000)
+    data = bytearray(np.random.default_rng(nbytes).integers(0, 256, nbytes, np.uint8).tobytes())
+    first = snapshot.fingerprint(memoryview(data))
+    assert snapshot.fingerprint(memoryview(bytes(data))) == first
+    for at in {0, nbytes // 3, nbytes // 2, nbytes - 1} if nbytes else ():
+        data[at] ^= 64
+        assert snapshot.fingerprint(memoryview(data)) != first
+        data[at] ^= 64
+    swapped = data[nbytes // 2 :] + data[: nbytes // 2]
+    assert (snapshot.fingerprint(memoryview(swapped)) == first) == (swapped == data)
+
+
 def spec(name: str, start: int, nbytes: int, offset: int) -> TensorSpec:
     return TensorSpec(name, "uint8", (6,), "replicated", offset, nbytes, start)
 
