@@ -106,12 +106,16 @@ def goodput(
     log_dirs: Annotated[
         list[Path] | None, typer.Argument(help="those of all launchers of a job; default: log")
     ] = None,
+    log_dir: Annotated[
+        Path | None, typer.Option("--log_dir", "--log-dir", help="one more of them")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
 ) -> None:
     """Show where the time of a job has gone, whether it runs or has ended."""
     from paddle_ft.observe.cli import show_goodput
 
-    show_goodput(log_dirs or [LOGS], as_json)
+    given = [*(log_dirs or ()), *([log_dir] if log_dir else ())]
+    show_goodput(given or [LOGS], as_json)
 
 
 @app.command()

@@ -106,8 +106,9 @@ class Console:
         total = f"/{reading.steps_total}" if reading.steps_total else ""
         saved = f"{progress.committed_step}" if progress.committed_step >= 0 else "none yet"
         waits = " (the store is in trouble)" if progress.store_trouble else ""
+        loss = f" · loss {reading.loss:.4f}" if reading.step > 0 else ""
         return (
-            f"step {reading.step}{total}{rate} · loss {reading.loss:.4f} · world "
+            f"step {reading.step}{total}{rate}{loss} · world "
             f"{progress.world_size} · generation {progress.generation} · checkpoint {saved}{waits}"
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import socket
@@ -117,6 +118,21 @@ class TestConsole:
             monkeypatch.undo()
             with contextlib.suppress(OSError):
                 terminal.close()
+
+    def test_before_the_first_step_there_is_no_loss(
+        self, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        console = Console("node")
+        try:
+            for step, loss in ((0, math.nan), (1, 0.5)):
+                console._next_s = 0.0
+                console.progress(Progress(Reading(step, loss, 1.0, 0, 8, 0), 1, 1, -1, "", ""))
+        finally:
+            console.close()
+        first, second = capsys.readouterr().err.splitlines()
+        assert "step 0 · world 1" in first
+        assert "step 1 · " in second
+        assert "loss 0.5000 · world 1" in second
 
     def test_a_reader_that_went(self, monkeypatch: pytest.MonkeyPatch) -> None:
         reader, writer = os.pipe()

@@ -306,6 +306,9 @@ def test_the_commands(tmp_path: Path) -> None:
     shown = CliRunner().invoke(cli.app, ["goodput", str(tmp_path / "log")]).output
     assert "goodput 86.3 % (start-up and end 8.6 %, recovery 3.9 %, detection 1.3 %)" in shown
     assert "rank 1 ended with signal 9" in shown
+    for flag in ("--log_dir", "--log-dir"):
+        again = CliRunner().invoke(cli.app, ["goodput", flag, str(tmp_path / "log")]).output
+        assert again == shown
     shown = CliRunner().invoke(cli.app, ["events", "--log_dir", str(tmp_path / "log")]).output
     assert len(shown.splitlines()) == len(job.events)
     assert "n0         worker ended   rank 1, exit code -9, signal 9, stopped no" in shown
