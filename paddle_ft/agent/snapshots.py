@@ -7,8 +7,9 @@ Invariants:
   back after that, never before;
 - at most ``buffers`` snapshots of a rank are in flight. Who finds no free buffer does not wait: the
   workers agree to try again at the next step;
-- buffers of workers that are gone stay until the next ones have their state: blocks of the restore
-  point that are still in them are copied from there (``near``), verified like all others.
+- buffers of workers that are gone stay until the next ones have their state, also if that was to
+  come from workers that go on: should they be gone, too, blocks of the restore point that are still
+  there are copied from there (``near``), verified like all others.
 
 Memory, for S bytes of state on W ranks of which R are here, local tensors counted with each rank:
 
@@ -180,9 +181,9 @@ class SnapshotKeeper:
         for path in self._directory.glob("restore-*"):
             path.unlink(missing_ok=True)
         self._buffers.hand_on(stay, before, number)
-        if restore is None or generation.in_place:
+        if restore is None:
             self._buffers.drop_before(number)
-        else:
+        elif not generation.in_place:
             self._start_loading(number)
 
     def _start_loading(self, generation: int) -> None:
@@ -214,6 +215,7 @@ class SnapshotKeeper:
         with self._lock:
             if generation != self._generation:
                 return Allocated(())
+        self._buffers.drop_before(generation)  # in place, all have their state from each other
         return Allocated(self._buffers.allocate(generation, rank, nbytes))
 
     def wait_restored(self, generation: int, rank: int) -> RestoreReply | None:

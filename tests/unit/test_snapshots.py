@@ -44,11 +44,13 @@ class Node:
         self.paths: dict[int, tuple[str, ...]] = {}
         self.generation = 0
 
-    def begin(self, restore: CommitRef | None = None) -> None:
+    def begin(self, restore: CommitRef | None = None, *, in_place: bool = False) -> None:
         self.generation += 1
         sequence = self.head.newest.sequence if self.head else 0
         member = Member("n", "a", "h", WORLD, (1, 2, 3))
         generation = Generation(self.generation, (member,), "h:1", restore)
+        if in_place:
+            generation = replace(generation, since=(1,))
         self.keeper.begin(generation, "n.a", range(WORLD), sequence, {})
 
     def save(self, step: int, state: dict[str, Array], buffer: int) -> CommitRef:
@@ -138,6 +140,34 @@ def test_workers_start_again_from_memory(node: Node, caplog: pytest.LogCaptureFi
     node.begin(ref)
     assert equal(node.loaded(), state_of(2))
     assert sources(caplog) == [1.6, 0.0, 0.0]
+
+
+def test_workers_that_were_to_go_on_in_place_and_are_gone_start_from_memory_too(
+    node: Node, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    node.begin()
+    ref = node.save(1, state_of(1), 0)
+    training = node.held_bytes()
+    shutil.rmtree(node.store / "data")  # not needed
+    node.begin(ref, in_place=True)
+    node.begin(ref, in_place=True)
+    assert equal(node.loaded(), state_of(1))
+    assert sources(caplog) == [1.6, 0.0, 0.0]
+    node.keeper.taken(node.generation, 0)
+    node.keeper.taken(node.generation, 1)
+    node.save(2, state_of(2), 0)
+    assert node.held_bytes() == training
+
+
+def test_who_has_its_state_from_another_worker_does_not_keep_the_old_buffers(node: Node) -> None:
+    node.begin()
+    ref = node.save(1, state_of(1), 0)
+    training = node.held_bytes()
+    node.begin(ref, in_place=True)
+    node.paths.clear()
+    node.save(2, state_of(2), 0)
+    assert node.held_bytes() == training
 
 
 def test_a_buffer_that_is_used_again_is_not_believed(
