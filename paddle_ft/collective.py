@@ -263,8 +263,8 @@ def peer_loss(
         return error
     lines = str(error).strip().splitlines() or ["no details"]
     return CollectiveFailed(
-        f"Rank {rank} lost a peer in {what} ({lines[-1].strip()[:200]}); the workers start again "
-        f"from the last checkpoint."
+        f"Rank {rank} lost a peer in {what} ({lines[-1].strip()[:200]}); the launcher sees to it "
+        f"that training goes on."
     )
 
 

@@ -79,6 +79,11 @@ def choose(store: Store, step: int | None) -> CommitRef:
     raise CheckpointMismatch(f"{store.url} holds no checkpoint of step {step}; there are {steps}.")
 
 
+def moment(wall_s: float) -> str:
+    """Seconds since 1970 as local time."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(wall_s))
+
+
 def screen() -> Console:
     """Standard output; wide where nobody looks, so that tables keep one line for one row."""
     return Console(soft_wrap=True, width=None if sys.stdout.isatty() else 200)
@@ -140,7 +145,7 @@ def _line(row: dict[str, Any]) -> list[str]:
     pinned = ", ".join(row["pinned"])
     if "damaged" in row:
         return [str(row["step"]), *[""] * 5, row["signed"], pinned, "not usable"]
-    at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row["created_s"]))
+    at = moment(row["created_s"])
     return [
         str(row["step"]),
         at,
@@ -196,6 +201,8 @@ def show(
     out = screen()
     for name, value in facts.items():
         shown = size(value) if name.startswith("bytes") else value
+        if name == "created_s":
+            name, shown = "created", moment(value)
         out.print(f"{name:12} {shown}", highlight=False)
     table = Table("tensor", "dtype", "shape", "size", "rank", box=None)
     for t in manifest.tensors:
@@ -203,7 +210,8 @@ def show(
         table.add_row(t.name, t.dtype, str(list(t.shape)), size(t.nbytes), rank)
     out.print(table)
     kinds = Counter(name.rpartition("/")[0] for name in manifest.objects)
-    out.print(f"in {len(manifest.objects)} objects of {len(kinds)} writes", highlight=False)
+    told = f"{len(manifest.objects)} object{'s' * (len(manifest.objects) != 1)}"
+    out.print(f"in {told} of {len(kinds)} write{'s' * (len(kinds) != 1)}", highlight=False)
 
 
 @ckpt_app.command()

@@ -23,6 +23,8 @@ from paddle_ft.observe.story import last_job
 
 FOLLOW_S = 0.3
 BAR_WIDTH = 40
+CLOCKS = ("step_s",)
+"""Fields that are a moment of CLOCK_MONOTONIC, which says nothing to people."""
 
 
 def show_events(directory: Path, follow: bool) -> None:
@@ -39,7 +41,8 @@ def line_of(event: Event) -> str:
     """One line for people."""
     clock = time.strftime("%H:%M:%S", time.localtime(event.wall_s))
     node = event.run.rpartition("-")[0] or event.run
-    told = ", ".join(_field(name, value) for name, value in event.fields.items())
+    shown = {n: v for n, v in event.fields.items() if v not in ("", None) and n not in CLOCKS}
+    told = ", ".join(_field(name, value) for name, value in shown.items())
     kind = event.kind.replace("_", " ")
     return f"{clock}.{int(event.wall_s % 1 * 1000):03} {node:10} {kind:14} {told}".rstrip()
 
