@@ -288,7 +288,7 @@ def test_a_node_is_drained_without_losing_a_step(
 ) -> None:
     where = ("--etcd", etcd.endpoint, "--job_id", "drained")
     flags = (*where, "--nnodes", "1:2", "--checkpoint", str(tmp_path / "store"))
-    first, second = (start(name, *flags, delay=0.1) for name in ("first", "second"))
+    first, second = (start(name, *flags, delay=0.25) for name in ("first", "second"))
     record = tmp_path / "record"
     wait_until(lambda: steps_done(record) >= 5 and len(members(etcd, "drained")) == 2)
     node = re.search(r"job tiny|job drained, node (\S+),", second.output)
