@@ -48,6 +48,7 @@ from paddle_ft.coordination import actions, schema, view
 from paddle_ft.coordination.decide import decide
 from paddle_ft.coordination.kv import Coordinator
 from paddle_ft.coordination.mirror import JobMirror
+from paddle_ft.coordination.view import who_marks
 from paddle_ft.errors import EXIT_SIGINT, EXIT_SIGTERM, CoordinationError
 from paddle_ft.health.monitor import HealthMonitor
 from paddle_ft.types import CommitRef, Head
@@ -370,18 +371,14 @@ class Agent:
     def _follow_head(self, state: schema.JobState) -> None:
         """Lets the workers know of a commit; the leader's own after the marker is written."""
         head = state.head.value if state.head else None
-        if head is None or head.newest.manifest == self._told_manifest or state.leader is None:
-            return  # without a leader nobody has seen to the marker yet
-        if state.leader.value != self._membership.me:
+        who = who_marks(state, self._membership.me)
+        if head is None or head.newest.manifest == self._told_manifest or not who:
+            return
+        if who == "another":
             self._tell_committed(head)
         elif self._committer.acknowledged != head.newest.manifest and not self._commit_running:
             self._commit_running = True  # the leader before may have died before its marker
-
-            def repair() -> CommitDone:
-                self._committer.acknowledge(head)
-                return CommitDone(head)
-
-            self._in_background(repair, "marker")
+            self._in_background(lambda: CommitDone(self._committer.acknowledge(head)), "marker")
 
     def _tell_committed(self, head: Head) -> None:
         self._told_manifest = head.newest.manifest

@@ -105,15 +105,18 @@ class Committer:
         self.acknowledge(head)
         return head
 
-    def acknowledge(self, head: Head) -> None:
-        """Writes the marker that makes the commit known without etcd; then removes garbage."""
+    def acknowledge(self, head: Head) -> Head:
+        """Writes the marker that makes the commit known without etcd; then removes garbage.
+
+        Gives ``head``.
+        """
         while True:
             try:
                 self._room.acknowledge(head)
                 break
             except StoreError as error:
                 if self._closed():
-                    return
+                    return head
                 log.warning("the marker of step %d waits: %s", head.newest.step, error)
                 time.sleep(STORE_PAUSE_S)
         self.acknowledged = head.newest.manifest
@@ -122,6 +125,7 @@ class Committer:
             self._room.collect(head)
         except PaddleFTError as error:
             log.warning("old checkpoints stay for now: %s", error)
+        return head
 
     def _move_head(self, txn: Transaction, ref: CommitRef) -> bool:
         """Runs ``txn``; when its outcome is not known, looks at head before it tries again."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from paddle_ft.coordination.schema import Fences, JobState
 from paddle_ft.types import CommitRef, Generation, NodeRecord, Versioned
@@ -105,6 +106,20 @@ def find_trouble(state: JobState) -> Trouble | None:
     if not lost and not failed:
         return None
     return Trouble(tuple(lost), tuple(failed), barred=state.quarantine)
+
+
+def who_marks(state: JobState, me: str) -> Literal["me", "another", ""]:
+    """Who sees to the marker of a commit, which makes it known without etcd: the leader.
+
+    "" while nobody does: there is no leader, or it is this node before its lease ended, which has
+    not been heard of yet.
+    """
+    if state.leader is None:
+        return ""
+    if state.leader.value == me:
+        return "me"
+    same_node = state.leader.value.rpartition(".")[0] == me.rpartition(".")[0]
+    return "" if same_node else "another"
 
 
 def observe(marks: Marks, state: JobState, now_s: float) -> Marks:

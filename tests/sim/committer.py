@@ -15,6 +15,7 @@ from paddle_ft.checkpoint.write import digest_of, read_part
 from paddle_ft.coordination import schema
 from paddle_ft.coordination.actions import Commit
 from paddle_ft.coordination.kv import Transaction
+from paddle_ft.coordination.view import who_marks
 from paddle_ft.errors import CheckpointError, EtcdUnavailable, PaddleFTError, StoreError
 from paddle_ft.types import CommitRef, Head
 from tests.sim.network import Sent
@@ -127,9 +128,10 @@ class Committer:
         """Lets the workers know of a commit; the leader's own after the marker is written."""
         agent = self._agent
         head = state.head.value if state.head else None
-        if head is None or head.newest.manifest == agent.told_manifest or state.leader is None:
-            return  # without a leader nobody has seen to the marker yet
-        if state.leader.value != agent.me:
+        who = who_marks(state, agent.me)
+        if head is None or head.newest.manifest == agent.told_manifest or not who:
+            return
+        if who == "another":
             agent.tell_committed(head)
         elif self.acknowledged != head.newest.manifest and not agent.commit_running:
             agent.commit_running = True  # the leader before may have died before its marker

@@ -23,7 +23,7 @@ from paddle_ft.coordination.actions import (
 from paddle_ft.coordination.decide import decide
 from paddle_ft.coordination.grouping import arrange
 from paddle_ft.coordination.schema import JobState
-from paddle_ft.coordination.view import Marks, View, observe
+from paddle_ft.coordination.view import Marks, View, observe, who_marks
 from paddle_ft.errors import (
     EXIT_CHECKPOINT,
     EXIT_COLLECTIVE,
@@ -730,3 +730,14 @@ class TestLostPeers:
         assert isinstance(action, Finish)
         assert "look at the network between the nodes" in action.outcome.reason
         assert isinstance(self.decided((), Stumble(3, EXIT_COLLECTIVE, ("a",) * 9)).action, Propose)
+
+
+def test_who_has_not_heard_of_the_end_of_its_own_lease_takes_nobody_for_another_leader() -> None:
+    """Or it would tell its workers of a commit that only an etcd knows which dies with it."""
+    state = job({"a1": {}, "b1": {}})
+    assert state.leader is not None
+    assert state.leader.value == "a.1"
+    assert who_marks(state, "a.1") == "me"
+    assert who_marks(state, "b.1") == "another"
+    assert who_marks(state, "a.2") == ""
+    assert who_marks(replace(state, leader=None), "a.1") == ""
