@@ -140,6 +140,8 @@ class PaceJudge:
         self._link = Gauge(SLOW_LINK, WANDERS)
         self._reduces: deque[float] = deque(maxlen=LINK_HISTORY)
         self._recent: dict[int, deque[Sample]] = {r: deque(maxlen=WINDOW) for r in local}
+        self._totals: deque[float] = deque(maxlen=WINDOW)
+        """Lengths of the last steps."""
         self._usual_s = 0.0
         """For the reduction alone."""
         self._steps = 0
@@ -197,11 +199,12 @@ class PaceJudge:
         taken_s = min([taken_s, *(pace.reduce_s for pace in others)])
         if taken_s <= 0:
             return
+        self._totals.append(median(s.total_s for s in samples.values()))
         if len(self._reduces) >= LINK_LEARNT:
             if self._steps % WINDOW == 0 or not self._usual_s:
                 self._usual_s = median(list(self._reduces)[:-WINDOW])
             usual_s = self._usual_s
-            step_s = median(s.total_s for s in samples.values())
+            step_s = median(self._totals)  # one long step does not clear anybody
             excess_s = math.expm1(self._link.mean) * usual_s
             self._link.add(
                 _ratio(taken_s, usual_s), excess_s > max(MIN_EXCESS_S, LINK_SHARE * step_s)
