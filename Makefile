@@ -5,7 +5,7 @@
 
 PYTHON ?= python3
 PADDLE ?= paddlepaddle==3.3.1
-JOBS ?= 2
+JOBS ?= 3
 SEEDS ?= 20000
 TRIALS ?= 10
 FAULTS ?= 30
