@@ -1,0 +1,237 @@
+"""Who may acknowledge a change, and when: the primary's and the replica's side. Pure.
+
+The names of the replicas that every acknowledged entry is on are recorded in etcd: they are **in
+sync**. Only the primary writes that record, in a transaction that fails if it is the primary no
+longer; only who is in it may become the next primary (``elect``). Hence:
+
+- an entry is acknowledged once all that are in sync have it, and at least ``in_sync_min`` are;
+- who does not keep up is taken out of the record first, and not waited for after that;
+- who has caught up is waited for first, and put into the record after that;
+- so whoever becomes primary holds every entry that was ever acknowledged. It keeps its log as it
+  is, and the others cut theirs back to where they agree with it.
+
+An answer of etcd that is lost leaves two records possible, also later: a request may still be on
+its way. So both count until etcd is known to have taken the new one, and the primary proposes no
+other one before that. A record is never smaller than what acknowledging takes: it would only keep
+others from taking over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from paddle_ft.serve.log import Entry, Image, Kind, Log, Position, State
+
+ENTRIES_MAX = 256
+"""In one message."""
+
+
+@dataclass(frozen=True, slots=True)
+class Append:
+    """The primary's entries after ``before``; none of them is a sign of life."""
+
+    term: int
+    sender: str
+    before: Position
+    entries: tuple[Entry, ...]
+    acknowledged: int
+
+
+@dataclass(frozen=True, slots=True)
+class Install:
+    """Begin with ``image``: the entries that made it are not held any more."""
+
+    term: int
+    sender: str
+    image: Image
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """``agrees``: the replica's log is the primary's up to ``sequence``; else it may be there."""
+
+    term: int
+    sender: str
+    agrees: bool
+    sequence: int
+
+
+@dataclass
+class Replica:
+    """One replica's log and state, and the highest term it has heard of."""
+
+    name: str
+    term: int = 0
+    log: Log = field(default_factory=Log)
+    state: State = field(default_factory=State)
+
+    def hear(self, message: Append | Install) -> Answer:
+        """Follows a primary; refuses one of a lower term, which then learns of the higher one."""
+        if message.term < self.term:
+            return Answer(self.term, self.name, False, 0)
+        self.term = message.term
+        if isinstance(message, Install):
+            return self._begin_with(message.image)
+        before, entries = message.before, message.entries
+        if not self.log.follow(before, entries):
+            return Answer(self.term, self.name, False, self.log.meeting(before))
+        agreed = before.sequence + len(entries)
+        self.state.apply(self.log, min(message.acknowledged, agreed))
+        return Answer(self.term, self.name, True, agreed)
+
+    def _begin_with(self, image: Image) -> Answer:
+        if image.at.sequence > self.state.at.sequence:
+            if not self.log.holds(image.at):
+                self.log = Log(image.at)
+            else:
+                self.log.forget(image.at.sequence)
+            self.state = State.of(image)
+        return Answer(self.term, self.name, True, image.at.sequence)
+
+
+@dataclass
+class Progress:
+    """What the primary knows of one replica."""
+
+    agreed: int = 0
+    """Its log is the primary's up to here."""
+    next: int = 0
+    """What it is told next comes after this sequence."""
+    heard_s: float = float("-inf")
+    behind_since_s: float = float("inf")
+    """Since when it lacks something that was there."""
+
+
+class Primary:
+    """The primary's side, for one term.
+
+    Args:
+        replica: its own log and state, which it goes on with.
+        term: create_revision of the key that makes it the primary.
+        recorded: who is in sync, as etcd has it.
+        in_sync_min: so many, with the primary, must have an entry before it is acknowledged.
+    """
+
+    def __init__(
+        self,
+        replica: Replica,
+        term: int,
+        recorded: Iterable[str],
+        in_sync_min: int,
+        now_s: float,
+    ) -> None:
+        assert term > replica.log.last.term, "etcd counts up"
+        replica.term = max(replica.term, term)
+        self.term = term
+        self.recorded = frozenset(recorded)
+        self.proposed: frozenset[str] | None = None
+        """Another record, which etcd may or may not have taken by now."""
+        self.acknowledged = replica.state.at.sequence
+        self._replica = replica
+        self._in_sync_min = in_sync_min
+        self._progress: dict[str, Progress] = {}
+        self._began_s = now_s
+
+    @property
+    def log(self) -> Log:
+        return self._replica.log
+
+    @property
+    def deposed(self) -> bool:
+        """A higher term has been heard of."""
+        return self._replica.term > self.term
+
+    @property
+    def accepts(self) -> bool:
+        """Whether a change can be acknowledged with those that are in sync now."""
+        return not self.deposed and len(self.recorded) >= self._in_sync_min
+
+    def put(self, kind: Kind, key: str, value: bytes | None) -> Entry:
+        """Takes a change in; it is done once ``acknowledged`` has come to its sequence."""
+        assert not self.deposed
+        return self.log.append(self.term, kind, key, value)
+
+    def message(self, name: str, now_s: float) -> Append | Install:
+        """What ``name`` is told next."""
+        progress = self._of(name)
+        start = progress.next
+        entries = self.log.after(start, ENTRIES_MAX)
+        term = self.log.term_at(start)
+        if entries is None or term is None:
+            progress.next = self._replica.state.at.sequence
+            return Install(self.term, self._replica.name, self._replica.state.image())
+        if progress.agreed < self.log.last.sequence:
+            progress.behind_since_s = min(progress.behind_since_s, now_s)
+        before = Position(term, start)
+        known = self.acknowledged
+        return Append(self.term, self._replica.name, before, tuple(entries), known)
+
+    def hear(self, answer: Answer, now_s: float) -> Sequence[Entry]:
+        """Takes a replica's answer; gives what is acknowledged with it."""
+        if answer.term > self.term:
+            self._replica.term = max(self._replica.term, answer.term)
+            return ()
+        progress = self._of(answer.sender)
+        progress.heard_s = max(progress.heard_s, now_s)
+        if answer.agrees:
+            if answer.sequence > progress.agreed:
+                progress.agreed = answer.sequence
+                progress.behind_since_s = now_s
+            progress.next = max(progress.next, progress.agreed)
+            if progress.agreed >= self.log.last.sequence:
+                progress.behind_since_s = float("inf")
+        elif answer.sequence < progress.next:
+            progress.next = max(answer.sequence, progress.agreed)
+        return self.advance()
+
+    def advance(self) -> Sequence[Entry]:
+        """Acknowledges what all that count have; gives what is new."""
+        counted = [self.recorded] if self.proposed is None else [self.recorded, self.proposed]
+        if self.deposed or min(map(len, counted)) < self._in_sync_min:
+            return ()
+        have = [self._has(name) for names in counted for name in names]
+        self.acknowledged = max(self.acknowledged, min(have, default=0))
+        return self._replica.state.apply(self.log, self.acknowledged)
+
+    def _has(self, name: str) -> int:
+        return self.log.last.sequence if name == self._replica.name else self._of(name).agreed
+
+    def _of(self, name: str) -> Progress:
+        new = Progress(next=self.log.last.sequence, heard_s=self._began_s)
+        return self._progress.setdefault(name, new)
+
+    # ------------------------------------------------------------ who is in sync
+
+    def record_due(self, live: Iterable[str], now_s: float, patience_s: float) -> bool:
+        """Whether the record in etcd should be another one; ``proposed`` is what it should be.
+
+        ``live``: replicas that are registered. Who has not answered, or not caught up, for
+        ``patience_s`` goes out; who has caught up comes in. Until ``recorded_is`` the old and the
+        new record both count.
+        """
+        if self.deposed:
+            return False
+        if self.proposed is not None:
+            return True
+        wanted = {self._replica.name}
+        for name in set(live) - wanted:
+            progress = self._of(name)
+            silent = now_s - progress.heard_s > patience_s
+            slow = now_s - progress.behind_since_s > patience_s
+            if name in self.recorded:
+                if not silent and not slow:
+                    wanted.add(name)
+            elif not silent and progress.agreed >= self.acknowledged:
+                wanted.add(name)
+        furthest = sorted(self.recorded - wanted, key=lambda n: (-self._of(n).agreed, n))
+        wanted |= set(furthest[: max(0, self._in_sync_min - len(wanted))])
+        if wanted == self.recorded:
+            return False
+        self.proposed = frozenset(wanted)
+        return True
+
+    def recorded_is(self, names: Iterable[str]) -> Sequence[Entry]:
+        """etcd has taken what was proposed: ``names`` are in sync."""
+        self.recorded, self.proposed = frozenset(names), None
+        return self.advance()

@@ -1,0 +1,59 @@
+"""Which replica tries to become the primary, and when. Pure.
+
+Only who is in sync may (``broadcast``); etcd lets one of them. Who is furthest goes first, so that
+fewest entries that nobody has been promised are lost; the others follow after a moment, should it
+have died, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from paddle_ft.serve.log import Position
+
+HEAD_START_S = 0.15
+"""How long each candidate waits for those before it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    name: str
+    last: Position
+    ready: bool
+    """Its models are loaded and warm."""
+
+
+@dataclass(frozen=True, slots=True)
+class Election:
+    """What a replica sees. ``in_sync`` None: there has never been a record."""
+
+    me: str
+    candidates: Mapping[str, Candidate]
+    """Replicas that are registered."""
+    in_sync: frozenset[str] | None
+    primary: str = ""
+    vacant_since_s: float = 0.0
+    handed_to: str = ""
+    """The replica that a planned promotion has named."""
+
+
+def stands(election: Election, now_s: float) -> bool:
+    """Whether this replica should try to take the primary key now."""
+    me = election.candidates.get(election.me)
+    if election.primary or me is None:
+        return False
+    if election.handed_to in election.candidates:
+        return election.handed_to == election.me
+    order = sorted(
+        (c for c in election.candidates.values() if _may(election, c.name)),
+        key=lambda c: (not c.ready, -c.last.term, -c.last.sequence, c.name),
+    )
+    names = [c.name for c in order]
+    if election.me not in names:
+        return False
+    return now_s - election.vacant_since_s >= names.index(election.me) * HEAD_START_S
+
+
+def _may(election: Election, name: str) -> bool:
+    return election.in_sync is None or name in election.in_sync

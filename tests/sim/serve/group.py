@@ -1,0 +1,269 @@
+"""A serving group under faults, its clients, and what must hold whatever happens to it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from paddle_ft.serve.broadcast import Answer, Append, Install
+from paddle_ft.serve.log import Entry
+from tests.sim.clock import Clock, Process
+from tests.sim.model_etcd import Batch
+from tests.sim.network import Network, Sent
+from tests.sim.serve.server import IN_SYNC, PREFIX, PRIMARY, Server
+from tests.sim.task import Steps, Task
+
+FAULTS_UNTIL_S = 40.0
+END_S = 70.0
+ANSWER_S = 1.0
+
+
+class Broken(Exception):
+    """Something that must always hold does not."""
+
+
+class History:
+    """What was promised, and to whom; raises Broken as soon as it is not kept."""
+
+    def __init__(self) -> None:
+        self.leaders: dict[int, str] = {}
+        self.entries: dict[int, Entry] = {}
+        """Acknowledged ones, by sequence."""
+        self.numbers: dict[str, int] = {}
+        """Acknowledged, by key."""
+        self.reads = 0
+
+    def leads(self, name: str, term: int) -> None:
+        if self.leaders.setdefault(term, name) != name:
+            raise Broken(f"{name} and {self.leaders[term]} are both the primary of term {term}")
+
+    def acknowledged(self, name: str, term: int, entry: Entry) -> None:
+        self.leads(name, term)
+        other = self.entries.setdefault(entry.at.sequence, entry)
+        if other != entry:
+            raise Broken(f"two entries were acknowledged as {entry.at.sequence}: {other}, {entry}")
+        assert entry.value is not None
+        number = int(entry.value)
+        self.numbers[entry.key] = max(number, self.numbers.get(entry.key, 0))
+
+    def read(self, key: str, number: int, least: int) -> None:
+        self.reads += 1
+        if number < least:
+            raise Broken(f"{key} was read as {number} after {least} had been acknowledged")
+
+
+class Ask:
+    """One request of a client; an answer that comes too late finds nobody waiting."""
+
+    def __init__(self, client: Client) -> None:
+        self.entry: Entry | None = None
+        self.value: int | None = None
+        self.answered = False
+        self._client = client
+
+    def done(self, entry: Entry) -> None:
+        self._tell("entry", entry)
+
+    def refused(self) -> None:
+        self._tell("answered", True)
+
+    def read(self, value: bytes) -> None:
+        self._tell("value", int(value))
+
+    def _tell(self, name: str, value: object) -> None:
+        self._client.process.after(self._client.group.delay_s(), self._set, name, value)
+
+    def _set(self, name: str, value: object) -> None:
+        setattr(self, name, value)
+        self.answered = True
+
+
+class Client:
+    """Writes rising numbers under a key of its own, and reads them back, anywhere."""
+
+    def __init__(self, group: Group, key: str) -> None:
+        self.group, self.key = group, key
+        self.process = Process(group.clock, key)
+        self.number = 0
+        self.sequence = 0
+        """Of its newest acknowledged write."""
+        self.known = 0
+        """What it wrote with that: it may not read less."""
+        Task(self.process, self._work)
+
+    def _work(self, task: Task) -> Steps:
+        clock = self.group.clock
+        while True:
+            server, ask, known = self.group.somebody(), Ask(self), self.known
+            if clock.chance(0.5):
+                self._send(server, server.get, ask, self.key, self.sequence)
+            else:
+                self.number += 1
+                self._send(server, server.put, ask, self.key, str(self.number).encode())
+            until_s = clock.now + ANSWER_S
+            while clock.now < until_s and not ask.answered:
+                yield task.sleep(0.01)
+            if ask.entry is not None:
+                self.sequence, self.known = ask.entry.at.sequence, self.number
+            elif ask.value is not None:
+                self.group.history.read(self.key, ask.value, known)
+            yield task.sleep(clock.between(0.01, 0.1))
+
+    def _send(self, server: Server, method: Callable[..., None], *args: Any) -> None:
+        if not self.group.clock.chance(self.group.lossy):
+            server.process.after(self.group.delay_s(), method, *args)
+
+
+class Group:
+    """``without``: a rule that is left out, to see that it is needed."""
+
+    def __init__(self, seed: int, *, without: str = "", size: int = 3, in_sync_min: int = 2):
+        self.clock = Clock(seed)
+        self.without = without
+        self.in_sync_min = in_sync_min
+        self.history = History()
+        self.network = Network(self.clock, self, PREFIX)
+        self.lossy = 0.0
+        self.cut: set[frozenset[str]] = set()
+        """Pairs of nodes that cannot reach each other."""
+        self.done: dict[str, int] = {}
+        """Faults that were made."""
+        self._incarnations: dict[str, int] = {}
+        self.servers: dict[str, Server] = {}
+        """By node."""
+        for number in range(size):
+            self._start(f"n{number}")
+        self.clients = [Client(self, f"k{number}") for number in range(3)]
+        self.clock.after(self.clock.between(1.0, 3.0), self._fault)
+
+    def etcd_changed(self, batch: Batch, sent: Sent | None) -> None:
+        pass
+
+    def sprung(self, sent: Sent) -> None:
+        pass
+
+    def run(self) -> None:
+        """Raises Broken."""
+        self.clock.run(END_S, lambda: False)
+        leader = next((s for s in self.servers.values() if s.leads), None)
+        if leader is None:
+            raise Broken("nobody is the primary at the end")
+        for key, number in self.history.numbers.items():
+            held = leader.replica.state.items.get(("state", key))
+            if held is None or int(held.value) < number:
+                raise Broken(f"{key} is {held} at the end, and {number} was acknowledged")
+        states = {tuple(sorted(s.replica.state.items.items())) for s in self.servers.values()}
+        if len(states) != 1 and not self.clients[0].process.alive:
+            raise Broken("the replicas differ at the end")
+
+    # ------------------------------------------------------------ replicas
+
+    def _start(self, node: str) -> None:
+        self._incarnations[node] = self._incarnations.get(node, 0) + 1
+        self.servers[node] = Server(self, node, self._incarnations[node])
+
+    def restart(self, server: Server) -> None:
+        """As a new incarnation, with an empty log."""
+        server.process.kill()
+        if self.servers[server.node] is server:
+            self.clock.after(self.clock.between(0.1, 1.0), self._start, server.node)
+
+    def delay_s(self) -> float:
+        """Of a message that is not held up."""
+        return self.clock.between(0.0005, 0.01)
+
+    def somebody(self) -> Server:
+        """The primary, mostly, as a client would know it; now and then anyone."""
+        servers = list(self.servers.values())
+        kv = self.network.etcd.get(PRIMARY)
+        if kv is not None and not self.clock.chance(0.3):
+            named = [s for s in servers if s.name == kv.value.decode()]
+            if named:
+                return named[0]
+        return self.clock.random.choice(servers)
+
+    def send(self, sender: Server, name: str, message: Append | Install | Answer) -> None:
+        node = name.rpartition(".")[0]
+        server = self.servers[node]
+        away = frozenset({sender.node, node}) in self.cut
+        if server.name != name or away or self.clock.chance(self.lossy):
+            return
+        if self.clock.chance(0.02):  # late, after what was sent later, or twice
+            server.process.after(self.clock.between(0.1, 3.0), server.hear, sender.name, message)
+            if self.clock.chance(0.5):
+                return
+        server.process.after(self.delay_s(), server.hear, sender.name, message)
+
+    # ------------------------------------------------------------ faults
+
+    def _fault(self) -> None:
+        clock = self.clock
+        if clock.now > FAULTS_UNTIL_S:
+            self._heal()
+            return
+        faults = (self._kill, self._freeze, self._cut_etcd, self._cut_pair, self._lose, self._etcd)
+        fault = clock.random.choice(faults)
+        if fault():
+            name = fault.__name__.strip("_")
+            self.done[name] = self.done.get(name, 0) + 1
+        clock.after(clock.between(0.2, 4.0), self._fault)
+
+    def _heal(self) -> None:
+        self.network.cut.clear()
+        self.cut.clear()
+        self.lossy = self.network.flaky = 0.0
+        for server in self.servers.values():
+            server.process.wake()
+
+    def _victim(self) -> Server:
+        """The primary every other time."""
+        anyone = self.clock.random.choice(list(self.servers.values()))
+        return self.somebody() if self.clock.chance(0.5) else anyone
+
+    def _kill(self) -> bool:
+        """Unless what was acknowledged would be nowhere then: no protocol could keep it."""
+        victim = self._victim()
+        kv = self.network.etcd.get(IN_SYNC)
+        members = set(json.loads(kv.value)) if kv else set()
+        alive = {s.name for s in self.servers.values() if s.process.alive}
+        needed = len(members & alive) >= self.in_sync_min and not victim.process.frozen
+        if not needed or not (members & alive) - {victim.name}:
+            return False
+        self.restart(victim)
+        return True
+
+    def _freeze(self) -> bool:
+        victim = self._victim().process
+        victim.freeze()
+        self.clock.after(self.clock.between(0.1, 6.0), victim.wake)
+        return True
+
+    def _cut_etcd(self) -> bool:
+        node = self._victim().node
+        self.network.cut.add(node)
+        self.clock.after(self.clock.between(0.2, 5.0), self.network.cut.discard, node)
+        return True
+
+    def _cut_pair(self) -> bool:
+        nodes = self.clock.random.sample(sorted(self.servers), 2)
+        pair = frozenset(nodes)
+        self.cut.add(pair)
+        self.clock.after(self.clock.between(0.2, 5.0), self.cut.discard, pair)
+        return True
+
+    def _lose(self) -> bool:
+        self.lossy = 0.3
+        self.clock.after(self.clock.between(0.5, 5.0), self._lose_no_more)
+        return True
+
+    def _lose_no_more(self) -> None:
+        self.lossy = 0.0
+
+    def _etcd(self) -> bool:
+        self.network.flaky = 0.4
+        self.clock.after(self.clock.between(0.5, 5.0), self._etcd_works)
+        return True
+
+    def _etcd_works(self) -> None:
+        self.network.flaky = 0.0
