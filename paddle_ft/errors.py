@@ -15,6 +15,7 @@
     │   ├── CheckpointDamaged           5   bytes are missing or altered: use an older one
     │   └── CheckpointMismatch          5   it belongs to another model, dataset or job
     ├── NodeUnfit                       7   this node is much slower than the others: see why
+    ├── ServeError (serve.types)        8   serving cannot do what is asked: see the message
     ├── MachineError                    71  this machine is short of something, or refuses it
     ├── WorkerFailed                    1   workers failed more often than --max_restart allows
     └── CollectiveFailed                75  a peer was lost in a collective: the generation restarts
@@ -33,6 +34,7 @@ EXIT_STORE = 4
 EXIT_CHECKPOINT = 5
 EXIT_SAME_FAILURE = 6
 EXIT_UNFIT = 7
+EXIT_SERVING = 8
 EXIT_BUG = 70
 """An exception that is none of the above: a defect of paddle_ft, reported with its traceback."""
 EXIT_MACHINE = 71

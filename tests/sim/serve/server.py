@@ -264,5 +264,3 @@ class Server:
                 continue
             held = self.replica.state.items.get(("state", key))
             client.read(held.value if held else b"0")
-
-

@@ -1,0 +1,82 @@
+"""What the rooms of serving pass to one another: a model's description, and who runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from numpy.typing import NDArray
+
+from paddle_ft.errors import EXIT_SERVING, PaddleFTError
+
+Tensors = Mapping[str, NDArray[Any]]
+"""By name; rows along the first dimension. Elements of BYTES are ``bytes`` in an object array."""
+
+
+@dataclass(frozen=True, slots=True)
+class Feature:
+    """An input or output of a model, as the Open Inference Protocol describes it."""
+
+    name: str
+    datatype: str
+    """Of the protocol: "FP32", "INT64", "BYTES" …"""
+    shape: tuple[int, ...]
+    """-1 stands for any size; the first dimension counts rows where ``ModelInfo.batched``."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    name: str
+    version: str
+    platform: str
+    inputs: tuple[Feature, ...]
+    outputs: tuple[Feature, ...]
+    batched: bool = True
+    """Rows of several requests may be joined along the first dimension."""
+
+
+class Runner(Protocol):
+    """One loaded, warm version of a model, run by worker processes or by what stands for them."""
+
+    @property
+    def info(self) -> ModelInfo: ...
+
+    @property
+    def idle(self) -> int:
+        """How many batches could begin at once."""
+        ...
+
+    async def run(self, inputs: Tensors, timeout_s: float) -> Tensors:
+        """The outputs for one batch.
+
+        Raises:
+            ModelError: the model refuses these inputs; the same would happen again.
+            Unavailable: no worker could do it in time; another replica may.
+        """
+        ...
+
+    async def close(self) -> None: ...
+
+
+class ServeError(PaddleFTError):
+    """A request that is not answered; ``status`` is that of HTTP."""
+
+    exit_code = EXIT_SERVING
+    status = 500
+
+
+class ModelError(ServeError):
+    """The model refuses these inputs: the same request would be refused again."""
+
+    status = 400
+
+
+class Unavailable(ServeError):
+    """Nobody here can do it now: another replica may, or this one after ``retry_after_s``."""
+
+    status = 503
+
+    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
