@@ -70,6 +70,8 @@ LAYERS = (
             "serve.elect",
             "serve.log",
             "serve.broadcast",
+            "serve.registry",
+            "serve.routes",
             "serve.batching",
             "serve.breaker",
             "serve.rollout",
