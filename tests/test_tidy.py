@@ -92,6 +92,7 @@ LAYERS = (
             "observe.events",
             "health.board",
             "serve.types",
+            "serve.tensors",
             "serve.wire",
             "collective",
             "gloo",
@@ -157,7 +158,7 @@ PURE_BANNED_CALLS = frozenset({"open", "print", "input", "exec", "eval", "__impo
 
 ONLY_IN = {
     "etcd3": ["coordination.etcd*"],
-    "grpc": ["coordination.etcd*"],
+    "grpc": ["coordination.etcd*", "serve.grpc*"],
     "boto3": ["checkpoint.store*"],
     "botocore": ["checkpoint.store*"],
     "fsspec": ["checkpoint.store*"],
