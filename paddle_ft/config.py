@@ -176,11 +176,40 @@ class HealthConfig(_Group):
     figure is below half of the median of the nodes that came before."""
 
 
+class ServeConfig(_Group):
+    """How a replica answers, and what it takes on."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on."""
+    http_port: int = Field(8000, ge=0, le=65535)
+    """0: any free one."""
+    grpc_port: int = Field(8001, ge=0, le=65535)
+    batch_rows_max: int = Field(4, ge=1, le=65536)
+    """Rows of several requests that run together; 1: none are joined."""
+    batch_wait_ms: float = Field(20.0, ge=0, le=60_000)
+    """How long a request may be passed over for others that fill a batch better. While a worker is
+    idle nothing waits."""
+    queue_max: int = Field(256, ge=1)
+    """Requests that wait for one version; more are refused with 429."""
+    queue_bytes_max: int = Field(256 * 2**20, ge=2**20)
+    body_bytes_max: int = Field(64 * 2**20, ge=1024, le=2**31 - 1)
+    """Of one request, unpacked."""
+    body_timeout_s: float = Field(30.0, gt=0)
+    request_timeout_s: float = Field(60.0, gt=0)
+    """For a request, which may itself ask for less."""
+    connections_max: int = Field(1024, ge=1)
+    drain_s: float = Field(30.0, ge=0)
+    """How long what was taken may last after a request to stop."""
+    admin_token: str = Field("", repr=False)
+    """Who loads and unloads models over the network sends it; empty: nobody does."""
+
+
 class Config(_Group):
     job: JobConfig = JobConfig()
     etcd: EtcdConfig = EtcdConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     health: HealthConfig = HealthConfig()
+    serve: ServeConfig = ServeConfig()
 
 
 @dataclass(frozen=True, slots=True)

@@ -95,7 +95,8 @@ def from_raw(
             f"{elements * dtype.itemsize} bytes, but {len(raw)} came"
         )
     if dtype.kind == "b":  # other values of a byte would be neither true nor false
-        return (np.frombuffer(raw, np.uint8) != 0).reshape(shape)
+        truth: NDArray[Any] = np.frombuffer(raw, np.uint8).reshape(shape) != 0
+        return truth
     array: NDArray[Any] = np.frombuffer(raw, dtype).reshape(shape)
     return array
 

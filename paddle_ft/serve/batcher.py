@@ -1,0 +1,254 @@
+"""Runs requests on a ``Runner`` in batches, as ``batching`` decides. One event loop only.
+
+Every request that is taken ends exactly once: with its own rows of a batch's outputs, or with a
+ServeError. A bad one in a batch costs the others a second run and nothing more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import time
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from paddle_ft.serve.batching import Item, Limits, Queue
+from paddle_ft.serve.types import ModelInfo, Runner, ServeError, Tensors, Unavailable
+
+LOG = logging.getLogger(__name__)
+
+POLL_S = 0.005
+"""How soon it is seen that a worker came back by itself while requests wait."""
+RETRY_AFTER_S = 1.0
+
+
+class Overloaded(Unavailable):
+    """The queue is full: another replica may have room."""
+
+    status = 429
+
+
+class DeadlineExceeded(ServeError):
+    """The client's own limit was over first. 408, which no proxy sends on to the next replica."""
+
+    status = 408
+
+
+@dataclass
+class Duration:
+    count: int = 0
+    ns: int = 0
+
+    def add(self, seconds: float, count: int = 1) -> None:
+        self.count += count
+        self.ns += int(seconds * 1e9) * count
+
+
+@dataclass
+class Figures:
+    """What a version has done since it was loaded; ``rows_of_batches`` by rows of a batch."""
+
+    success: Duration = field(default_factory=Duration)
+    fail: Duration = field(default_factory=Duration)
+    queue: Duration = field(default_factory=Duration)
+    infer: Duration = field(default_factory=Duration)
+    rows: int = 0
+    batches: int = 0
+    last_ms: int = 0
+    """Wall-clock time of the last success since 1970."""
+    refused: int = 0
+    rows_of_batches: dict[int, Duration] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _Pending:
+    item: Item
+    inputs: Tensors
+    future: asyncio.Future[Tensors]
+    timer: asyncio.TimerHandle
+    queued_s: float = 0.0
+
+
+class Batcher:
+    """The queue in front of one version of a model."""
+
+    def __init__(self, runner: Runner, limits: Limits) -> None:
+        self.runner = runner
+        self.figures = Figures()
+        self.limits = limits
+        self._queue = Queue(limits)
+        self._keys = itertools.count()
+        self._pending: dict[int, _Pending] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._starting = 0
+        """Batches whose task has not reached the runner yet."""
+        self._poll: asyncio.TimerHandle | None = None
+        self._closing = False
+
+    @property
+    def info(self) -> ModelInfo:
+        return self.runner.info
+
+    @property
+    def waiting(self) -> int:
+        """Requests that have not begun."""
+        return len(self._queue)
+
+    def submit(self, inputs: Tensors, timeout_s: float) -> asyncio.Future[Tensors]:
+        """The outputs to come for checked ``inputs``. Cancelled before they run, they do not run.
+
+        Raises:
+            Overloaded: the queue is full.
+            Unavailable: it is being closed.
+
+        The future also raises ModelError, Unavailable and DeadlineExceeded.
+        """
+        if self._closing:
+            raise Unavailable(f"{self.info.name} {self.info.version} is being taken out", 0.5)
+        loop = asyncio.get_running_loop()
+        now_s = loop.time()
+        item = self._item(inputs, now_s, timeout_s)
+        if not self._queue.add(item):
+            self.figures.refused += 1
+            raise Overloaded(
+                f"{len(self._queue)} requests are waiting for {self.info.name} already: "
+                "try again later",
+                RETRY_AFTER_S,
+            )
+        future: asyncio.Future[Tensors] = loop.create_future()
+        timer = loop.call_at(item.deadline_s, self._expire, item.key)
+        self._pending[item.key] = _Pending(item, inputs, future, timer)
+        future.add_done_callback(lambda _: self._forget(item.key))
+        self._pump()
+        return future
+
+    async def close(self, timeout_s: float) -> None:
+        """Takes nothing more, waits for what is there, at most ``timeout_s``; ends the runner."""
+        self._closing = True
+        futures = [pending.future for pending in self._pending.values()]
+        if futures:
+            await asyncio.wait(futures, timeout=timeout_s)
+        for pending in list(self._pending.values()):
+            _fail(pending, Unavailable(f"{self.info.name} is being taken out", 0.5))
+        if self._poll is not None:
+            self._poll.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=1.0)
+        await self.runner.close()
+
+    def _item(self, inputs: Tensors, now_s: float, timeout_s: float) -> Item:
+        rows, signature = 1, None
+        if self.info.batched:
+            rows = next(iter(inputs.values())).shape[0]
+            signature = _signature(inputs)
+        size_bytes = sum(
+            sum(map(len, a.flat)) if a.dtype.kind == "O" else a.nbytes for a in inputs.values()
+        )
+        return Item(next(self._keys), signature, rows, size_bytes, now_s, now_s + timeout_s)
+
+    def _forget(self, key: int) -> None:
+        self._queue.cancel(key)
+        if (pending := self._pending.pop(key, None)) is not None:
+            pending.timer.cancel()
+
+    def _expire(self, key: int) -> None:
+        if (pending := self._pending.get(key)) is not None:
+            after_ms = (pending.item.deadline_s - pending.item.arrived_s) * 1e3
+            self.figures.fail.add(after_ms / 1e3)
+            _fail(pending, DeadlineExceeded(f"no result within the {after_ms:.0f} ms asked for"))
+
+    def _pump(self) -> None:
+        """Begins what can begin."""
+        now_s = asyncio.get_running_loop().time()
+        while len(self._queue):
+            decision = self._queue.take(now_s, self.runner.idle - self._starting)
+            for item in decision.expired:
+                self._expire(item.key)
+            if not decision.batch:
+                break
+            batch = [self._pending[item.key] for item in decision.batch]
+            self._starting += 1
+            task = asyncio.create_task(self._run(batch))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        if len(self._queue) and self._poll is None:
+            self._poll = asyncio.get_running_loop().call_later(POLL_S, self._poll_now)
+
+    def _poll_now(self) -> None:
+        self._poll = None
+        self._pump()
+
+    async def _run(self, batch: Sequence[_Pending]) -> None:
+        self._starting -= 1  # from here to the first await of the runner nobody else runs
+        batch = [pending for pending in batch if not pending.future.done()]
+        if batch:
+            try:
+                await self._run_living(batch)
+            except ServeError as error:
+                self._failed(batch, error)
+            except Exception as error:
+                LOG.exception("a defect in the runner of %s", self.info.name)
+                self._failed(batch, ServeError(f"{self.info.name} failed: {error!r}"[:500]))
+        self._pump()
+
+    async def _run_living(self, batch: Sequence[_Pending]) -> None:
+        loop = asyncio.get_running_loop()
+        begin_s = loop.time()
+        for pending in batch:
+            pending.queued_s = begin_s - pending.item.arrived_s
+        timeout_s = max(pending.item.deadline_s for pending in batch) - begin_s
+        outputs = await self.runner.run(_joined([p.inputs for p in batch]), max(timeout_s, 1e-3))
+        parts = self._parts(outputs, [p.item.rows for p in batch])
+        took_s = loop.time() - begin_s
+        rows = sum(pending.item.rows for pending in batch)
+        self.figures.batches += 1
+        self.figures.rows += rows
+        self.figures.rows_of_batches.setdefault(rows, Duration()).add(took_s)
+        self.figures.last_ms = time.time_ns() // 10**6
+        for pending, part in zip(batch, parts, strict=True):
+            if not pending.future.done():
+                pending.future.set_result(part)
+                self.figures.queue.add(pending.queued_s)
+                self.figures.infer.add(took_s)
+                self.figures.success.add(pending.queued_s + took_s)
+
+    def _parts(self, outputs: Tensors, rows: Sequence[int]) -> list[Tensors]:
+        missing = [f.name for f in self.info.outputs if f.name not in outputs]
+        if missing:
+            raise ServeError(f"{self.info.name} gave no output {missing[0]}")
+        if len(rows) == 1:
+            return [outputs]
+        if any(array.ndim == 0 or len(array) != sum(rows) for array in outputs.values()):
+            raise ServeError(f"the outputs of {self.info.name} do not have {sum(rows)} rows")
+        ends = np.cumsum(rows).tolist()
+        return [
+            {name: array[end - count : end] for name, array in outputs.items()}
+            for end, count in zip(ends, rows, strict=True)
+        ]
+
+    def _failed(self, batch: Sequence[_Pending], error: ServeError) -> None:
+        living = [pending for pending in batch if not pending.future.done()]
+        if len(batch) > 1:
+            self._queue.again(tuple(pending.item for pending in living))
+            return
+        for pending in living:
+            self.figures.fail.add(asyncio.get_running_loop().time() - pending.item.arrived_s)
+            _fail(pending, error)
+
+
+def _fail(pending: _Pending, error: ServeError) -> None:
+    if not pending.future.done():
+        pending.future.set_exception(error)
+
+
+def _signature(inputs: Tensors) -> Hashable:
+    return tuple((name, a.dtype.str, a.shape[1:]) for name, a in inputs.items())
+
+
+def _joined(parts: Sequence[Tensors]) -> Tensors:
+    if len(parts) == 1:
+        return parts[0]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

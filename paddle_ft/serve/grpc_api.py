@@ -1,0 +1,246 @@
+"""GRPCInferenceService and grpc.health.v1 over grpc.aio. The same answers as HTTP's."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+from google.protobuf import json_format  # type: ignore[import-untyped]
+
+from paddle_ft.coordination.etcd_grpc import grpc
+from paddle_ft.errors import ConfigError
+from paddle_ft.serve import answers, grpc_messages, grpc_tensors
+from paddle_ft.serve.catalog import Catalog, Control
+from paddle_ft.serve.http import TIMEOUT_HEADER, Access, timeout_s
+from paddle_ft.serve.tensors import BadRequest
+from paddle_ft.serve.types import ServeError, Unavailable
+
+LOG = logging.getLogger(__name__)
+
+INFERENCE_SERVICE = "inference.GRPCInferenceService"
+HEALTH_SERVICE = "grpc.health.v1.Health"
+STREAM_REQUESTS_MAX = 64
+"""Of one stream under way at once."""
+
+_STATUS = {
+    400: grpc.StatusCode.INVALID_ARGUMENT,
+    401: grpc.StatusCode.UNAUTHENTICATED,
+    403: grpc.StatusCode.PERMISSION_DENIED,
+    404: grpc.StatusCode.NOT_FOUND,
+    408: grpc.StatusCode.DEADLINE_EXCEEDED,
+    413: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    429: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    503: grpc.StatusCode.UNAVAILABLE,
+}
+
+Method = Callable[[Any, Any], Awaitable[Any]]
+
+
+def server(access: Access) -> Any:
+    """A grpc.aio server with this project's bounds, without services and ports."""
+    return grpc.aio.server(
+        options=[
+            ("grpc.max_receive_message_length", access.body_bytes_max),
+            ("grpc.max_send_message_length", -1),
+            ("grpc.so_reuseport", 0),  # a port that is taken is an error
+        ]
+    )
+
+
+def bind(server: Any, host: str, port: int) -> int:
+    """Opens ``port`` (0: any free one) and says which it is; raises ConfigError if it is taken."""
+    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    try:
+        found: int = server.add_insecure_port(address)
+    except RuntimeError:
+        found = 0
+    if not found:
+        raise ConfigError(f"cannot listen on {address} for gRPC: is it taken? See serve.grpc_port")
+    return found
+
+
+class GrpcApi:
+    """The two services, to be added to a server."""
+
+    def __init__(self, catalog: Catalog, access: Access, control: Control | None = None) -> None:
+        self._catalog = catalog
+        self._access = access
+        self._control = control
+        self._api = grpc_messages.inference()
+
+    def add_to(self, server: Any) -> None:
+        api, health = self._api, grpc_messages.health()
+        methods: dict[str, tuple[Method, Any]] = {
+            "ServerLive": (self._server_live, api.ServerLiveRequest),
+            "ServerReady": (self._server_ready, api.ServerReadyRequest),
+            "ModelReady": (self._model_ready, api.ModelReadyRequest),
+            "ServerMetadata": (self._server_metadata, api.ServerMetadataRequest),
+            "ModelMetadata": (self._model_metadata, api.ModelMetadataRequest),
+            "ModelInfer": (self._model_infer, api.ModelInferRequest),
+            "ModelStatistics": (self._statistics, api.ModelStatisticsRequest),
+            "RepositoryIndex": (self._index, api.RepositoryIndexRequest),
+            "RepositoryModelLoad": (self._load, api.RepositoryModelLoadRequest),
+            "RepositoryModelUnload": (self._unload, api.RepositoryModelUnloadRequest),
+        }
+        handlers = {name: _unary(method, kind) for name, (method, kind) in methods.items()}
+        handlers["ModelStreamInfer"] = grpc.stream_stream_rpc_method_handler(
+            self._stream, api.ModelInferRequest.FromString, _serialize
+        )
+        checks = {
+            "Check": _unary(self._check, health.HealthCheckRequest),
+            "Watch": grpc.unary_stream_rpc_method_handler(
+                self._watch, health.HealthCheckRequest.FromString, _serialize
+            ),
+        }
+        server.add_generic_rpc_handlers(
+            (
+                grpc.method_handlers_generic_handler(INFERENCE_SERVICE, handlers),
+                grpc.method_handlers_generic_handler(HEALTH_SERVICE, checks),
+            )
+        )
+
+    # ------------------------------------------------------------ inference
+
+    async def _server_live(self, request: Any, context: Any) -> Any:
+        return self._api.ServerLiveResponse(live=True)
+
+    async def _server_ready(self, request: Any, context: Any) -> Any:
+        return self._api.ServerReadyResponse(ready=self._catalog.ready())
+
+    async def _model_ready(self, request: Any, context: Any) -> Any:
+        ready = self._catalog.ready(_named(request.name), request.version)
+        return self._api.ModelReadyResponse(ready=ready)
+
+    async def _server_metadata(self, request: Any, context: Any) -> Any:
+        return self._api.ServerMetadataResponse(**answers.server())
+
+    async def _model_metadata(self, request: Any, context: Any) -> Any:
+        found = answers.model(self._catalog, _named(request.name), request.version)
+        return json_format.ParseDict(found, self._api.ModelMetadataResponse())
+
+    async def _statistics(self, request: Any, context: Any) -> Any:
+        found = answers.statistics(self._catalog, request.name, request.version)
+        return json_format.ParseDict(found, self._api.ModelStatisticsResponse())
+
+    async def _index(self, request: Any, context: Any) -> Any:
+        return self._api.RepositoryIndexResponse(models=answers.index(self._catalog, request.ready))
+
+    async def _load(self, request: Any, context: Any) -> Any:
+        self._access.admit(_metadata(context).get("authorization", ""))
+        parameters = {key: grpc_tensors.value(each) for key, each in request.parameters.items()}
+        await answers.control(self._control).load(_named(request.model_name), parameters)
+        return self._api.RepositoryModelLoadResponse()
+
+    async def _unload(self, request: Any, context: Any) -> Any:
+        self._access.admit(_metadata(context).get("authorization", ""))
+        await answers.control(self._control).unload(_named(request.model_name))
+        return self._api.RepositoryModelUnloadResponse()
+
+    async def _model_infer(self, request: Any, context: Any) -> Any:
+        batcher = self._catalog.find(_named(request.model_name), request.model_version)
+        asked = grpc_tensors.decode(request, batcher.info)
+        limits_s = [self._access.request_timeout_s, timeout_s(_metadata(context))]
+        if (left_s := context.time_remaining()) is not None:
+            limits_s.append(left_s)
+        if asked.timeout_us:
+            limits_s.append(asked.timeout_us / 1e6)
+        outputs = await batcher.submit(asked.inputs, max(min(limits_s), 1e-3))
+        return grpc_tensors.encode(batcher.info, asked, outputs)
+
+    async def _stream(self, requests: AsyncIterator[Any], context: Any) -> None:
+        """Each request is answered on its own, as it is done; an error does not end the stream."""
+        room = asyncio.Semaphore(STREAM_REQUESTS_MAX)
+        writing = asyncio.Lock()
+        tasks: set[asyncio.Task[None]] = set()
+
+        async def answer(request: Any) -> None:
+            reply = self._api.ModelStreamInferResponse()
+            try:
+                reply.infer_response.CopyFrom(await self._model_infer(request, context))
+            except ServeError as error:
+                reply.error_message = str(error)
+                reply.infer_response.id = request.id
+            finally:
+                room.release()
+            async with writing:
+                await context.write(reply)
+
+        try:
+            async for request in requests:
+                await room.acquire()
+                task = asyncio.create_task(answer(request))
+                tasks.add(task)
+                task.add_done_callback(tasks.discard)
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    # ------------------------------------------------------------ health
+
+    async def _check(self, request: Any, context: Any) -> Any:
+        status = self._health(request.service)
+        if status == grpc_messages.SERVICE_UNKNOWN:
+            raise BadRequest(f"there is no service {request.service[:60]!a}", 404)
+        return grpc_messages.health().HealthCheckResponse(status=status)
+
+    async def _watch(self, request: Any, context: Any) -> AsyncIterator[Any]:
+        changed = asyncio.Event()
+        stop = self._catalog.watch(changed.set)
+        last: int | None = None
+        try:
+            while True:
+                changed.clear()
+                status = self._health(request.service)
+                if status != last:
+                    yield grpc_messages.health().HealthCheckResponse(status=status)
+                    last = status
+                await changed.wait()
+        finally:
+            stop()
+
+    def _health(self, service: str) -> int:
+        """Of all ("" or the service of inference), or of the model of that name."""
+        try:
+            ready = self._catalog.ready("" if service == INFERENCE_SERVICE else service)
+        except BadRequest:
+            return grpc_messages.SERVICE_UNKNOWN
+        return grpc_messages.SERVING if ready else grpc_messages.NOT_SERVING
+
+
+def _unary(method: Method, request: Any) -> Any:
+    async def call(message: Any, context: Any) -> Any:
+        try:
+            return await method(message, context)
+        except ServeError as error:
+            failure = error
+        except Exception:
+            LOG.exception("a defect in answering %s", method.__name__)
+            failure = ServeError("a defect of the server, which its log tells of")
+        if isinstance(failure, Unavailable):
+            after = str(max(1, math.ceil(failure.retry_after_s)))
+            context.set_trailing_metadata((("retry-after", after),))
+        return await context.abort(
+            _STATUS.get(failure.status, grpc.StatusCode.INTERNAL), str(failure)
+        )
+
+    return grpc.unary_unary_rpc_method_handler(call, request.FromString, _serialize)
+
+
+def _serialize(message: Any) -> bytes:
+    data: bytes = message.SerializeToString()
+    return data
+
+
+def _named(name: str) -> str:
+    if not name:
+        raise BadRequest("the request names no model")
+    return name
+
+
+def _metadata(context: Any) -> dict[str, str]:
+    wanted = ("authorization", TIMEOUT_HEADER)
+    return {key: value for key, value in context.invocation_metadata() or () if key in wanted}

@@ -1,0 +1,265 @@
+"""The Open Inference Protocol over HTTP, as a raw ASGI application. Paths: ``routes``.
+
+Whatever is wrong with a request, its answer is ``{"error": "one sentence"}`` with the right status;
+503 and 429 carry ``Retry-After``, and the ``progress`` of a model that is being loaded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import logging
+import math
+import re
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from paddle_ft.serve import answers, wire
+from paddle_ft.serve.bodies import (
+    COMPRESS_BYTES_MIN,
+    Disconnected,
+    Receive,
+    accepted,
+    pack,
+    read_body,
+)
+from paddle_ft.serve.catalog import Catalog, Control, Loading
+from paddle_ft.serve.routes import NotAllowed, Route, find
+from paddle_ft.serve.tensors import BadRequest
+from paddle_ft.serve.types import ServeError, Unavailable
+
+LOG = logging.getLogger(__name__)
+
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+
+TIMEOUT_HEADER = "x-request-timeout-ms"
+JSON_LENGTH_HEADER = "inference-header-content-length"
+TIMEOUT_MS_MAX = 3_600_000
+LARGE_JSON_BYTES = 2**20
+"""What is larger is parsed beside the event loop, which then answers others in between."""
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """What a request may cost, and who may administer. Shared by HTTP and gRPC."""
+
+    body_bytes_max: int = 64 * 2**20
+    body_timeout_s: float = 30.0
+    request_timeout_s: float = 60.0
+    """For those that bring no limit of their own, and at most."""
+    admin_token: str = field(default="", repr=False)
+    """Empty: nobody administers over the network."""
+
+    def admit(self, authorization: str) -> None:
+        """Raises BadRequest unless ``authorization`` is the administrator's (401, 403)."""
+        if not self.admin_token:
+            raise BadRequest("no admin token is set on this server: it takes no such calls", 403)
+        wanted = ("Bearer " + self.admin_token).encode()
+        if not hmac.compare_digest(authorization.encode("utf-8", "replace"), wanted):
+            raise BadRequest("this call needs the header 'Authorization: Bearer TOKEN'", 401)
+
+
+@dataclass(slots=True)
+class Reply:
+    status: int = 200
+    parts: list[bytes] = field(default_factory=list)
+    headers: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    names: Mapping[str, str]
+    headers: Mapping[str, str]
+    body: bytes
+    receive: Receive
+
+    @property
+    def model(self) -> tuple[str, str]:
+        return self.names["model"], self.names.get("version", "")
+
+
+def json_reply(value: object, status: int = 200) -> Reply:
+    text = json.dumps(value, separators=(",", ":")).encode()
+    return Reply(status, [text], {"content-type": "application/json"})
+
+
+def refusal(error: ServeError) -> Reply:
+    body: dict[str, Any] = {"error": str(error)}
+    headers: dict[str, str] = {}
+    if isinstance(error, Loading):
+        body["progress"] = round(error.progress, 4)
+    if isinstance(error, Unavailable):
+        headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
+    if isinstance(error, NotAllowed):
+        headers["allow"] = error.allowed
+    if error.status == 401:
+        headers["www-authenticate"] = "Bearer"
+    reply = json_reply(body, error.status)
+    reply.headers |= headers
+    return reply
+
+
+class HttpApi:
+    """The ASGI application."""
+
+    def __init__(self, catalog: Catalog, access: Access, control: Control | None = None) -> None:
+        self._catalog = catalog
+        self._access = access
+        self._control = control
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":  # a WebSocket: closed before it is accepted is a 403
+            await send({"type": "websocket.close"})
+            return
+        headers = {
+            name.decode("latin1"): value.decode("latin1") for name, value in scope["headers"]
+        }
+        try:
+            reply = await self._answer(scope, headers, receive)
+        except ServeError as error:
+            reply = refusal(error)
+        except Disconnected:
+            return
+        except Exception:
+            LOG.exception("a defect in answering %s %a", scope["method"], scope["path"][:100])
+            reply = refusal(ServeError("a defect of the server, which its log tells of"))
+        await _send(reply, accepted(headers.get("accept-encoding", "")), send)
+
+    async def _answer(
+        self, scope: MutableMapping[str, Any], headers: Mapping[str, str], receive: Receive
+    ) -> Reply:
+        route, names = find(scope["method"], scope["path"])
+        if route.admin:
+            self._access.admit(headers.get("authorization", ""))
+        body = b""
+        if route.method == "POST":
+            access = self._access
+            body = await read_body(receive, headers, access.body_bytes_max, access.body_timeout_s)
+        return await self._operation(route)(Call(names, headers, body, receive))
+
+    def _operation(self, route: Route) -> Callable[[Call], Awaitable[Reply]]:
+        found: Callable[[Call], Awaitable[Reply]] = getattr(self, f"_{route.operation}")
+        return found
+
+    # ------------------------------------------------------------ operations
+
+    async def _server(self, call: Call) -> Reply:
+        return json_reply(answers.server())
+
+    async def _live(self, call: Call) -> Reply:
+        return Reply()
+
+    async def _ready(self, call: Call) -> Reply:
+        if self._catalog.ready():
+            return Reply()
+        others = [entry for entry in self._catalog.index() if entry.state != "READY"]
+        waiting = ", ".join(f"{e.name} {e.version} {e.state} ({e.reason})" for e in others)
+        raise Unavailable(f"not ready: {waiting or 'there is no model, or no more requests'}")
+
+    async def _model_ready(self, call: Call) -> Reply:
+        self._catalog.find(*call.model)
+        if not self._catalog.ready(*call.model):
+            raise Unavailable("this replica is leaving: ask another one")
+        return Reply()
+
+    async def _model(self, call: Call) -> Reply:
+        return json_reply(answers.model(self._catalog, *call.model))
+
+    async def _config(self, call: Call) -> Reply:
+        return json_reply(answers.config(self._catalog, *call.model))
+
+    async def _stats(self, call: Call) -> Reply:
+        name, version = call.names.get("model", ""), call.names.get("version", "")
+        return json_reply(answers.statistics(self._catalog, name, version))
+
+    async def _index(self, call: Call) -> Reply:
+        asked = _object(call.body)
+        ready = asked.get("ready", False)
+        if not isinstance(ready, bool):
+            raise BadRequest("ready must be true or false")
+        return json_reply(answers.index(self._catalog, ready))
+
+    async def _load(self, call: Call) -> Reply:
+        parameters = _object(_object(call.body).get("parameters", {}))
+        await answers.control(self._control).load(call.names["model"], parameters)
+        return Reply()
+
+    async def _unload(self, call: Call) -> Reply:
+        _object(_object(call.body).get("parameters", {}))
+        await answers.control(self._control).unload(call.names["model"])
+        return Reply()
+
+    async def _infer(self, call: Call) -> Reply:
+        batcher = self._catalog.find(*call.model)
+        json_bytes = json_length(call.headers)
+        if (len(call.body) if json_bytes is None else json_bytes) > LARGE_JSON_BYTES:
+            request = await asyncio.to_thread(wire.decode, call.body, json_bytes, batcher.info)
+        else:
+            request = wire.decode(call.body, json_bytes, batcher.info)
+        limits_s = [self._access.request_timeout_s, timeout_s(call.headers)]
+        if request.timeout_us:
+            limits_s.append(request.timeout_us / 1e6)
+        outputs = await _while_connected(
+            batcher.submit(request.inputs, min(limits_s)), call.receive
+        )
+        parts, json_bytes = wire.encode(batcher.info, request, outputs)
+        if json_bytes is None:
+            return Reply(200, parts, {"content-type": "application/json"})
+        headers = {"content-type": "application/octet-stream", JSON_LENGTH_HEADER: str(json_bytes)}
+        return Reply(200, parts, headers)
+
+
+# ---------------------------------------------------------------- parts
+
+
+async def _while_connected(future: asyncio.Future[Any], receive: Receive) -> Any:
+    """The result, unless the client goes first: then it is cancelled. Raises Disconnected."""
+    gone = asyncio.ensure_future(receive())
+    try:
+        await asyncio.wait({future, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not future.done():
+            raise Disconnected
+        return future.result()
+    finally:
+        gone.cancel()
+        future.cancel()
+
+
+async def _send(reply: Reply, encoding: str, send: Send) -> None:
+    parts = reply.parts
+    if encoding and sum(map(len, parts)) >= COMPRESS_BYTES_MIN:
+        parts = [await pack(parts, encoding)]
+        reply.headers["content-encoding"] = encoding
+        reply.headers["vary"] = "accept-encoding"
+    reply.headers["content-length"] = str(sum(map(len, parts)))
+    headers = [(name.encode(), value.encode("latin1")) for name, value in reply.headers.items()]
+    await send({"type": "http.response.start", "status": reply.status, "headers": headers})
+    await send({"type": "http.response.body", "body": b"".join(parts)})
+
+
+def json_length(headers: Mapping[str, str]) -> int | None:
+    text = headers.get(JSON_LENGTH_HEADER)
+    return None if text is None else _whole(text, "Inference-Header-Content-Length", 0, 2**40)
+
+
+def timeout_s(headers: Mapping[str, str]) -> float:
+    text = headers.get(TIMEOUT_HEADER)
+    if text is None:
+        return math.inf
+    return _whole(text, f"{TIMEOUT_HEADER} (milliseconds)", 1, TIMEOUT_MS_MAX) / 1e3
+
+
+def _whole(text: str, what: str, least: int, most: int) -> int:
+    value = int(text) if re.fullmatch(r"[0-9]{1,15}", text) else -1
+    if not least <= value <= most:
+        raise BadRequest(f"{what} must be a whole number from {least} to {most}")
+    return value
+
+
+def _object(body: object) -> dict[str, Any]:
+    value = wire.parse_json(body) if isinstance(body, bytes) and body else body or {}
+    if not isinstance(value, dict):
+        raise BadRequest("the request must be a JSON object")
+    return value

@@ -1,0 +1,114 @@
+"""The paths of the HTTP interface: what is served is what the OpenAPI file says. Pure data."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from paddle_ft.serve.tensors import BadRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    method: str
+    path: str
+    operation: str
+    """Name of the method of ``HttpApi`` that answers."""
+    summary: str
+    answer: str
+    """Schema of the body of a 200; empty: there is none."""
+    body: str = ""
+    """Schema of the request's body; empty: it has none."""
+    admin: bool = False
+    refusals: tuple[int, ...] = ()
+
+
+_MODEL = (400, 404, 503)
+_INFER = (400, 401, 404, 408, 413, 415, 429, 503)
+_ADMIN = (400, 401, 403, 404, 408, 413, 415, 503)
+
+
+def _model(path: str, operation: str, summary: str, answer: str, **more: str) -> list[Route]:
+    """The same with and without a version."""
+    infer = operation == "infer"
+    return [
+        Route(
+            "POST" if infer else "GET",
+            f"/v2/models/{{model}}{version}{path}",
+            operation,
+            summary,
+            answer,
+            more.get("body", ""),
+            refusals=_INFER if infer else _MODEL,
+        )
+        for version in ("", "/versions/{version}")
+    ]
+
+
+ROUTES: tuple[Route, ...] = (
+    Route("GET", "/v2", "server", "Name and version of the server", "Server"),
+    Route("GET", "/v2/health/live", "live", "The process answers", ""),
+    Route("GET", "/v2/health/ready", "ready", "Every model is answered", "", refusals=(503,)),
+    *_model("", "model", "Inputs and outputs of a model", "Model"),
+    *_model("/ready", "model_ready", "The model is answered", ""),
+    *_model("/config", "config", "How requests for a model are batched", "Config"),
+    *_model("/stats", "stats", "What a model has done", "Statistics"),
+    *_model("/infer", "infer", "Outputs for inputs", "InferResponse", body="InferRequest"),
+    Route("GET", "/v2/models/stats", "stats", "What all models have done", "Statistics"),
+    Route(
+        "POST",
+        "/v2/repository/index",
+        "index",
+        "Models and their states",
+        "Index",
+        "IndexRequest",
+        refusals=(400, 408, 413, 415),
+    ),
+    *(
+        Route(
+            "POST",
+            f"/v2/repository/models/{{model}}/{what}",
+            what,
+            summary,
+            "",
+            "Parameters",
+            True,
+            _ADMIN,
+        )
+        for what, summary in (("load", "Load a model"), ("unload", "Take a model out"))
+    ),
+)
+
+
+def _pattern(path: str) -> re.Pattern[str]:
+    return re.compile(re.sub(r"\\{(\w+)\\}", r"(?P<\1>[^/]+)", re.escape(path)))
+
+
+_PATTERNS = [
+    # Without names first: /v2/models/stats is not the model "stats".
+    (_pattern(route.path), route)
+    for route in sorted(ROUTES, key=lambda route: route.path.count("{"))
+]
+
+
+def find(method: str, path: str) -> tuple[Route, Mapping[str, str]]:
+    """The route for a request, and the names in its path; raises BadRequest (404, 405)."""
+    path = path.rstrip("/") or "/"
+    allowed: list[str] = []
+    for pattern, route in _PATTERNS:
+        if (match := pattern.fullmatch(path)) is not None:
+            if route.method == method:
+                return route, match.groupdict()
+            allowed.append(route.method)
+    if allowed:
+        raise NotAllowed(allowed[0])
+    raise BadRequest(f"there is nothing at {path[:100]!a}: see /v2", 404)
+
+
+class NotAllowed(BadRequest):
+    """Another method would do."""
+
+    def __init__(self, allowed: str) -> None:
+        super().__init__(f"use {allowed} here", 405)
+        self.allowed = allowed
