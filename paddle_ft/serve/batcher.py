@@ -131,10 +131,13 @@ class Batcher:
         futures = [pending.future for pending in self._pending.values()]
         if futures:
             await asyncio.wait(futures, timeout=timeout_s)
-        for pending in list(self._pending.values()):
+        left = list(self._pending.values())
+        for pending in left:
             _fail(pending, Unavailable(f"{self.info.name} is being taken out", 0.5))
         if self._poll is not None:
             self._poll.cancel()
+        for task in self._tasks if left else ():
+            task.cancel()
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=1.0)
         await self.runner.close()

@@ -50,7 +50,7 @@ ECHO = ModelInfo(
 
 @dataclass
 class NumpyRunner:
-    """Runs ``function`` on the event loop, ``workers`` batches at once; ``gate`` holds them back."""
+    """Runs ``function`` on the loop, ``workers`` batches at once; ``gate`` holds them back."""
 
     info: ModelInfo
     function: Function

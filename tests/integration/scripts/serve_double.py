@@ -13,6 +13,7 @@ from tests.integration.serve_world import DOUBLE, NumpyRunner, doubled
 class Slow(NumpyRunner):
     async def run(self, inputs: Tensors, timeout_s: float) -> Tensors:
         self.running += 1
+        print("begun", flush=True)
         try:
             await asyncio.sleep(float(sys.argv[1]))
             return self.function(inputs)
@@ -23,7 +24,7 @@ class Slow(NumpyRunner):
 async def main() -> None:
     front = Front(ServeConfig(http_port=0, grpc_port=0))
     await front.start()
-    front.catalog.serve(Slow(DOUBLE, doubled))
+    front.catalog.serve(Slow(DOUBLE, doubled, workers=2))
     print(json.dumps({"http": front.http_port, "grpc": front.grpc_port}), flush=True)
     await front.run()
 

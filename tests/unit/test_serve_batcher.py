@@ -1,0 +1,187 @@
+"""The queue in front of a runner: every request that is taken ends once, with what is its own."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import numpy as np
+import pytest
+
+from paddle_ft.serve.batcher import Batcher, DeadlineExceeded, Overloaded
+from paddle_ft.serve.batching import Limits
+from paddle_ft.serve.catalog import Catalog
+from paddle_ft.serve.types import ModelError, ServeError, Tensors, Unavailable
+from tests.integration.serve_world import DOUBLE, NumpyRunner, doubled
+
+
+def on_loop(test: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], None]:
+    def run() -> None:
+        asyncio.run(asyncio.wait_for(test(), 20))
+
+    run.__name__ = test.__name__
+    return run
+
+
+def rows(*values: float) -> Tensors:
+    return {"x": np.array(values, np.float32).reshape(-1, 1)}
+
+
+def held(**limits: Any) -> tuple[Batcher, NumpyRunner]:
+    """A batcher whose one worker is held back by a gate."""
+    runner = NumpyRunner(DOUBLE, doubled, gate=asyncio.Event())
+    return Batcher(runner, Limits(**limits)), runner
+
+
+async def outcome(future: asyncio.Future[Tensors]) -> Any:
+    try:
+        return (await future)["y"].ravel().tolist()
+    except (ServeError, asyncio.CancelledError) as error:
+        return type(error)
+
+
+async def outcomes(*futures: asyncio.Future[Tensors]) -> list[Any]:
+    return [await outcome(future) for future in futures]
+
+
+async def reached(runner: NumpyRunner, batches: int) -> None:
+    while len(runner.batches) < batches:
+        await asyncio.sleep(0)
+
+
+@on_loop
+async def test_who_waits_for_a_worker_is_joined_and_gets_its_own_rows() -> None:
+    batcher, runner = held()
+    first = batcher.submit(rows(1), 9)
+    await reached(runner, 1)
+    others = [batcher.submit(rows(*values), 9) for values in ((2,), (3, 4), (5,), (6,))]
+    runner.gate.set()
+    assert await outcomes(first, *others) == [[2], [4], [6, 8], [10], [12]]
+    assert runner.batches == [1, 4, 1]
+    assert (batcher.figures.rows, batcher.figures.batches) == (6, 3)
+    await batcher.close(1)
+    assert runner.closed
+
+
+@on_loop
+async def test_one_that_is_refused_fails_alone() -> None:
+    batcher, runner = held()
+    first = batcher.submit(rows(1), 9)
+    await reached(runner, 1)
+    others = [batcher.submit(rows(value), 9) for value in (2, 13, 4)]
+    runner.gate.set()
+    assert await outcomes(first, *others) == [[2], [4], ModelError, [8]]
+    assert runner.batches == [1, 3, 1, 1, 1]
+
+
+@on_loop
+async def test_nothing_waits_while_workers_are_idle() -> None:
+    runner = NumpyRunner(DOUBLE, doubled, workers=3, gate=asyncio.Event())
+    batcher = Batcher(runner, Limits())
+    futures = [batcher.submit(rows(value), 9) for value in range(4)]
+    await reached(runner, 3)
+    assert runner.batches == [1, 1, 1]
+    assert batcher.waiting == 1
+    runner.gate.set()
+    assert await outcomes(*futures) == [[0], [2], [4], [6]]
+
+
+@on_loop
+async def test_expired_and_cancelled_requests_do_not_run() -> None:
+    batcher, runner = held()
+    first = batcher.submit(rows(1), 9)
+    await reached(runner, 1)
+    late, gone, good = (batcher.submit(rows(v), s) for v, s in ((2, 0.01), (3, 9), (4, 9)))
+    gone.cancel()
+    assert await outcome(late) is DeadlineExceeded
+    runner.gate.set()
+    assert await outcomes(first, gone, good) == [[2], asyncio.CancelledError, [8]]
+    assert runner.batches == [1, 1]
+
+
+@on_loop
+async def test_a_deadline_holds_while_the_batch_runs() -> None:
+    batcher, runner = held()
+    assert await outcome(batcher.submit(rows(1), 0.02)) is DeadlineExceeded
+    runner.gate.set()
+    assert await outcome(batcher.submit(rows(2), 9)) == [4]
+
+
+@on_loop
+async def test_a_full_queue_says_so() -> None:
+    batcher, runner = held(queue_max=2)
+    futures = [batcher.submit(rows(1), 9)]
+    await reached(runner, 1)
+    futures += [batcher.submit(rows(value), 9) for value in (2, 3)]
+    with pytest.raises(Overloaded) as caught:
+        batcher.submit(rows(4), 9)
+    assert (caught.value.status, batcher.figures.refused) == (429, 1)
+    runner.gate.set()
+    assert await outcomes(*futures) == [[2], [4], [6]]
+
+
+@on_loop
+async def test_a_defect_of_the_runner_ends_as_an_error() -> None:
+    def broken(inputs: Tensors) -> Tensors:
+        raise TypeError("a defect")
+
+    for function, found in ((broken, ServeError), (lambda _: {}, ServeError)):
+        batcher = Batcher(NumpyRunner(DOUBLE, function), Limits())
+        futures = [batcher.submit(rows(value), 9) for value in (1, 2)]
+        assert await outcomes(*futures) == [found, found]
+
+
+@on_loop
+async def test_outputs_without_a_row_for_each_are_not_given_to_the_wrong_one() -> None:
+    def summed(inputs: Tensors) -> Tensors:
+        return {"y": inputs["x"].sum(axis=0, keepdims=True)}
+
+    runner = NumpyRunner(DOUBLE, summed, gate=asyncio.Event())
+    batcher = Batcher(runner, Limits())
+    first = batcher.submit(rows(1), 9)
+    await reached(runner, 1)
+    others = [batcher.submit(rows(value), 9) for value in (2, 3)]
+    runner.gate.set()
+    assert await outcomes(first, *others) == [[1], [2], [3]]
+
+
+@on_loop
+async def test_a_worker_that_comes_back_by_itself_is_seen() -> None:
+    runner = NumpyRunner(DOUBLE, doubled, workers=0)
+    batcher = Batcher(runner, Limits())
+    future = batcher.submit(rows(1), 9)
+    await asyncio.sleep(0)
+    runner.workers = 1
+    assert await outcome(future) == [2]
+
+
+@on_loop
+async def test_a_version_that_is_replaced_finishes_what_it_has_taken() -> None:
+    catalog = Catalog(Limits(), drain_s=9)
+    runner = NumpyRunner(DOUBLE, doubled, gate=asyncio.Event())
+    catalog.serve(runner)
+    taken = [catalog.find("double").submit(rows(value), 9) for value in (1, 2)]
+    new = NumpyRunner(type(DOUBLE)("double", "2", "numpy", DOUBLE.inputs, DOUBLE.outputs), doubled)
+    catalog.serve(new)
+    leaving = asyncio.create_task(catalog.retire("double", "1"))
+    assert await outcome(catalog.find("double").submit(rows(5), 9)) == [10]
+    assert [(e.version, e.state) for e in catalog.index()] == [("2", "READY"), ("1", "UNLOADING")]
+    assert catalog.ready()
+    runner.gate.set()
+    assert await outcomes(*taken) == [[2], [4]]
+    await leaving
+    assert runner.closed and not new.closed
+    assert len(new.batches) == 1
+
+
+@on_loop
+async def test_a_batcher_that_closes_takes_nothing_and_waits_only_so_long() -> None:
+    batcher, _ = held()
+    taken = batcher.submit(rows(1), 9)
+    closing = asyncio.create_task(batcher.close(0.01))
+    await asyncio.sleep(0)
+    with pytest.raises(Unavailable):
+        batcher.submit(rows(1), 9)
+    await closing
+    assert await outcome(taken) is Unavailable
