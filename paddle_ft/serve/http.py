@@ -1,4 +1,4 @@
-"""The Open Inference Protocol over HTTP, as a raw ASGI application. Paths: ``routes``.
+"""The Open Inference Protocol over HTTP, as a raw ASGI application. Paths: ``http_paths``.
 
 Whatever is wrong with a request, its answer is ``{"error": "one sentence"}`` with the right status;
 503 and 429 carry ``Retry-After``, and the ``progress`` of a model that is being loaded.
@@ -26,7 +26,7 @@ from paddle_ft.serve.bodies import (
     read_body,
 )
 from paddle_ft.serve.catalog import Catalog, Control, Loading
-from paddle_ft.serve.routes import NotAllowed, Route, find
+from paddle_ft.serve.http_paths import NotAllowed, Route, find
 from paddle_ft.serve.tensors import BadRequest
 from paddle_ft.serve.types import ServeError, Unavailable
 

@@ -1,4 +1,4 @@
-"""The OpenAPI description of the HTTP interface, made from ``routes``. Pure.
+"""The OpenAPI description of the HTTP interface, made from ``http_paths``. Pure.
 
 ``docs/serving-openapi.json`` is ``document()`` as ``text()`` writes it; a test keeps it so.
 """
@@ -9,7 +9,7 @@ import json
 import re
 from typing import Any
 
-from paddle_ft.serve.routes import ROUTES, Route
+from paddle_ft.serve.http_paths import ROUTES, Route
 from paddle_ft.serve.tensors import DIMENSIONS_MAX, DTYPES
 from paddle_ft.serve.wire import TENSORS_MAX, TIMEOUT_US_MAX
 

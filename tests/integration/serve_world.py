@@ -17,6 +17,7 @@ import numpy as np
 from paddle_ft.config import ServeConfig
 from paddle_ft.serve.catalog import Catalog
 from paddle_ft.serve.front import Front
+from paddle_ft.serve.tensors import BadRequest
 from paddle_ft.serve.types import Feature, ModelError, ModelInfo, Tensors
 
 TOKEN = "let me in"
@@ -88,8 +89,9 @@ class Keeper:
     async def load(self, name: str, parameters: Mapping[str, Any]) -> None:
         assert self.catalog is not None
         if name != "echo":
-            raise ModelError(f"no model {name} is published")
-        self.catalog.serve(NumpyRunner(ECHO, echoed))
+            raise BadRequest(f"no model {name} is published", 404)
+        if not self.catalog.versions("echo"):
+            self.catalog.serve(NumpyRunner(ECHO, echoed))
 
     async def unload(self, name: str) -> None:
         assert self.catalog is not None

@@ -22,7 +22,7 @@ from paddle_ft.coordination.etcd_grpc import grpc
 from paddle_ft.errors import ConfigError
 from paddle_ft.serve import grpc_messages, openapi
 from paddle_ft.serve.front import Front
-from paddle_ft.serve.routes import ROUTES
+from paddle_ft.serve.http_paths import ROUTES
 from tests.integration.serve_world import (
     DOUBLE,
     ECHO,
