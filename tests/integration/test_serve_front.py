@@ -9,6 +9,7 @@ import importlib
 import json
 import queue
 import socket
+import tracemalloc
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -21,8 +22,10 @@ from paddle_ft.config import ServeConfig
 from paddle_ft.coordination.etcd_grpc import grpc
 from paddle_ft.errors import ConfigError
 from paddle_ft.serve import grpc_messages, openapi
+from paddle_ft.serve.bodies import unpack
 from paddle_ft.serve.front import Front
 from paddle_ft.serve.http_paths import ROUTES
+from paddle_ft.serve.tensors import BadRequest
 from tests.integration.serve_world import (
     DOUBLE,
     ECHO,
@@ -273,7 +276,8 @@ WRONG: list[tuple[str, str, Any, dict[str, str], int]] = [
     ("POST", INFER, asked(1), {"X_Request_Timeout_Ms": "soon"}, 400),
     ("POST", INFER, asked(1), {"Content_Encoding": "br"}, 415),
     ("POST", INFER, b"not gzip", {"Content_Encoding": "gzip"}, 400),
-    ("POST", INFER, gzip.compress(b"{}")[:-9], {"Content_Encoding": "gzip"}, 400),
+    ("POST", INFER, gzip.compress(dumped(asked(1)))[:-4], {"Content_Encoding": "gzip"}, 400),
+    ("POST", INFER, gzip.compress(dumped(asked(1))) + b"x", {"Content_Encoding": "gzip"}, 400),
     ("POST", INFER, gzip.compress(bytes(10**8), 1), {"Content_Encoding": "gzip"}, 413),
     ("POST", INFER, zlib.compress(bytes(10**6)), {"Content_Encoding": "deflate"}, 413),
     ("POST", INFER, bytes(100_001), {}, 413),
@@ -291,6 +295,16 @@ def test_what_is_wrong_gets_its_status_and_a_sentence(running: Running, number: 
     assert isinstance(answer["error"], str) and answer["error"]
     assert ("allow" in found) == (status == 405)
     assert running.ask("POST", INFER, asked(2))[0] == 200
+
+
+def test_a_body_that_would_unpack_to_a_lot_takes_little_memory() -> None:
+    packed = gzip.compress(bytes(10**7), 1)
+    tracemalloc.start()
+    with pytest.raises(BadRequest):
+        unpack(packed, "gzip", 10_000)
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak_bytes < 200_000
 
 
 def test_junk_on_the_sockets_harms_nobody(running: Running) -> None:

@@ -104,6 +104,9 @@ def test_a_request_is_understood_and_its_answer_too(
     request: tuple[bytes, int | None, dict[str, NDArray[Any]], bool],
 ) -> None:
     body, header_bytes, inputs, binary = request
+    if header_bytes is not None:
+        with pytest.raises(BadRequest, match="belong to no input"):
+            wire.decode(body + b"x", header_bytes, MODEL)
     asked = wire.decode(body, header_bytes, MODEL)
     assert asked.id == "7"
     assert all(same(asked.inputs[name], array) for name, array in inputs.items())
