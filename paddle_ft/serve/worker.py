@@ -1,0 +1,146 @@
+"""A worker process: one model, one batch at a time, its tensors in shared memory.
+
+    python -m paddle_ft.serve.worker SOCKET LIFE INPUTS OUTPUTS     (file descriptors)
+
+Over the socket, a JSON message each (SOCK_SEQPACKET):
+
+    front                                    worker
+      {"load": {folder, name, version,   ->
+        settings, bytes_max}}
+                                         <-   {"stage": "…"}         (0 or more)
+                                         <-   {"ready": model info}  or {"failed": text}
+      {"run": n, "tensors": header,      ->
+        "nbytes": of the memory}
+                                         <-   {"done": n, "tensors": header, "nbytes": …}
+                                              or {"error": n, "kind": …, "text": …}
+
+Invariant: it ends with its front. The kernel sends SIGIO when the other end of LIFE is closed,
+whatever this process is doing: Paddle 3 holds the interpreter's lock while it computes.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import select
+import signal
+import socket
+import sys
+import warnings
+import zlib
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from paddle_ft.errors import EXIT_CONFIG, PaddleFTError
+from paddle_ft.exits import end
+from paddle_ft.serve import shared
+from paddle_ft.serve.pipeline import Loaded, said
+from paddle_ft.serve.types import Feature, ModelError, ModelInfo, Unavailable
+
+assert zlib  # loaded before paddle, or 2.6.2 crashes at the first decompression
+MESSAGE_BYTES_MAX = 128 * 1024
+_TEXT_MAX = 2000
+
+
+def main() -> None:
+    control, life, inputs, outputs = map(int, sys.argv[1:])
+    die_with(life)
+    # What is sent to the whole group or session is the front's to answer: it drains.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    os.environ.setdefault("GLOG_minloglevel", "2")
+    warnings.filterwarnings("ignore", message="No ccache found")
+    with socket.socket(fileno=control) as connection:
+        order = _receive(connection)["load"]
+        bytes_max = order["bytes_max"]
+        memories = shared.Memory(inputs, bytes_max), shared.Memory(outputs, bytes_max)
+        try:
+            model = _load(connection, order)
+        except PaddleFTError as error:
+            _send(connection, {"failed": str(error)})
+            end(error.exit_code)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the front is to hear of it
+            _send(connection, {"failed": f"{order['name']} cannot be loaded: {said(error)}"})
+            end(EXIT_CONFIG)
+        _send(connection, {"ready": asdict(model.info)})
+        while True:
+            _send(connection, _answer(model, _receive(connection), *memories))
+
+
+def die_with(life: int) -> None:
+    """Ends this process when the other end of the socket ``life`` is closed."""
+    signal.signal(signal.SIGIO, signal.SIG_DFL)
+    fcntl.fcntl(life, fcntl.F_SETOWN, os.getpid())
+    flags = fcntl.fcntl(life, fcntl.F_GETFL)
+    fcntl.fcntl(life, fcntl.F_SETFL, flags | os.O_ASYNC | os.O_NONBLOCK)
+    if select.select([life], [], [], 0)[0]:  # closed before this was said
+        os._exit(0)
+
+
+def _load(connection: socket.socket, order: dict[str, Any]) -> Loaded:
+    from paddle_ft.serve.predictor import Settings, open_model, warm_up
+    from paddle_ft.serve.program import description_of
+
+    folder, settings = Path(order["folder"]), Settings(**order["settings"])
+    _send(connection, {"stage": "imports Paddle"})
+    import paddle
+
+    paddle.disable_signal_handler()
+    _send(connection, {"stage": "loads the model"})
+    model = open_model(folder, order["name"], order["version"], settings)
+    _send(connection, {"stage": "warms up"})
+    warm_up(model, description_of(folder), settings.rows_max)
+    return model
+
+
+def _answer(
+    model: Loaded, message: dict[str, Any], inputs: shared.Memory, outputs: shared.Memory
+) -> dict[str, Any]:
+    number = message["run"]
+    try:
+        given = shared.read(inputs.seen(message["nbytes"]), message["tensors"], copy=False)
+        header, _ = shared.write(outputs, model.run(given))
+        return {"done": number, "tensors": header, "nbytes": outputs.nbytes}
+    except ModelError as error:
+        return {"error": number, "kind": "model", "text": str(error)[:_TEXT_MAX]}
+    except (Unavailable, MemoryError) as error:
+        text = str(error) or "There is not enough memory for this batch."
+        return {"error": number, "kind": "unavailable", "text": text[:_TEXT_MAX]}
+    except Exception as error:  # noqa: BLE001 - a pipeline's own code may raise anything
+        text = f"{model.info.name} fails on these inputs: {said(error)}"
+        return {"error": number, "kind": "model", "text": text}
+
+
+def info_of(wire: dict[str, Any]) -> ModelInfo:
+    """From what ``ready`` carries."""
+    sides = {
+        side: tuple(Feature(f["name"], f["datatype"], tuple(f["shape"])) for f in wire[side])
+        for side in ("inputs", "outputs")
+    }
+    return ModelInfo(
+        wire["name"], wire["version"], wire["platform"], batched=wire["batched"], **sides
+    )
+
+
+def _send(connection: socket.socket, message: dict[str, Any]) -> None:
+    try:
+        connection.sendall(json.dumps(message).encode())
+    except OSError:
+        end(0)
+
+
+def _receive(connection: socket.socket) -> dict[str, Any]:
+    try:
+        data = connection.recv(MESSAGE_BYTES_MAX)
+    except OSError:
+        data = b""
+    if not data:
+        end(0)  # the front has gone
+    message: dict[str, Any] = json.loads(data)
+    return message
+
+
+if __name__ == "__main__":
+    main()
