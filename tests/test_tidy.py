@@ -177,7 +177,6 @@ ONLY_IN = {
         "feed",
         "serve.predictor",
         "serve.program",
-        "serve.worker",
         "serve.export",
         "checkpoint.snapshot",
         "checkpoint.pdparams",

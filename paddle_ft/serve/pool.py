@@ -16,14 +16,13 @@ import os
 from collections import deque
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from paddle_ft.errors import ConfigError, PaddleFTError
 from paddle_ft.serve import deadline
 from paddle_ft.serve.predictor import Settings
-from paddle_ft.serve.shared import nbytes_of
 from paddle_ft.serve.types import ModelError, ModelInfo, Tensors, Unavailable
 from paddle_ft.serve.worker_process import Outputs, Source, WorkerLost, WorkerProcess
 
@@ -45,7 +44,7 @@ class PoolSettings:
     workers: int = 1
     spares: int = 1
     """Loaded and warm, to take the place of one that is lost; each costs a copy of the model."""
-    predictor: Settings = Settings(threads=0)
+    predictor: Settings = field(default_factory=lambda: Settings(threads=0))
     """``threads`` 0: the processors of this machine, divided among the workers."""
     look_s: float = 0.25
     """How often a batch is looked after, and what is added to any bound learnt from latency."""
@@ -161,7 +160,7 @@ class Pool:
             if not done:
                 raise Unavailable(f"{self._source.name} did not answer within {timeout_s:g} s.")
             try:
-                result = outputs.result()
+                return outputs.result()
             except WorkerLost as error:
                 if self._closed:
                     raise Unavailable(f"{self._source.name} is being unloaded here.") from None
@@ -170,9 +169,6 @@ class Pool:
                         f"Two workers of {self._source.name} were lost with this batch, the last "
                         f"because {error}; it is not tried again."
                     ) from None
-                continue
-            self._learnt.note(nbytes_of(inputs), worker.took_s)
-            return result
         raise AssertionError("every way out is above")
 
     async def close(self) -> None:
@@ -255,6 +251,9 @@ class Pool:
         self._changed.set()
         if self._info is None and worker.idle:
             self._info = worker.ready.result()
+        if worker.took is not None:
+            self._learnt.note(*worker.took)
+            worker.took = None
         self._hand_on()
 
     async def _keep(self) -> None:
@@ -262,6 +261,7 @@ class Pool:
         pause_s, failures = _AGAIN_S, 0
         while True:
             self._changed.clear()
+            before = failures
             for worker in [w for w in self._workers if w.lost]:
                 self._workers.remove(worker)
                 self._spawn(worker.reap())
@@ -286,7 +286,7 @@ class Pool:
                 pause_s, failures, self._failure = _AGAIN_S, 0, ""
                 if not self._started.done():
                     self._started.set_result(None)
-            elif failures:
+            elif failures > before:
                 await self._pause(pause_s)
                 pause_s = min(2 * pause_s, _AGAIN_MAX_S)
             self._fill(progress)

@@ -134,8 +134,10 @@ class Predictor:
 
 
 def _create(files: Files, settings: Settings) -> Any:
+    import paddle
     from paddle import inference
 
+    paddle.disable_signal_handler()  # prints a C++ stack at SIGTERM
     config = inference.Config(str(files.program), str(files.parameters))
     config.disable_glog_info()
     _place(config, settings)

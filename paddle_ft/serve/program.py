@@ -1,7 +1,7 @@
 """What a folder of Paddle inference files says of itself: its files, inputs and outputs.
 
-Paddle 3 writes ``<prefix>.json`` and ``<prefix>.pdiparams``, Paddle 2 ``<prefix>.pdmodel`` instead of
-the first. ``paddle_ft.json`` beside them holds what the files cannot say (``Description``).
+Paddle 3 writes ``<prefix>.json`` and ``<prefix>.pdiparams``, Paddle 2 ``<prefix>.pdmodel`` instead
+of the first. ``paddle_ft.json`` beside them holds what the files cannot say (``Description``).
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import math
 import mmap
 import os
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -79,7 +79,8 @@ def write(memory: Memory, tensors: Tensors) -> tuple[list[list[Any]], int]:
     Raises ModelError for what cannot be carried, Unavailable.
     """
     flat = {name: _flat(name, array) for name, array in tensors.items()}
-    offset, header = 0, []
+    offset = 0
+    header: list[list[Any]] = []
     for name, (dtype, data) in flat.items():
         shape = list(np.shape(tensors[name]))
         header.append([name, dtype, shape, offset, data.nbytes])
@@ -132,7 +133,3 @@ def _elements(part: memoryview, shape: Sequence[int]) -> NDArray[Any]:
     if at != len(part):
         raise ValueError("elements do not fill their tensor")
     return array.reshape(shape)
-
-
-def nbytes_of(tensors: Mapping[str, NDArray[Any]]) -> int:
-    return sum(array.nbytes for array in tensors.values())

@@ -84,10 +84,6 @@ def _load(connection: socket.socket, order: dict[str, Any]) -> Loaded:
     from paddle_ft.serve.program import description_of
 
     folder, settings = Path(order["folder"]), Settings(**order["settings"])
-    _send(connection, {"stage": "imports Paddle"})
-    import paddle
-
-    paddle.disable_signal_handler()
     _send(connection, {"stage": "loads the model"})
     model = open_model(folder, order["name"], order["version"], settings)
     _send(connection, {"stage": "warms up"})

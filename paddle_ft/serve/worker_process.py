@@ -66,8 +66,8 @@ class WorkerProcess:
         self.lost = ""
         """Why it is no more; "" while it lives."""
         self.batch: Batch | None = None
-        self.took_s = 0.0
-        """The last batch that ended well."""
+        self.took: tuple[int, float] | None = None
+        """Bytes and seconds of the batch that has just ended well; for who takes note of it."""
         self.ready: asyncio.Future[ModelInfo] = asyncio.get_running_loop().create_future()
         self.ready.add_done_callback(_seen)
         self._on_change = on_change
@@ -87,27 +87,29 @@ class WorkerProcess:
         return self.batch is None and not self.lost and self.ready.done()
 
     async def start(self, source: Source) -> None:
-        """Starts the process; ``ready`` tells when it can be used. Raises ConfigError."""
-        ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        lives = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._socket, self._life = ends[0], lives[0]
-        self._inputs = shared.Memory.create(source.bytes_max)
-        self._outputs = shared.Memory.create(source.bytes_max)
-        theirs = (
-            ends[1].fileno(),
-            lives[1].fileno(),
-            self._inputs.descriptor,
-            self._outputs.descriptor,
-        )
+        """Starts the process; ``ready`` tells when it can be used."""
+        theirs: list[socket.socket] = []
         try:
+            self._socket, control = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            theirs.append(control)
+            self._life, life = socket.socketpair()
+            theirs.append(life)
+            self._inputs = shared.Memory.create(source.bytes_max)
+            self._outputs = shared.Memory.create(source.bytes_max)
             # Not on the loop: a start takes tens of milliseconds in a large process.
-            self._process = await asyncio.to_thread(_spawn, theirs)
+            self._process = await asyncio.to_thread(
+                _spawn,
+                control.fileno(),
+                life.fileno(),
+                self._inputs.descriptor,
+                self._outputs.descriptor,
+            )
         except OSError as error:
             self._end(f"it cannot be started ({error.strerror})")
             return
         finally:
-            ends[1].close()
-            lives[1].close()
+            for end in theirs:
+                end.close()
         if self.lost:  # closed meanwhile
             self._process.kill()
             return
@@ -181,7 +183,7 @@ class WorkerProcess:
             kind = ModelError if message["kind"] == "model" else Unavailable
             future.set_exception(kind(message["text"]))
         else:
-            self.took_s = time.monotonic() - batch.began_s
+            self.took = batch.nbytes, time.monotonic() - batch.began_s
             try:
                 view = self._outputs.seen(message["nbytes"])
                 future.set_result(shared.read(view, message["tensors"], copy=True))
@@ -242,7 +244,7 @@ def _seen(future: asyncio.Future[Any]) -> None:
         future.exception()
 
 
-def _spawn(descriptors: tuple[int, ...]) -> subprocess.Popen[bytes]:
+def _spawn(*descriptors: int) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "paddle_ft.serve.worker", *map(str, descriptors)]
     return subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=descriptors)
 

@@ -1,0 +1,246 @@
+"""Real worker processes under a pool: lost, stopped, poisoned, and what is left of them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from paddle_ft.errors import ConfigError
+from paddle_ft.serve.pool import BatchRefused, Pool, PoolSettings, Progress
+from paddle_ft.serve.types import ModelError, Unavailable
+
+ODD = '''
+import os, signal, time
+import numpy as np
+from paddle_ft.serve.pipeline import Pipeline
+from paddle_ft.serve.types import Feature, ModelError
+
+
+class Odd(Pipeline):
+    """Does to its process what the first number says."""
+
+    inputs = (Feature("x", "FP32", (-1, -1)), Feature("note", "BYTES", (-1,)))
+    outputs = (Feature("y", "FP32", (-1, -1)), Feature("said", "BYTES", (-1,)))
+    batched = True
+
+    def run(self, inputs, state=None):
+        x, what = inputs["x"], int(inputs["x"].flat[0])
+        if what == -1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if what == -2:
+            raise ModelError("no negative numbers")
+        if what == -3:
+            raise ZeroDivisionError("a defect of the pipeline")
+        if what == -4:
+            while True:
+                pass
+        if what == -5:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if what == -6:
+            time.sleep(0.6)
+        said = np.array([item * 2 for item in inputs["note"]], object)
+        return {"y": x * 2, "said": said}
+'''
+
+
+def given(*numbers: float, note: bytes = b"ab") -> dict[str, np.ndarray[Any, Any]]:
+    x = np.array([numbers], "f4")
+    return {"x": x, "note": np.array([note], object)}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "pipeline.py").write_text(ODD)
+    return tmp_path
+
+
+@contextlib.asynccontextmanager
+async def pool_of(folder: Path, **settings: Any) -> AsyncIterator[Pool]:
+    pool = await Pool.start(folder, "odd", "3", PoolSettings(**settings))
+    try:
+        yield pool
+    finally:
+        await pool.close()
+
+
+async def until(condition: Callable[[], object], timeout_s: float = 30.0) -> None:
+    async with asyncio.timeout(timeout_s) if sys.version_info >= (3, 11) else _nothing():
+        while not condition():
+            await asyncio.sleep(0.02)
+
+
+@contextlib.asynccontextmanager
+async def _nothing() -> AsyncIterator[None]:
+    yield
+
+
+async def check_answer(pool: Pool, *numbers: float) -> None:
+    outputs = await pool.run(given(*numbers), 20)
+    np.testing.assert_array_equal(outputs["y"], 2 * np.array([numbers], "f4"))
+    assert outputs["said"].tolist() == [b"abab"]
+
+
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_a_batch_outlives_one_worker_and_not_two(folder: Path) -> None:
+    async def story() -> None:
+        told: list[Progress] = []
+        pool = await Pool.start(folder, "odd", "3", PoolSettings(workers=2), told.append)
+        try:
+            assert told[-1].ready == told[-1].wanted == 2
+            assert [p.ready for p in told] == sorted(p.ready for p in told)
+            assert (pool.info.name, pool.info.version, pool.info.batched) == ("odd", "3", True)
+            assert pool.idle == 2
+            await check_answer(pool, 1, 2, 3)
+
+            # Refused by the model or by its code: nobody is lost for it.
+            before = pool.pids
+            for number, text in ((-2, "no negative numbers"), (-3, "a defect of the pipeline")):
+                with pytest.raises(ModelError, match=text):
+                    await pool.run(given(number), 20)
+            assert pool.pids[:2] == before[:2]
+
+            # Killed from outside with a batch: another one does it.
+            await until(lambda: len(pool.pids) == 3)
+            running = asyncio.ensure_future(pool.run(given(-6, 1), 20))
+            await until(lambda: pool.idle == 1)
+            os.kill(pool.pids[0], signal.SIGKILL)
+            assert (await running)["y"].tolist() == [[-12, 2]]
+            await until(lambda: pool.replaced == 1 and len(pool.pids) == 3)
+
+            # It kills whoever has it.
+            with pytest.raises(BatchRefused, match="SIGKILL"):
+                await pool.run(given(-1), 20)
+            await check_answer(pool, 4)
+            await until(lambda: len(pool.pids) == 3)
+            assert pool.replaced == 3
+        finally:
+            await pool.close()
+
+    before = descriptors()
+    asyncio.run(story())
+    assert descriptors() <= before
+
+
+def test_a_stopped_worker_is_replaced_and_its_batch_answered(folder: Path) -> None:
+    async def story() -> None:
+        async with pool_of(folder, workers=1) as pool:
+            await until(lambda: len(pool.pids) == 2)
+            await check_answer(pool, 1)
+            os.kill(pool.pids[0], signal.SIGSTOP)
+            await asyncio.gather(*(check_answer(pool, n) for n in range(5)))
+            assert pool.replaced == 1
+
+    asyncio.run(story())
+
+
+def test_a_worker_that_computes_for_ever_is_ended_by_what_was_learnt(folder: Path) -> None:
+    async def story() -> None:
+        async with pool_of(folder, workers=1, spares=2, look_s=0.05) as pool:
+            await until(lambda: len(pool.pids) == 3)
+            for n in range(10):
+                await check_answer(pool, n)
+            with pytest.raises(BatchRefused, match="takes longer than"):
+                await pool.run(given(-4), 60)
+            await check_answer(pool, 1)
+
+    asyncio.run(story())
+
+
+def test_who_waits_is_told_in_time_and_what_was_begun_does_no_harm(folder: Path) -> None:
+    async def story() -> None:
+        async with pool_of(folder, workers=1, spares=0) as pool:
+            slow = asyncio.ensure_future(pool.run(given(-6), 20))
+            await until(lambda: pool.idle == 0)
+            with pytest.raises(Unavailable, match="free in time"):
+                await pool.run(given(1), 0.05)
+            slow.cancel()
+            await check_answer(pool, 5)  # not what the first one had asked
+            with pytest.raises(Unavailable, match=r"within 0\.1 s"):
+                await pool.run(given(-6), 0.1)
+            await check_answer(pool, 6)
+        with pytest.raises(Unavailable, match="unloaded"):
+            await pool.run(given(1), 1)
+
+    asyncio.run(story())
+
+
+def test_tensors_of_any_size_up_to_the_bound(folder: Path) -> None:
+    async def story() -> None:
+        async with pool_of(folder, workers=1, spares=0, tensor_bytes_max=2**22) as pool:
+            for size in (3, 100_000, 7, 1_000_000, 5):
+                await check_answer(pool, *np.arange(size))
+            with pytest.raises(ModelError, match="at most 4194304"):
+                await pool.run(given(*np.zeros(1_100_000)), 20)
+            with pytest.raises(ModelError, match="holds a int"):
+                await pool.run({"x": np.ones((1, 1), "f4"), "note": np.array([3], object)}, 20)
+            assert pool.idle == 1
+            await check_answer(pool, 5)
+            assert pool.replaced == 0
+
+    asyncio.run(story())
+
+
+def test_what_cannot_be_loaded_is_told_in_a_sentence(tmp_path: Path) -> None:
+    async def start(text: str) -> None:
+        (tmp_path / "pipeline.py").write_text(text)
+        await Pool.start(tmp_path, "odd", "3", PoolSettings(spares=0))
+
+    failing = ODD.replace("def run", "def setup(self): 1 / 0\n    def run")
+    for text, said in (
+        ("import nowhere", "cannot be imported: ModuleNotFoundError"),
+        ("x = 1", "must define one class derived from Pipeline; it has none"),
+        (failing, "cannot be set up: ZeroDivisionError"),
+        ("import os; os.kill(os.getpid(), 9)", "before they are ready: it ended by SIGKILL"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            asyncio.run(start(text))
+
+
+def test_nothing_is_left_of_a_front_that_is_killed(
+    folder: Path, wait_for: Callable[..., None]
+) -> None:
+    """Not even of a worker that never looks at its socket again."""
+    front = f"""
+        import asyncio, sys
+        from pathlib import Path
+        import numpy as np
+        from paddle_ft.serve.pool import Pool, PoolSettings
+
+        async def main():
+            pool = await Pool.start(Path({str(folder)!r}), "odd", "3", PoolSettings(workers=2))
+            x, note = np.array([[-4]], "f4"), np.array([b""], object)
+            asyncio.ensure_future(pool.run({{"x": x, "note": note}}, 60))
+            while len(pool.pids) < 3:
+                await asyncio.sleep(0.01)
+            print(*pool.pids, flush=True)
+            await asyncio.sleep(60)
+
+        asyncio.run(main())
+    """
+    before = set(os.listdir("/dev/shm"))
+    command = [sys.executable, "-c", textwrap.dedent(front)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        pids = [int(pid) for pid in process.stdout.readline().split()]
+        process.kill()
+    assert len(pids) == 3
+    began_s = time.monotonic()
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))
+    assert time.monotonic() - began_s < 5
+    mine = {name for name in set(os.listdir("/dev/shm")) - before if "tensors" in name}
+    assert not mine
