@@ -26,6 +26,7 @@ from paddle_ft.coordination.view import find_trouble, live_nodes
 from paddle_ft.errors import ConfigError, MembersMissing, PaddleFTError
 from paddle_ft.health.cli import health
 from paddle_ft.health.probe_cli import probe
+from paddle_ft.serve.publish_cli import models, publish
 
 LOGS = Path("log")
 """Where a launcher that was not told otherwise puts its output."""
@@ -62,6 +63,8 @@ _ckpt.callback()(lambda: None)
 app.add_typer(_ckpt, name="ckpt")
 app.command()(health)
 app.command()(probe)
+app.command()(publish)
+app.command()(models)
 app.add_typer(chaos_app, name="chaos")
 
 

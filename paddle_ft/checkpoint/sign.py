@@ -75,27 +75,35 @@ class Trust:
             return
         content = encode_manifest(manifest)
         assert hashlib.sha256(content).hexdigest() == ref.digest
-        signature = self.signer.sign(_message(ref.manifest, content))
+        self.sign_content(store, ref.manifest, content, layout.signature_name(ref.manifest))
+
+    def sign_content(self, store: Store, name: str, content: bytes, signature: str) -> None:
+        """Stores as ``signature`` that of ``content``, which has, or will have, ``name``."""
+        if self.signer is None:
+            return
         wire = {
             "format": FORMAT,
             "kind": "signature",
             "key": key_id(self.signer.public_key()),
-            "ed25519": base64.b64encode(signature).decode(),
+            "ed25519": base64.b64encode(self.signer.sign(_message(name, content))).decode(),
         }
         failpoint("signature.before")
-        store.put(layout.signature_name(ref.manifest), canonical(wire))
+        store.put(signature, canonical(wire))
         failpoint("signature.stored")
 
-    def check(self, store: Store, name: str, content: bytes) -> Signed:
+    def check(
+        self, store: Store, name: str, content: bytes, signature_name: str | None = None
+    ) -> Signed:
         """Looks whether ``content``, of the manifest ``name``, is what a trusted key has signed.
 
+        Its signature has ``signature_name``; default: that of a checkpoint's manifest.
         Raises CheckpointDamaged if it is not and ``verify`` minds, StoreError.
         """
         if self.verify == "off" or not self.keys:
             return "unchecked"
         where = f"{store.url}/{name}"
         try:
-            wire = store.get(layout.signature_name(name))
+            wire = store.get(signature_name or layout.signature_name(name))
         except StoreMissing:
             if self.verify == "if-present":
                 return "no"

@@ -55,10 +55,11 @@ class Settings:
 
 def describe(folder: Path, name: str, version: str) -> ModelInfo:
     """What the Paddle model in ``folder`` takes and gives; raises ConfigError."""
-    return _info(find_files(folder), description_of(folder), name, version)
+    return info_of(find_files(folder), description_of(folder), name, version)
 
 
-def _info(files: Files, told: Description, name: str, version: str) -> ModelInfo:
+def info_of(files: Files, told: Description, name: str, version: str) -> ModelInfo:
+    """As ``describe``, of files that lie apart from their description."""
     inputs, outputs = (tuple(s.feature for s in slots) for slots in slots_of(files))
     if told.outputs and len(set(told.outputs)) != len(outputs):
         raise ConfigError(
@@ -91,7 +92,7 @@ class Predictor:
     def __init__(self, folder: Path, name: str, version: str, settings: Settings) -> None:
         files = find_files(folder)
         told = description_of(files.program.parent)
-        self.info = _info(files, told, name, version)
+        self.info = info_of(files, told, name, version)
         self._dtypes = {f.name: _NUMPY[f.datatype] for f in self.info.inputs}
         try:
             self._predictor = _create(files, settings)

@@ -99,10 +99,12 @@ def _is_program(path: Path) -> bool:
 
 
 def description_of(folder: Path) -> Description:
-    """What ``paddle_ft.json`` says; raises ConfigError."""
+    """What ``paddle_ft.json`` says, if there is one; raises ConfigError."""
     path = folder / DESCRIPTION
-    if not path.is_file():
-        return Description()
+    return description_in(path) if path.is_file() else Description()
+
+
+def description_in(path: Path) -> Description:
     try:
         return Description.model_validate_json(path.read_bytes())
     except (ValidationError, OSError) as error:

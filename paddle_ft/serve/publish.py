@@ -1,0 +1,263 @@
+"""Makes a version of a model out of a layer, of inference files or of a pipeline.
+
+What an earlier version has is not stored again (``cut``). The manifest is put last, under the first
+number that is free: of two who publish at the same time each gets its own.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import mmap
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from paddle_ft.checkpoint.content import digest_of
+from paddle_ft.checkpoint.crew import Crew
+from paddle_ft.checkpoint.sign import Trust
+from paddle_ft.checkpoint.store import Store, open_store
+from paddle_ft.config import CheckpointConfig
+from paddle_ft.errors import ConfigError, MachineError, PaddleFTError, StoreUnavailable
+from paddle_ft.failpoints import failpoint
+from paddle_ft.serve import pipeline
+from paddle_ft.serve.cut import cut
+from paddle_ft.serve.models import (
+    Block,
+    File,
+    Version,
+    VersionRef,
+    blob_name,
+    check_name,
+    list_versions,
+    manifest_name,
+    read_version,
+    signature_name,
+)
+from paddle_ft.serve.program import DESCRIPTION, Description, find_files
+from paddle_ft.serve.types import ModelInfo
+
+_THREADS = 8
+_TRIES = 100
+_FILES_MAX = 10_000
+_SKIPPED = ("__pycache__",)
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """A version that is in the store, and what it took; ``ref`` is what is to be registered."""
+
+    ref: VersionRef
+    store_url: str
+    nbytes: int
+    nbytes_new: int
+    """Of the blocks that no version before had."""
+    info: ModelInfo | None
+    """None for a pipeline."""
+    signed: bool
+
+
+def publish(
+    model: Any,
+    name: str,
+    store_url: str,
+    *,
+    input_spec: Sequence[Any] | None = None,
+    outputs: Sequence[str] = (),
+    batched: bool | None = None,
+    warm_up: Mapping[str, Sequence[int]] | None = None,
+    source: Mapping[str, str | int] | None = None,
+    config: CheckpointConfig | None = None,
+) -> Published:
+    """Publishes ``model`` as the next version of ``name``.
+
+    Args:
+        model: a ``paddle.nn.Layer``; or the path of inference files (a folder with one model, a
+            prefix), or of a folder with a ``pipeline.py`` and what it needs.
+        store_url: a directory, ``file://``, ``s3://bucket/prefix``.
+        input_spec: of a layer, as for ``paddle.jit.to_static``.
+        outputs: names for the outputs, in their order; default: Paddle's own.
+        batched: whether rows of several requests may be joined; default: if the first dimension of
+            all inputs and outputs is free.
+        warm_up: shape of each input for the requests before the first real one.
+        source: where it comes from (job, step), for people.
+
+    Raises ConfigError for what cannot be published, StoreError.
+    """
+    check_name(name)
+    config = config or CheckpointConfig()
+    store, trust = open_store(store_url, config), Trust.of(config)
+    told = Description(
+        outputs=tuple(outputs),
+        batched=batched,
+        warm_up={n: tuple(shape) for n, shape in (warm_up or {}).items()},
+    )
+    with tempfile.TemporaryDirectory(prefix="paddle_ft-publish-") as scratch:
+        paddle = _paddle_version()
+        if isinstance(model, str | os.PathLike):
+            files = _listed(Path(model))
+        else:
+            from paddle_ft.serve.export import export_layer
+
+            paddle = export_layer(model, Path(scratch), input_spec)
+            files = _listed(Path(scratch))
+        if told != Description():
+            if DESCRIPTION in files:
+                raise ConfigError(f"{model} has its own {DESCRIPTION}; change that instead.")
+            files[DESCRIPTION] = Path(scratch) / DESCRIPTION
+            files[DESCRIPTION].write_text(told.model_dump_json(exclude_defaults=True))
+        return _store(store, trust, name, files, paddle, dict(source or {}))
+
+
+def _listed(path: Path) -> dict[str, Path]:
+    """The files to be stored, by their name in the published folder. Raises ConfigError."""
+    if not (path / pipeline.FILE).is_file():
+        found = find_files(path)
+        files = {file.name: file for file in (found.program, found.parameters)}
+        described = found.program.parent / DESCRIPTION
+        return files | ({DESCRIPTION: described} if described.is_file() else {})
+    _check_pipeline(path / pipeline.FILE)
+    files = {}
+    for root, folders, names in os.walk(path):
+        folders[:] = sorted(f for f in folders if f not in _SKIPPED and not f.startswith("."))
+        for file in sorted(names):
+            if not file.startswith("."):
+                full = Path(root) / file
+                files[full.relative_to(path).as_posix()] = full
+    if len(files) > _FILES_MAX:
+        raise ConfigError(f"{path} has {len(files)} files; a model may have {_FILES_MAX}.")
+    return files
+
+
+def _check_pipeline(path: Path) -> None:
+    """What can be seen without running it."""
+    try:
+        tree = ast.parse(path.read_bytes(), str(path))
+    except (SyntaxError, ValueError) as error:
+        raise ConfigError(f"{path} is not Python: {error}.") from None
+    if not any(isinstance(node, ast.ClassDef) and node.bases for node in tree.body):
+        raise ConfigError(f"{path} defines no class derived from paddle_ft.serve.Pipeline.")
+
+
+def _info_of(files: Mapping[str, Path], name: str) -> ModelInfo | None:
+    """Of a Paddle model, read from the files that are to be stored."""
+    if pipeline.FILE in files:
+        return None
+    from paddle_ft.serve.predictor import info_of
+    from paddle_ft.serve.program import Files, description_in
+
+    program = next(p for p in files.values() if p.suffix in (".json", ".pdmodel"))
+    told = description_in(files[DESCRIPTION]) if DESCRIPTION in files else Description()
+    return info_of(Files(program, program.with_suffix(".pdiparams")), told, name, "")
+
+
+def _store(
+    store: Store,
+    trust: Trust,
+    name: str,
+    files: Mapping[str, Path],
+    paddle: str,
+    source: dict[str, str | int],
+) -> Published:
+    info = _info_of(files, name)
+    versions = list_versions(store, name).get(name, [])
+    known = _known(store, name, versions)
+    new: dict[str, int] = {}
+    with Crew(_THREADS, "publish") as crew:
+        listed = [_put_file(store, crew, path, file, known, new) for path, file in files.items()]
+    failpoint("publish.blobs")
+    number = versions[-1] + 1 if versions else 1
+    for version in range(number, number + _TRIES):
+        manifest = Version(
+            name=name,
+            version=version,
+            created_s=time.time(),
+            paddle=paddle,
+            info=info,
+            files=tuple(listed),
+            source=source,
+        )
+        content, place = manifest.encode(), manifest_name(name, version)
+        signature = signature_name(name, version, content)
+        trust.sign_content(store, place, content, signature)
+        failpoint("publish.signed")
+        if store.put(place, content, if_absent=True):
+            ref = VersionRef(name, version, digest_of(content))
+            signed = trust.signer is not None
+            return Published(ref, store.url, manifest.nbytes, sum(new.values()), info, signed)
+        if trust.signer is not None:
+            store.delete([signature])
+    raise StoreUnavailable(f"{store.url}: {_TRIES} versions of {name} were published by others.")
+
+
+def _known(store: Store, name: str, versions: Sequence[int]) -> set[str]:
+    """Digests of what the newest version has; of none if that cannot be read."""
+    if not versions:
+        return set()
+    try:
+        manifest, _ = read_version(store, name, versions[-1], Trust("off"))
+    except PaddleFTError:
+        return set()
+    return {block.digest for file in manifest.files for block in file.blocks}
+
+
+def _put_file(
+    store: Store, crew: Crew, path: str, file: Path, known: set[str], new: dict[str, int]
+) -> File:
+    """Stores the blocks of one file that are not ``known``, and notes them in ``new``."""
+
+    def put(block: memoryview) -> Block:
+        digest = digest_of(block)
+        if digest not in known and digest not in new:
+            if store.put(blob_name(digest), block, if_absent=True):
+                new[digest] = len(block)
+            else:  # another model has it, or another thread was quicker
+                new.setdefault(digest, 0)
+        return Block(digest=digest, nbytes=len(block))
+
+    with _mapped(file) as data:
+        starts, at = [], 0
+        for size in cut(data, parameters=file.suffix == ".pdiparams"):
+            starts.append(data[at : at + size])
+            at += size
+        try:
+            blocks = tuple(crew.map(put, starts))
+        finally:
+            for view in starts:
+                with suppress(BufferError):
+                    view.release()
+    return File(path=path, blocks=blocks)
+
+
+@contextmanager
+def _mapped(file: Path) -> Iterator[memoryview]:
+    """The bytes of ``file``. Raises MachineError if it cannot be read."""
+    try:
+        with file.open("rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            memory = mmap.mmap(stream.fileno(), size, prot=mmap.PROT_READ) if size else None
+    except OSError as error:
+        raise MachineError(f"{file} cannot be read ({error.strerror}).") from None
+    view = memoryview(memory if memory is not None else b"")
+    try:
+        yield view
+    finally:
+        with suppress(BufferError):  # after an error: some thread still reads it
+            view.release()
+            if memory is not None:
+                memory.close()
+
+
+def _paddle_version() -> str:
+    """Of what is installed, without loading it; "" if it is not."""
+    for distribution in ("paddlepaddle", "paddlepaddle-gpu"):
+        try:
+            return importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return ""
