@@ -86,6 +86,11 @@ class Context:
         """Ranks that save: without a launcher rank 0 does it for all, with its own statistics."""
         return self.collective.world_size if self.env else 1
 
+    @property
+    def store_url(self) -> str:
+        """Where the checkpoints are kept; "" if nobody has said."""
+        return (self.env.store if self.env else self.url) or ""
+
     def check_divided(self) -> None:
         """Raises ConfigError if tensors divided among the ranks could not be saved."""
         if self.env is None and self.url is not None and self.collective.world_size > 1:

@@ -44,6 +44,7 @@ from paddle_ft.progress import Ballot, Position, Verdict
 from paddle_ft.regroup import Membership
 from paddle_ft.reproducible import shards_asked, update_of
 from paddle_ft.saver import Saver
+from paddle_ft.serve.handoff import Publishing
 from paddle_ft.standing import Standing
 from paddle_ft.state import TrainingState
 from paddle_ft.streams import Streams
@@ -95,7 +96,7 @@ def session(
     return Session(state, lr_step, context, shards_asked(reproducible))
 
 
-class Session(Standing):
+class Session(Publishing, Standing):
     """One training loop under protection; made by ``session``."""
 
     def __init__(
@@ -114,6 +115,7 @@ class Session(Standing):
         self._verdict = Verdict()
         self._cut_short = False
         """The step under way was not applied: the group is broken."""
+        self._handoffs = []
         self._copies: dict[str, Copy] = {}
         """Of what a script may change in a round, as it was when the round began."""
 
@@ -357,6 +359,7 @@ class Session(Standing):
             return
         if self._saver is not None:
             self._saver.abandon()
+        self._abandon_publishing()
         self._streams.kill()
         if isinstance(error, Leave):
             return
@@ -367,6 +370,11 @@ class Session(Standing):
         self._keeper.close(None)
 
     def _finish(self) -> None:
+        self._save_last()
+        self._finish_publishing()
+        self._keeper.close("done", step=self.global_step)
+
+    def _save_last(self) -> None:
         """The last checkpoint, unless that step is safe already."""
         while True:
             try:
@@ -377,7 +385,6 @@ class Session(Standing):
                 break
             except Superseded:
                 self._regroup()
-        self._keeper.close("done", step=self.global_step)
 
     def _abort(self, error: PaddleFTError) -> NoReturn:
         """Tells the agent why this process ends, and ends it or lets ``error`` do so."""

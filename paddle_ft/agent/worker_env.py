@@ -42,6 +42,8 @@ class SessionEnv:
     """Step of the checkpoint the generation starts from at least; -1 if there is none."""
     recovery: Recovery = "in_place"
     """What the user wants to be done when the group changes, where the script allows it."""
+    store: str = ""
+    """Where the checkpoints are kept, for what is published beside them."""
     waits: bool = False
     """A worker in reserve: it waits for its first generation where it needs its rank."""
 
