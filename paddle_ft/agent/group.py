@@ -18,6 +18,7 @@ from paddle_ft.agent.snapshots import SnapshotKeeper, StateFailed
 from paddle_ft.agent.supervise import Group, Worker
 from paddle_ft.agent.worker_env import SESSION_VARIABLE, SessionEnv, sealed_env, worker_env
 from paddle_ft.agent.workers import WorkerEnded, WorkerPool, WorkerSpec
+from paddle_ft.checkpoint.room import url_of
 from paddle_ft.config import Config
 from paddle_ft.health import stacks
 from paddle_ft.types import CommitRef, Generation, Recovery, Versioned, encode
@@ -204,6 +205,7 @@ class WorkerGroup:
             block_bytes=checkpoint.block_bytes,
             when=checkpoint.when,
             recovery=self._config.job.recovery,
+            store=url_of(self._config),
         )
 
     def _spec(self, generation: Generation, me: str, slot: int, rank: int) -> WorkerSpec:

@@ -182,7 +182,7 @@ class _Handoff:
                 self.error = error
                 _log.error("step %d cannot be published as %s: %s", self.step, self._name, error)
             else:
-                _log.info("step %d is %s %d", self.step, self._name, done.ref.version)
+                _log.info("step %d is published as %s %d", self.step, self._name, done.ref.version)
 
         self._thread = threading.Thread(target=work, name="publish", daemon=True)
         self._thread.start()

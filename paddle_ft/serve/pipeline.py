@@ -28,8 +28,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
 from paddle_ft.errors import ConfigError, PaddleFTError
-from paddle_ft.serve.types import Feature, ModelInfo, Tensors
+from paddle_ft.serve.program import NUMPY
+from paddle_ft.serve.types import Feature, ModelError, ModelInfo, Tensors
 
 FILE = "pipeline.py"
 
@@ -96,12 +99,34 @@ class PipelineModel:
         )
 
     def run(self, inputs: Tensors) -> Tensors:
+        check_inputs(self.info, inputs)
         outputs = self._pipeline.run(inputs)
         names = {feature.name for feature in self.info.outputs}
         if not isinstance(outputs, Mapping) or set(outputs) != names:
             got = ", ".join(sorted(map(str, outputs))) if isinstance(outputs, Mapping) else "no map"
             raise ValueError(f"run gave {got}, and the outputs are {', '.join(sorted(names))}")
+        for f in self.info.outputs:
+            dtype = np.asarray(outputs[f.name]).dtype
+            if not _fits(f, dtype):
+                raise ValueError(f"run gave {f.name} of {dtype}, and it is to be {f.datatype}")
         return outputs
+
+
+def check_inputs(info: ModelInfo, inputs: Tensors) -> None:
+    """Raises ModelError unless they have the names and dtypes that the model takes."""
+    names = {f.name for f in info.inputs}
+    if inputs.keys() != names:
+        given = ", ".join(sorted(inputs)) or "none"
+        raise ModelError(f"{info.name} takes {', '.join(sorted(names))}; given are {given}.")
+    for f in info.inputs:
+        if not _fits(f, inputs[f.name].dtype):
+            raise ModelError(f"{f.name} must be {f.datatype}; it is of {inputs[f.name].dtype}.")
+
+
+def _fits(feature: Feature, dtype: np.dtype[Any]) -> bool:
+    if feature.datatype == "BYTES":
+        return dtype.kind in "OSU"
+    return dtype == NUMPY.get(feature.datatype)
 
 
 def _class_in(folder: Path) -> type[Pipeline]:

@@ -19,9 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paddle_ft.errors import ConfigError, PaddleFTError
-from paddle_ft.serve.pipeline import FILE, Loaded, PipelineModel, said
+from paddle_ft.serve.pipeline import FILE, Loaded, PipelineModel, check_inputs, said
 from paddle_ft.serve.program import (
-    DATATYPES,
+    NUMPY,
     Description,
     Files,
     description_of,
@@ -32,7 +32,6 @@ from paddle_ft.serve.types import Feature, ModelError, ModelInfo, Tensors, Unava
 
 assert zlib  # loaded before paddle, or 2.6.2 crashes at the first decompression
 _log = logging.getLogger("paddle_ft")
-_NUMPY = {datatype: np.dtype(name) for name, datatype in DATATYPES.items()}
 _GUESSES = (32, 8, 1)
 """For dimensions that are free, tried one after the other at the warm-up."""
 _SHAPES_KEPT = 16
@@ -93,7 +92,6 @@ class Predictor:
         files = find_files(folder)
         told = description_of(files.program.parent)
         self.info = info_of(files, told, name, version)
-        self._dtypes = {f.name: _NUMPY[f.datatype] for f in self.info.inputs}
         try:
             self._predictor = _create(files, settings)
             self._handles = {
@@ -104,20 +102,15 @@ class Predictor:
             raise ConfigError(
                 f"Paddle Inference cannot load {files.program}: {said(error)}"
             ) from error
-        if set(self._handles) != set(self._dtypes) or len(given) != len(self.info.outputs):
+        named = {f.name for f in self.info.inputs}
+        if self._handles.keys() != named or len(given) != len(self.info.outputs):
             raise ConfigError(f"{files.program} does not fit its parameters; export it again.")
         self._outputs = dict(zip((f.name for f in self.info.outputs), given, strict=True))
 
     def run(self, inputs: Tensors) -> dict[str, NDArray[Any]]:
         """The outputs, as new arrays. Raises ModelError, Unavailable if memory is short."""
-        if inputs.keys() != self._handles.keys():
-            raise ModelError(
-                f"{self.info.name} takes {', '.join(self._handles)}; given are "
-                f"{', '.join(inputs) or 'none'}."
-            )
+        check_inputs(self.info, inputs)
         for name, array in inputs.items():
-            if array.dtype != self._dtypes[name]:
-                raise ModelError(f"{name} must be of {self._dtypes[name]}; it is of {array.dtype}.")
             if not array.size:  # some kernels crash on it
                 raise ModelError(f"{name} of shape {list(array.shape)} is empty.")
         try:
@@ -211,5 +204,5 @@ def _made_up(info: ModelInfo, told: Description, rows: int) -> Iterator[dict[str
             if f.datatype == "BYTES":
                 inputs[f.name] = np.full(shape, b"", object)
             else:
-                inputs[f.name] = np.zeros(shape, _NUMPY[f.datatype])
+                inputs[f.name] = np.zeros(shape, NUMPY[f.datatype])
         yield inputs

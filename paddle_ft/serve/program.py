@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from paddle_ft.errors import ConfigError
@@ -25,6 +26,7 @@ DATATYPES = {
     "int64": "INT64", "float16": "FP16", "float32": "FP32", "float64": "FP64",
 }  # fmt: skip
 """Of the Open Inference Protocol, by numpy's name."""
+NUMPY = {datatype: np.dtype(name) for name, datatype in DATATYPES.items()}
 _SHORT = {
     "i8": "int8", "ui8": "uint8", "u8": "uint8", "i16": "int16", "i32": "int32", "i64": "int64",
     "f16": "float16", "f32": "float32", "f64": "float64",

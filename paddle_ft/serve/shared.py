@@ -86,9 +86,10 @@ def write(memory: Memory, tensors: Tensors) -> tuple[list[list[Any]], int]:
         header.append([name, dtype, shape, offset, data.nbytes])
         offset += -(-data.nbytes // _ALIGN_BYTES) * _ALIGN_BYTES
     room = memory.room(offset)
-    for (_, data), (_, _, _, at, nbytes) in zip(flat.values(), header, strict=True):
+    for (dtype, data), (_, _, _, at, nbytes) in zip(flat.values(), header, strict=True):
         if nbytes:
-            target = np.frombuffer(room[at : at + nbytes], data.dtype).reshape(data.shape)
+            kind = np.uint8 if dtype == BYTES else np.dtype(dtype)
+            target = np.frombuffer(room[at : at + nbytes], kind).reshape(data.shape)
             np.copyto(target, data)
     return header, offset
 

@@ -8,17 +8,52 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from paddle_ft.checkpoint.sign import Trust
+from paddle_ft.checkpoint.store import open_store
+from paddle_ft.errors import ConfigError
+from paddle_ft.serve.export import export_layer
+from paddle_ft.serve.models import list_versions, read_version
+from paddle_ft.serve.predictor import Predictor, Settings, warm_up
+from paddle_ft.serve.program import DESCRIPTION, Description
+from paddle_ft.serve.types import Feature, ModelError
 from tests.integration.session_world import ROOT, python_26
 
 pytestmark = pytest.mark.paddle
 SCRIPT = Path(__file__).parent / "serve_scripts" / "digits.py"
 
 
-@pytest.mark.parametrize(
-    "version", ["this Paddle", pytest.param("Paddle 2.6.2", marks=pytest.mark.slow)]
-)
+def test_a_layer_answers_as_it_did_and_refuses_what_it_cannot_take(tmp_path: Path) -> None:
+    import paddle
+
+    layer = paddle.nn.Sequential(paddle.nn.Linear(8, 4), paddle.nn.Dropout(0.5))
+    spec = [paddle.static.InputSpec([None, 8], "float32", "x")]
+    export_layer(layer, tmp_path, spec)
+    assert [part.training for part in layer.sublayers(include_self=True)] == [True] * 3
+    layer.eval()
+    x = np.random.default_rng(0).random((3, 8), dtype="float32")
+    wanted = layer(paddle.to_tensor(x)).numpy()
+    for exact, off in ((True, 0.0), (False, 1e-5)):
+        model = Predictor(tmp_path, "m", "1", Settings(exact=exact))
+        assert model.info.inputs == (Feature("x", "FP32", (-1, 8)),)
+        warm_up(model, Description(), rows_max=4)
+        (given,) = model.run({"x": x}).values()
+        assert np.abs(given - wanted).max() <= off
+        for wrong in (x[:, :3], x.astype("f8"), x[:0]):
+            with pytest.raises(ModelError):
+                model.run({"x": wrong})
+        assert (model.run({"x": x})[model.info.outputs[0].name] == given).all()
+    (tmp_path / DESCRIPTION).write_text(Description(outputs=("a", "b")).model_dump_json())
+    with pytest.raises(ConfigError, match="has 1 outputs, and 2 names"):
+        Predictor(tmp_path, "m", "1", Settings())
+    with pytest.raises(ConfigError, match="cannot be exported"):
+        export_layer(layer, tmp_path, [paddle.static.InputSpec([None, 9], "float32", "x")])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", ["this Paddle", "Paddle 2.6.2"])
 def test_what_a_session_publishes_is_served_to_the_bit(version: str, tmp_path: Path) -> None:
     python = sys.executable if version == "this Paddle" else python_26()
     done = subprocess.run(
@@ -46,3 +81,23 @@ def test_what_a_session_publishes_is_served_to_the_bit(version: str, tmp_path: P
     assert exact["off"] == 0.0
     assert tuned["off"] < 1e-4
     assert "give input_spec" in told["refused"]["text"]
+
+
+@pytest.mark.slow
+def test_the_ranks_of_a_job_publish_each_version_once(tmp_path: Path) -> None:
+    place = tmp_path / "store"
+    options = ["--nproc_per_node", "2", "--checkpoint", str(place), "--log_dir", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, "-m", "paddle_ft.launch", *options, str(SCRIPT.with_name("job.py"))],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=110,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    store = open_store(str(place))
+    assert list_versions(store) == {"digits": [1, 2, 3]}
+    manifests = [read_version(store, "digits", n, Trust())[0] for n in (1, 2, 3)]
+    assert [manifest.source["step"] for manifest in manifests] == [2, 7, 12]
+    assert len({manifest.files[1].blocks for manifest in manifests}) == 3

@@ -48,6 +48,8 @@ class Odd(Pipeline):
                 pass
         if what == -5:
             os.kill(os.getpid(), signal.SIGSTOP)
+        if what == -7:
+            x = x.astype("f8")
         if what == -6:
             time.sleep(0.6)
         said = np.array([item * 2 for item in inputs["note"]], object)
@@ -109,10 +111,23 @@ def test_a_batch_outlives_one_worker_and_not_two(folder: Path) -> None:
 
             # Refused by the model or by its code: nobody is lost for it.
             before = pool.pids
-            for number, text in ((-2, "no negative numbers"), (-3, "a defect of the pipeline")):
+            for number, text in (
+                (-2, "no negative numbers"),
+                (-3, "a defect of the pipeline"),
+                (-7, "y of float64, and it is to be FP32"),
+            ):
                 with pytest.raises(ModelError, match=text):
                     await pool.run(given(number), 20)
             assert pool.pids[:2] == before[:2]
+
+            for wrong, text in (
+                ({"x": np.ones((1, 1), ">f8")}, "x must be FP32; it is of float64"),
+                ({"y": np.ones(1)}, "takes note, x; given are note, x, y"),
+            ):
+                with pytest.raises(ModelError, match=text):
+                    await pool.run({**given(1), **wrong}, 20)
+            swapped = await pool.run({**given(1), "x": np.array([[3]], ">f4")}, 20)
+            assert swapped["y"].tolist() == [[6]]
 
             # Killed from outside with a batch: another one does it.
             await until(lambda: len(pool.pids) == 3)
