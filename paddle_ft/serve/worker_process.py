@@ -88,6 +88,8 @@ class WorkerProcess:
 
     async def start(self, source: Source) -> None:
         """Starts the process; ``ready`` tells when it can be used."""
+        if self.lost:
+            return
         theirs: list[socket.socket] = []
         try:
             self._socket, control = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -112,6 +114,7 @@ class WorkerProcess:
                 end.close()
         if self.lost:  # closed meanwhile
             self._process.kill()
+            await self.reap()
             return
         self._socket.setblocking(False)
         asyncio.get_running_loop().add_reader(self._socket, self._read)
