@@ -88,7 +88,7 @@ class WorkerProcess:
 
     async def start(self, source: Source) -> None:
         """Starts the process; ``ready`` tells when it can be used."""
-        if self.lost:
+        if self.ready.done():  # closed before it began
             return
         theirs: list[socket.socket] = []
         try:
