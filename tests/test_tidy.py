@@ -71,6 +71,8 @@ LAYERS = (
             "serve.log",
             "serve.broadcast",
             "serve.registry",
+            "serve.frames",
+            "serve.seat",
             "serve.routes",
             "serve.batching",
             "serve.breaker",
@@ -161,7 +163,7 @@ PURE_BANNED_CALLS = frozenset({"open", "print", "input", "exec", "eval", "__impo
 
 ONLY_IN = {
     "etcd3": ["coordination.etcd*"],
-    "grpc": ["coordination.etcd*", "serve.grpc*"],
+    "grpc": ["coordination.etcd*", "serve.grpc*", "serve.stream"],
     "boto3": ["checkpoint.store*"],
     "botocore": ["checkpoint.store*"],
     "fsspec": ["checkpoint.store*"],

@@ -16,7 +16,7 @@ import contextlib
 import logging
 import socket
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from paddle_ft.coordination.kv import Coordinator
@@ -51,10 +51,19 @@ class _Link:
 
 
 class PeerLinks:
-    """This node's end of all of them. ``follow`` is for the loop; nothing here blocks it."""
+    """This node's end of all of them. ``follow`` is for the loop; nothing here blocks it.
 
-    def __init__(self, host: str, coordinator: Coordinator) -> None:
+    ``on_dead``: called on a thread of its own, with the name of a member that is dead.
+    """
+
+    def __init__(
+        self,
+        host: str,
+        coordinator: Coordinator,
+        on_dead: Callable[[str], None] | None = None,
+    ) -> None:
         self._coordinator = coordinator
+        self._on_dead = on_dead
         self._server = socket.create_server((host, 0), family=socket.AF_INET, backlog=128)
         self.address = f"{host}:{self._server.getsockname()[1]}"
         """host:port at which the others find this node."""
@@ -70,14 +79,20 @@ class PeerLinks:
         if records is self._seen:
             return
         self._me, self._seen = me, records
-        found = {m: records[m].value for m in watched(me, records)}
-        wanted = {m: record for m, record in found.items() if record.link}
+        self.watch(me, {m: (r.value.link, r.value.lease) for m, r in records.items()})
+
+    def watch(self, me: str, members: Mapping[str, tuple[str, int]]) -> None:
+        """The same for (host:port or "", lease) of each of ``members``, ``me`` among them."""
+        self._me = me
+        wanted = {m: members[m] for m in watched(me, members) if members[m][0]}
         for member in [m for m in self._links if m not in wanted]:
             self._drop(self._links.pop(member))
-        for member, record in wanted.items():
-            if member not in self._links:
-                host, _, port = record.link.rpartition(":")
-                link = self._links[member] = _Link((host, int(port)), record.lease)
+        for member, (address, lease) in wanted.items():
+            if member in self._links:
+                self._links[member].lease = lease
+            else:
+                host, _, port = address.rpartition(":")
+                link = self._links[member] = _Link((host, int(port)), lease)
                 threading.Thread(
                     target=self._hold, args=(member, link), name=f"peer-{member}", daemon=True
                 ).start()
@@ -111,6 +126,8 @@ class PeerLinks:
         """Until the other end is dead, or need not be watched any more."""
         while not (link.dropped or self._closed.is_set()):
             if self._is_dead(member, link):
+                if self._on_dead is not None:
+                    self._on_dead(member)
                 self._give_lease_back(member, link)
                 return
             quick = link.proven and link.connection is not None

@@ -1,4 +1,4 @@
-"""A live copy of one job's keys: read once, then followed by the watch.
+"""A live copy of all keys below a prefix: read once, then followed by the watch.
 
 Invariant: the copy is always some past state of etcd, whole (one revision), and never goes back.
 """
@@ -13,53 +13,39 @@ from paddle_ft.coordination.schema import JobState, Keys, parse
 from paddle_ft.errors import CoordinationError
 
 
-class JobMirror:
+class Mirror:
     """Args:
+    prefix: of the keys.
     notify: called from the watch's thread after each change; must not block.
     """
 
-    def __init__(self, coordinator: Coordinator, keys: Keys, notify: Callable[[], None]) -> None:
+    def __init__(self, coordinator: Coordinator, prefix: str, notify: Callable[[], None]) -> None:
         self._coordinator = coordinator
-        self._keys = keys
+        self._prefix = prefix
         self._notify = notify
         self._lock = threading.Lock()
         self._kvs: dict[str, KeyValue] = {}
         self._revision = 0
-        self._parsed: tuple[int, JobState] | None = None
         self._lost = ""
         self._cancel: Callable[[], None] | None = None
 
     def start(self) -> None:
-        """Reads the job and begins to follow it; raises EtcdUnavailable."""
-        self._reset(self._coordinator.read(self._keys.prefix))
+        """Reads the keys and begins to follow them; raises EtcdUnavailable."""
+        self._reset(self._coordinator.read(self._prefix))
         self._cancel = self._coordinator.watch(
-            self._keys.prefix, self._revision, self._apply, self._reset_and_notify
+            self._prefix, self._revision, self._apply, self._reset_and_notify
         )
 
-    def state(self) -> JobState:
-        """The newest state that is known.
-
-        Raises:
-            CoordinationError: a key holds what this version of paddle_ft does not write, or etcd
-                has lost data.
-        """
+    def snapshot(self) -> Snapshot:
+        """The newest state that is known; raises CoordinationError if etcd has lost data."""
         with self._lock:
             if self._lost:
                 raise CoordinationError(self._lost)
-            if self._parsed is None or self._parsed[0] != self._revision:
-                try:
-                    state = parse(self._keys, self._kvs.values())
-                except ValueError as error:
-                    raise CoordinationError(
-                        f"etcd holds something else than this version of paddle_ft expects "
-                        f"({error}): use another --job_id or one version for all nodes"
-                    ) from error
-                self._parsed = (self._revision, state)
-            return self._parsed[1]
+            return Snapshot(self._revision, tuple(self._kvs.values()))
 
     @property
     def revision(self) -> int:
-        """The newest revision that is known to have changed the job."""
+        """The newest revision that is known to have changed one of the keys."""
         with self._lock:
             return self._revision
 
@@ -98,3 +84,33 @@ class JobMirror:
                     self._kvs[event.kv.key] = event.kv
             self._revision = max(self._revision, revision)
         self._notify()
+
+
+class JobMirror(Mirror):
+    """The copy of one job's keys. ``notify``: as for ``Mirror``."""
+
+    def __init__(self, coordinator: Coordinator, keys: Keys, notify: Callable[[], None]) -> None:
+        super().__init__(coordinator, keys.prefix, notify)
+        self._keys = keys
+        self._parsed: tuple[int, JobState] | None = None
+
+    def state(self) -> JobState:
+        """The newest state that is known.
+
+        Raises:
+            CoordinationError: a key holds what this version of paddle_ft does not write, or etcd
+                has lost data.
+        """
+        with self._lock:
+            if self._lost:
+                raise CoordinationError(self._lost)
+            if self._parsed is None or self._parsed[0] != self._revision:
+                try:
+                    state = parse(self._keys, self._kvs.values())
+                except ValueError as error:
+                    raise CoordinationError(
+                        f"etcd holds something else than this version of paddle_ft expects "
+                        f"({error}): use another --job_id or one version for all nodes"
+                    ) from error
+                self._parsed = (self._revision, state)
+            return self._parsed[1]

@@ -14,6 +14,11 @@ An answer of etcd that is lost leaves two records possible, also later: a reques
 its way. So both count until etcd is known to have taken the new one, and the primary proposes no
 other one before that. A record is never smaller than what acknowledging takes: it would only keep
 others from taking over.
+
+Who may still say that it is done: whoever becomes the primary next was in sync, has not heard of
+this one for HOLD_S (or knows that it is dead), and refuses it afterwards. So a primary whose other
+members of the record have all answered what it sent within FRESH_S is the only one, whatever has
+become of its lease (``confirmed``); one that is alone in the record goes by its lease.
 """
 
 from __future__ import annotations
@@ -25,6 +30,14 @@ from paddle_ft.serve.log import Entry, Image, Kind, Log, Position, State
 
 ENTRIES_MAX = 256
 """In one message."""
+MESSAGE_BYTES_MAX = 2**20
+"""Of the values in one message, unless a single one is larger."""
+KEPT = 1000
+"""So many entries that the state holds already are kept, for those who are a little behind."""
+FRESH_S = 0.4
+HOLD_S = 0.5
+"""Longer than FRESH_S by what two clocks may differ in that time."""
+UNCONFIRMED_S = float("-inf")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +49,8 @@ class Append:
     before: Position
     entries: tuple[Entry, ...]
     acknowledged: int
+    sent_s: float = UNCONFIRMED_S
+    """By the primary's clock; comes back with the answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +60,7 @@ class Install:
     term: int
     sender: str
     image: Image
+    sent_s: float = UNCONFIRMED_S
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +71,8 @@ class Answer:
     sender: str
     agrees: bool
     sequence: int
+    sent_s: float = UNCONFIRMED_S
+    """Of what is answered; the sender will not stand for HOLD_S."""
 
 
 @dataclass
@@ -65,6 +83,12 @@ class Replica:
     term: int = 0
     log: Log = field(default_factory=Log)
     state: State = field(default_factory=State)
+    undone: bool = False
+    """After a forced promotion: the primary lacks what this state is made of. This replica cannot
+    go on; it has to begin anew, under another name."""
+    fresh: list[Entry] = field(default_factory=list)
+    """What has changed the state and has not been taken away yet."""
+    kept: int = KEPT
 
     def hear(self, message: Append | Install) -> Answer:
         """Follows a primary; refuses one of a lower term, which then learns of the higher one."""
@@ -72,22 +96,49 @@ class Replica:
             return Answer(self.term, self.name, False, 0)
         self.term = message.term
         if isinstance(message, Install):
-            return self._begin_with(message.image)
+            at = [message.image.at]
+        else:
+            at = [message.before, *[entry.at for entry in message.entries]]
+        if self.undone or any(self._differs(position) for position in at):
+            self.undone = True
+            return Answer(self.term, self.name, False, 0)
+        if isinstance(message, Install):
+            return self._begin_with(message)
         before, entries = message.before, message.entries
         if not self.log.follow(before, entries):
-            return Answer(self.term, self.name, False, self.log.meeting(before))
+            meeting = self.log.meeting(before)
+            return Answer(self.term, self.name, False, meeting, message.sent_s)
         agreed = before.sequence + len(entries)
-        self.state.apply(self.log, min(message.acknowledged, agreed))
-        return Answer(self.term, self.name, True, agreed)
+        self.apply(min(message.acknowledged, agreed))
+        return Answer(self.term, self.name, True, agreed, message.sent_s)
 
-    def _begin_with(self, image: Image) -> Answer:
+    def apply(self, acknowledged: int) -> Sequence[Entry]:
+        """Takes what is acknowledged into the state; gives what is new."""
+        new = self.state.apply(self.log, acknowledged)
+        self.fresh += new
+        if self.state.at.sequence - self.log.base.sequence > 2 * self.kept:
+            self.log.forget(self.state.at.sequence - self.kept)
+        return new
+
+    def _differs(self, position: Position) -> bool:
+        """Whether the state holds another entry in the place of that of the primary."""
+        if not 0 < position.sequence <= self.state.at.sequence:
+            return False
+        term = self.log.term_at(position.sequence)
+        if term is None:  # terms never fall along a log
+            return position.term > self.log.base.term
+        return term != position.term
+
+    def _begin_with(self, message: Install) -> Answer:
+        image = message.image
         if image.at.sequence > self.state.at.sequence:
             if not self.log.holds(image.at):
                 self.log = Log(image.at)
             else:
                 self.log.forget(image.at.sequence)
+            self.fresh += self.state.changes(image)
             self.state = State.of(image)
-        return Answer(self.term, self.name, True, image.at.sequence)
+        return Answer(self.term, self.name, True, image.at.sequence, message.sent_s)
 
 
 @dataclass
@@ -99,6 +150,8 @@ class Progress:
     next: int = 0
     """What it is told next comes after this sequence."""
     heard_s: float = float("-inf")
+    confirmed_s: float = UNCONFIRMED_S
+    """When that was sent which it has answered, and by which it is bound."""
     behind_since_s: float = float("inf")
     """Since when it lacks something that was there."""
 
@@ -147,6 +200,20 @@ class Primary:
         """Whether a change can be acknowledged with those that are in sync now."""
         return not self.deposed and len(self.recorded) >= self._in_sync_min
 
+    def confirmed(self, now_s: float) -> bool:
+        """Whether nobody else can be the primary now; False if it is alone in the record."""
+        counted = (self.recorded | (self.proposed or frozenset())) - {self._replica.name}
+        since_s = min((self._of(name).confirmed_s for name in counted), default=UNCONFIRMED_S)
+        return not self.deposed and now_s - since_s < FRESH_S
+
+    def agreed(self, name: str) -> int:
+        """Up to where ``name`` has this log."""
+        return self._has(name)
+
+    def told(self, name: str) -> bool:
+        """Whether ``name`` has been sent all that there is, as far as is known."""
+        return self._of(name).next >= self.log.last.sequence
+
     def put(self, kind: Kind, key: str, value: bytes | None) -> Entry:
         """Takes a change in; it is done once ``acknowledged`` has come to its sequence."""
         assert not self.deposed
@@ -156,16 +223,16 @@ class Primary:
         """What ``name`` is told next."""
         progress = self._of(name)
         start = progress.next
-        entries = self.log.after(start, ENTRIES_MAX)
+        entries = self.log.after(start, ENTRIES_MAX, MESSAGE_BYTES_MAX)
         term = self.log.term_at(start)
         if entries is None or term is None:
             progress.next = self._replica.state.at.sequence
-            return Install(self.term, self._replica.name, self._replica.state.image())
+            return Install(self.term, self._replica.name, self._replica.state.image(), now_s)
         if progress.agreed < self.log.last.sequence:
             progress.behind_since_s = min(progress.behind_since_s, now_s)
         before = Position(term, start)
         known = self.acknowledged
-        return Append(self.term, self._replica.name, before, tuple(entries), known)
+        return Append(self.term, self._replica.name, before, tuple(entries), known, now_s)
 
     def hear(self, answer: Answer, now_s: float) -> Sequence[Entry]:
         """Takes a replica's answer; gives what is acknowledged with it."""
@@ -174,6 +241,8 @@ class Primary:
             return ()
         progress = self._of(answer.sender)
         progress.heard_s = max(progress.heard_s, now_s)
+        if answer.term == self.term:
+            progress.confirmed_s = max(progress.confirmed_s, answer.sent_s)
         if answer.agrees:
             if answer.sequence > progress.agreed:
                 progress.agreed = answer.sequence
@@ -192,7 +261,7 @@ class Primary:
             return ()
         have = [self._has(name) for names in counted for name in names]
         self.acknowledged = max(self.acknowledged, min(have, default=0))
-        return self._replica.state.apply(self.log, self.acknowledged)
+        return self._replica.apply(self.acknowledged)
 
     def _has(self, name: str) -> int:
         return self.log.last.sequence if name == self._replica.name else self._of(name).agreed

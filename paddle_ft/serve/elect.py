@@ -3,6 +3,10 @@
 Only who is in sync may (``broadcast``); etcd lets one of them. Who is furthest goes first, so that
 fewest entries that nobody has been promised are lost; the others follow after a moment, should it
 have died, too.
+
+The lease of a primary ends without its death, too: when it is cut off from etcd, or when etcd was
+away. So a lease alone gives no reason: who still hears from the primary waits, until it has heard
+nothing for HOLD_S or knows that the process is dead.
 """
 
 from __future__ import annotations
@@ -10,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from paddle_ft.serve.broadcast import HOLD_S
 from paddle_ft.serve.log import Position
 
 HEAD_START_S = 0.15
@@ -36,6 +41,10 @@ class Election:
     vacant_since_s: float = 0.0
     handed_to: str = ""
     """The replica that a planned promotion has named."""
+    heard_s: float = float("-inf")
+    """When this replica has last followed a primary."""
+    dead: bool = False
+    """That primary's process is known to have ended."""
 
 
 def stands(election: Election, now_s: float) -> bool:
@@ -43,7 +52,9 @@ def stands(election: Election, now_s: float) -> bool:
     me = election.candidates.get(election.me)
     if election.primary or me is None:
         return False
-    if election.handed_to in election.candidates:
+    if not election.dead and now_s - election.heard_s <= HOLD_S:
+        return False
+    if election.handed_to in election.candidates and _may(election, election.handed_to):
         return election.handed_to == election.me
     order = sorted(
         (c for c in election.candidates.values() if _may(election, c.name)),

@@ -109,12 +109,23 @@ class Log:
             sequence -= 1
         return max(sequence, self.base.sequence)
 
-    def after(self, sequence: int, most: int) -> list[Entry] | None:
-        """At most ``most`` entries after ``sequence``; None if some of them are not held."""
+    def after(self, sequence: int, most: int, bytes_max: int | None = None) -> list[Entry] | None:
+        """At most ``most`` entries after ``sequence``; None if some of them are not held.
+
+        ``bytes_max``: of their values; the first one is given in any case.
+        """
         if not self.base.sequence <= sequence <= self.last.sequence:
             return None
         start = sequence - self.base.sequence
-        return self.entries[start : start + most]
+        entries = self.entries[start : start + most]
+        if bytes_max is None:
+            return entries
+        size_bytes = 0
+        for number, entry in enumerate(entries):
+            size_bytes += len(entry.key) + len(entry.value or b"")
+            if number and size_bytes > bytes_max:
+                return entries[:number]
+        return entries
 
     def forget(self, sequence: int) -> None:
         """Drops the entries up to ``sequence``, which the state holds."""
@@ -131,23 +142,42 @@ class State:
 
     at: Position = Position()
     items: dict[tuple[Kind, str], Held] = field(default_factory=dict)
+    size_bytes: int = 0
+    """Of keys and values."""
 
     def apply(self, log: Log, acknowledged: int) -> list[Entry]:
         """Takes the entries of ``log`` up to ``acknowledged`` in; gives those that were new."""
         new = []
         for entry in log.after(self.at.sequence, acknowledged - self.at.sequence) or ():
             name = entry.kind, entry.key
-            if entry.value is None:
-                self.items.pop(name, None)
-            else:
+            old = self.items.pop(name, None)
+            if old is not None:
+                self.size_bytes -= len(entry.key) + len(old.value)
+            if entry.value is not None:
                 self.items[name] = Held(entry.value, entry.at.sequence)
+                self.size_bytes += len(entry.key) + len(entry.value)
             self.at = entry.at
             new.append(entry)
         return new
+
+    def changes(self, image: Image) -> list[Entry]:
+        """What has to be changed in this state to make it the one of ``image``."""
+        new = [
+            Entry(Position(image.at.term, held.sequence), kind, key, held.value)
+            for (kind, key), held in image.items.items()
+            if self.items.get((kind, key)) != held
+        ]
+        gone = [
+            Entry(image.at, kind, key, None)
+            for kind, key in self.items
+            if (kind, key) not in image.items
+        ]
+        return [*new, *gone]
 
     def image(self) -> Image:
         return Image(self.at, dict(self.items))
 
     @classmethod
     def of(cls, image: Image) -> State:
-        return cls(image.at, dict(image.items))
+        size_bytes = sum(len(key) + len(held.value) for (_, key), held in image.items.items())
+        return cls(image.at, dict(image.items), size_bytes)

@@ -1,19 +1,29 @@
-"""What etcd holds about one serving group, and how it is written.
+"""What etcd holds about one serving group, and how it is written. Pure.
 
     /paddle_ft/<group>/serving/replicas/<name>   ReplicaRecord  leased, written by that replica only
-    /paddle_ft/<group>/serving/primary           name           leased; create_revision is the term
+    /paddle_ft/<group>/serving/primary           name           leased; mod_revision is the term
     /paddle_ft/<group>/serving/insync            InSync         written by the primary only
     /paddle_ft/<group>/serving/promote           Promote        asked for by an operator
     /paddle_ft/<group>/serving/models/<model>    published      versions known to the group
 
-Invariant: the primary's writes compare the primary key's create_revision (its term).
+Invariant: the primary's writes compare the primary key's mod_revision (its term). Only a campaign,
+a hand-over and a forced promotion write that key, so each of them begins a term of its own.
+
+A replica's name is ``node.incarnation``: its log is in memory, so a process that comes back is
+another replica.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from functools import lru_cache
+from typing import Any, Literal, TypeVar
+
+from paddle_ft.coordination.kv import Compare, Delete, KeyValue, Put, Transaction
+from paddle_ft.types import decode, encode
+
+T = TypeVar("T")
 
 ROOT = "/paddle_ft"
 Level = Literal["active-active", "hot-standby", "cold-standby"]
@@ -32,6 +42,11 @@ class Keys:
 
     def replica(self, name: str) -> str:
         return f"{self.prefix}replicas/{name}"
+
+    @property
+    def replicas(self) -> str:
+        """Begins the key of every replica."""
+        return f"{self.prefix}replicas/"
 
     def model(self, name: str) -> str:
         return f"{self.prefix}models/{name}"
@@ -68,7 +83,14 @@ class ReplicaRecord:
     """Version served, by model."""
     term: int = 0
     sequence: int = 0
-    """Of its log's last entry."""
+    """``term`` and ``sequence`` are those of its log's last entry."""
+    link: str = ""
+    """host:port where its death is seen at once (``agent.peers``)."""
+
+    @property
+    def node(self) -> str:
+        """What stays when the process is started again."""
+        return self.name.rpartition(".")[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,12 +102,161 @@ class InSync:
 
 
 @dataclass(frozen=True, slots=True)
+class Promote:
+    """An operator's wish; it is gone once it is fulfilled."""
+
+    target: str
+    """A replica's name."""
+    force: bool = False
+    """Whoever the primary is, and even if acknowledged entries are lost with it."""
+    refused: str = ""
+    """The primary's answer: why it cannot be."""
+
+
+@dataclass(frozen=True, slots=True)
 class Group:
     """A serving group at one revision of etcd."""
 
     replicas: Mapping[str, ReplicaRecord] = field(default_factory=dict)
     primary: str | None = None
     term: int = 0
-    """create_revision of the primary's key; 0: there is none."""
+    """mod_revision of the primary's key; 0: there is none."""
     in_sync: InSync | None = None
     level: Level = "active-active"
+    in_sync_revision: int = 0
+    """mod_revision; 0: there is no record."""
+    promote: Promote | None = None
+    promote_revision: int = 0
+    leases: Mapping[str, int] = field(default_factory=dict)
+    """Of each replica."""
+    revision: int = 0
+    """etcd's, when it was so."""
+
+
+def parse(keys: Keys, kvs: Iterable[KeyValue], revision: int = 0) -> Group:
+    """The group that ``kvs`` (all keys below ``keys.prefix``) describes.
+
+    Raises ValueError, naming the key, when a value is not what this version writes there.
+    """
+    replicas: dict[str, ReplicaRecord] = {}
+    leases: dict[str, int] = {}
+    single: dict[str, KeyValue] = {}
+    for kv in kvs:
+        if kv.key.startswith(keys.replicas):
+            name = kv.key[len(keys.replicas) :]
+            replicas[name], leases[name] = _decoded(ReplicaRecord, kv), kv.lease
+        else:
+            single[kv.key] = kv
+    primary = single.get(keys.primary)
+    in_sync = single.get(keys.in_sync)
+    promote = single.get(keys.promote)
+    return Group(
+        replicas=replicas,
+        primary=primary.value.decode(errors="replace") if primary else None,
+        term=primary.mod_revision if primary else 0,
+        in_sync=_decoded(InSync, in_sync) if in_sync else None,
+        in_sync_revision=in_sync.mod_revision if in_sync else 0,
+        promote=_decoded(Promote, promote) if promote else None,
+        promote_revision=promote.mod_revision if promote else 0,
+        leases=leases,
+        revision=revision,
+    )
+
+
+@lru_cache(maxsize=1024)
+def _value(kind: type[Any], data: bytes) -> Any:
+    """Most values are as they were at the last look."""
+    return decode(kind, data)
+
+
+def _decoded(kind: type[T], kv: KeyValue) -> T:
+    try:
+        hashable: Any = kind
+        value: T = _value(hashable, kv.value)
+        return value
+    except ValueError as error:
+        raise ValueError(f"{kv.key} does not hold a {kind.__name__}: {error}") from error
+
+
+# ---------------------------------------------------------------- one transaction for each write
+
+
+def register(keys: Keys, record: ReplicaRecord, lease: int) -> Transaction:
+    """What a replica says of itself; nobody else writes it."""
+    return Transaction((), (Put(keys.replica(record.name), encode(record), lease),))
+
+
+def campaign(keys: Keys, group: Group, me: str, lease: int) -> Transaction:
+    """Takes the primary key if nobody has it, and who is in sync is as it was decided upon."""
+    puts: list[Put | Delete] = [Put(keys.primary, me.encode(), lease)]
+    if group.in_sync is None:
+        puts.append(Put(keys.in_sync, encode(InSync(0, (me,)))))
+    compares = (
+        Compare(keys.primary, "mod_revision", 0),
+        Compare(keys.in_sync, "mod_revision", group.in_sync_revision),
+    )
+    return Transaction(compares, tuple(puts))
+
+
+def record(keys: Keys, in_sync: InSync, in_sync_revision: int) -> Transaction:
+    """The primary's: who is in sync from now on."""
+    compares = (
+        Compare(keys.primary, "mod_revision", in_sync.term),
+        Compare(keys.in_sync, "mod_revision", in_sync_revision),
+    )
+    return Transaction(compares, (Put(keys.in_sync, encode(in_sync)),))
+
+
+def hand_over(keys: Keys, group: Group, in_sync_revision: int, target: str) -> Transaction:
+    """The primary's: ``target``, which is in sync and has everything, is the primary from now on.
+
+    It is written under the target's own lease; LeaseLost if that has ended.
+    """
+    compares = (
+        Compare(keys.primary, "mod_revision", group.term),
+        Compare(keys.in_sync, "mod_revision", in_sync_revision),
+        Compare(keys.promote, "mod_revision", group.promote_revision),
+    )
+    put = Put(keys.primary, target.encode(), group.leases[target])
+    return Transaction(compares, (put, Delete(keys.promote)))
+
+
+def refuse(keys: Keys, group: Group, why: str) -> Transaction:
+    """The primary's answer to a wish for promotion that cannot be fulfilled."""
+    assert group.promote is not None
+    answer = Promote(group.promote.target, group.promote.force, why)
+    compares = (
+        Compare(keys.primary, "mod_revision", group.term),
+        Compare(keys.promote, "mod_revision", group.promote_revision),
+    )
+    return Transaction(compares, (Put(keys.promote, encode(answer)),))
+
+
+def force(keys: Keys, group: Group, me: str, lease: int) -> Transaction:
+    """Takes the primary key from whoever has it; who is in sync is this replica alone then.
+
+    Unless it was in sync already: then nothing is lost, and the others stay in the record.
+    """
+    compares = (
+        Compare(keys.primary, "mod_revision", group.term),
+        Compare(keys.in_sync, "mod_revision", group.in_sync_revision),
+        Compare(keys.promote, "mod_revision", group.promote_revision),
+    )
+    puts: list[Put | Delete] = [Put(keys.primary, me.encode(), lease), Delete(keys.promote)]
+    if group.in_sync is None or me not in group.in_sync.names:
+        puts.append(Put(keys.in_sync, encode(InSync(0, (me,)))))
+    return Transaction(compares, tuple(puts))
+
+
+def wish(keys: Keys, promote: Promote) -> Transaction:
+    """An operator's wish; a newer one takes the place of an older one."""
+    return Transaction((), (Put(keys.promote, encode(promote)),))
+
+
+def forget(keys: Keys, group: Group, in_sync_revision: int) -> Transaction:
+    """The primary's, as the last replica, when it is stopped: the group ends, and its state."""
+    compares = (
+        Compare(keys.primary, "mod_revision", group.term),
+        Compare(keys.in_sync, "mod_revision", in_sync_revision),
+    )
+    return Transaction(compares, (Delete(keys.in_sync), Delete(keys.promote)))

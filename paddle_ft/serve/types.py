@@ -80,3 +80,26 @@ class Unavailable(ServeError):
     def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class NotPrimary(ServeError):
+    """Another replica takes changes: ``address`` (host:port) is that of its HTTP front."""
+
+    status = 421
+
+    def __init__(self, name: str, address: str) -> None:
+        super().__init__(f"changes go to the primary, {name} at {address}")
+        self.name = name
+        self.address = address
+
+
+class TooLarge(ServeError):
+    """A key, a value or the state would exceed its bound."""
+
+    status = 413
+
+
+class NotPromoted(ServeError):
+    """A promotion that cannot be."""
+
+    status = 409

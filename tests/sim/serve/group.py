@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from typing import Any
 
+from paddle_ft.serve import registry
 from paddle_ft.serve.broadcast import Answer, Append, Install
 from paddle_ft.serve.log import Entry
+from paddle_ft.serve.registry import InSync, Promote
+from paddle_ft.types import decode
 from tests.sim.clock import Clock, Process
 from tests.sim.model_etcd import Batch
 from tests.sim.network import Network, Sent
-from tests.sim.serve.server import IN_SYNC, PREFIX, PRIMARY, Server
+from tests.sim.serve.server import KEYS, Server
 from tests.sim.task import Steps, Task
 
 FAULTS_UNTIL_S = 40.0
-END_S = 70.0
+QUIET_S = 50.0
+"""From here on no client asks anything."""
+END_S = 53.0
 ANSWER_S = 1.0
 
 
@@ -33,6 +37,8 @@ class History:
         self.numbers: dict[str, int] = {}
         """Acknowledged, by key."""
         self.reads = 0
+        self.term = 0
+        """The newest in which a change was acknowledged."""
 
     def leads(self, name: str, term: int) -> None:
         if self.leaders.setdefault(term, name) != name:
@@ -40,12 +46,18 @@ class History:
 
     def acknowledged(self, name: str, term: int, entry: Entry) -> None:
         self.leads(name, term)
+        if term < self.term:
+            raise Broken(f"{name} answers in term {term} after one has answered in {self.term}")
+        self.term = term
         other = self.entries.setdefault(entry.at.sequence, entry)
         if other != entry:
             raise Broken(f"two entries were acknowledged as {entry.at.sequence}: {other}, {entry}")
         assert entry.value is not None
         number = int(entry.value)
         self.numbers[entry.key] = max(number, self.numbers.get(entry.key, 0))
+
+    def undone(self, name: str) -> None:
+        raise Broken(f"{name} would have to take back what was acknowledged")
 
     def read(self, key: str, number: int, least: int) -> None:
         self.reads += 1
@@ -94,7 +106,7 @@ class Client:
 
     def _work(self, task: Task) -> Steps:
         clock = self.group.clock
-        while True:
+        while clock.now < QUIET_S:
             server, ask, known = self.group.somebody(), Ask(self), self.known
             if clock.chance(0.5):
                 self._send(server, server.get, ask, self.key, self.sequence)
@@ -123,7 +135,7 @@ class Group:
         self.without = without
         self.in_sync_min = in_sync_min
         self.history = History()
-        self.network = Network(self.clock, self, PREFIX)
+        self.network = Network(self.clock, self, KEYS.prefix)
         self.lossy = 0.0
         self.cut: set[frozenset[str]] = set()
         """Pairs of nodes that cannot reach each other."""
@@ -150,11 +162,11 @@ class Group:
         if leader is None:
             raise Broken("nobody is the primary at the end")
         for key, number in self.history.numbers.items():
-            held = leader.replica.state.items.get(("state", key))
+            held = leader.seat.replica.state.items.get(("state", key))
             if held is None or int(held.value) < number:
                 raise Broken(f"{key} is {held} at the end, and {number} was acknowledged")
-        states = {tuple(sorted(s.replica.state.items.items())) for s in self.servers.values()}
-        if len(states) != 1 and not self.clients[0].process.alive:
+        states = {tuple(sorted(s.seat.replica.state.items.items())) for s in self.servers.values()}
+        if len(states) != 1:
             raise Broken("the replicas differ at the end")
 
     # ------------------------------------------------------------ replicas
@@ -164,10 +176,18 @@ class Group:
         self.servers[node] = Server(self, node, self._incarnations[node])
 
     def restart(self, server: Server) -> None:
-        """As a new incarnation, with an empty log."""
+        """As a new incarnation, with an empty log; mostly its death is seen by the others."""
         server.process.kill()
+        if self.clock.chance(0.7):
+            self.clock.after(self.delay_s(), self._known_dead, server)
         if self.servers[server.node] is server:
             self.clock.after(self.clock.between(0.1, 1.0), self._start, server.node)
+
+    def _known_dead(self, server: Server) -> None:
+        for other in self.servers.values():
+            if other is not server and other.process.running:
+                other.seat.dead |= {server.name}
+        self.network.etcd.revoke(server.lease)
 
     def delay_s(self) -> float:
         """Of a message that is not held up."""
@@ -176,7 +196,7 @@ class Group:
     def somebody(self) -> Server:
         """The primary, mostly, as a client would know it; now and then anyone."""
         servers = list(self.servers.values())
-        kv = self.network.etcd.get(PRIMARY)
+        kv = self.network.etcd.get(KEYS.primary)
         if kv is not None and not self.clock.chance(0.3):
             named = [s for s in servers if s.name == kv.value.decode()]
             if named:
@@ -203,11 +223,15 @@ class Group:
             self._heal()
             return
         faults = (self._kill, self._freeze, self._cut_etcd, self._cut_pair, self._lose, self._etcd)
+        faults = (*faults, self._promote, self._trap)
         fault = clock.random.choice(faults)
         if fault():
             name = fault.__name__.strip("_")
-            self.done[name] = self.done.get(name, 0) + 1
+            self.count(name)
         clock.after(clock.between(0.2, 4.0), self._fault)
+
+    def count(self, name: str) -> None:
+        self.done[name] = self.done.get(name, 0) + 1
 
     def _heal(self) -> None:
         self.network.cut.clear()
@@ -224,8 +248,8 @@ class Group:
     def _kill(self) -> bool:
         """Unless what was acknowledged would be nowhere then: no protocol could keep it."""
         victim = self._victim()
-        kv = self.network.etcd.get(IN_SYNC)
-        members = set(json.loads(kv.value)) if kv else set()
+        kv = self.network.etcd.get(KEYS.in_sync)
+        members = set(decode(InSync, kv.value).names) if kv else set()
         alive = {s.name for s in self.servers.values() if s.process.alive}
         needed = len(members & alive) >= self.in_sync_min and not victim.process.frozen
         if not needed or not (members & alive) - {victim.name}:
@@ -237,6 +261,19 @@ class Group:
         victim = self._victim().process
         victim.freeze()
         self.clock.after(self.clock.between(0.1, 6.0), victim.wake)
+        return True
+
+    def _promote(self) -> bool:
+        """Planned; whoever it is, also one that cannot be."""
+        target = self.clock.random.choice(list(self.servers.values())).name
+        self.network.etcd.transact(registry.wish(KEYS, Promote(target)))
+        return True
+
+    def _trap(self) -> bool:
+        """The next transaction of a kind takes effect late, or nobody hears that it has."""
+        kind = self.clock.random.choice(("campaign", "record", "hand_over", "refuse"))
+        how = self.clock.random.choice(("late", "late", "deaf"))
+        self.network.traps[kind] = (how, self.clock.between(0.3, 6.0))
         return True
 
     def _cut_etcd(self) -> bool:

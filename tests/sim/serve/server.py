@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from paddle_ft.coordination.kv import Compare, Put, Snapshot, Transaction
+from paddle_ft.coordination.kv import Snapshot, Transaction
 from paddle_ft.errors import EtcdUnavailable, LeaseLost
-from paddle_ft.serve.broadcast import Answer, Append, Install, Primary, Replica
-from paddle_ft.serve.elect import Candidate, Election, stands
-from paddle_ft.serve.log import Entry, Position
+from paddle_ft.serve import registry
+from paddle_ft.serve.broadcast import Answer, Append, Install
+from paddle_ft.serve.log import Entry
+from paddle_ft.serve.registry import Keys, ReplicaRecord
+from paddle_ft.serve.seat import Deed, Seat
 from tests.sim.clock import Process
 from tests.sim.network import Sent
 from tests.sim.task import Steps, Task
@@ -21,12 +23,10 @@ TTL_S = 2
 RENEW_S = 0.5
 LOOK_S = 0.1
 TURN_S = 0.05
-PATIENCE_S = 0.6
 MARGIN_S = 0.3
-PREFIX = "/g/"
-PRIMARY = PREFIX + "primary"
-IN_SYNC = PREFIX + "in_sync"
-REPLICAS = PREFIX + "replicas/"
+KEPT = 8
+"""Few, so that newcomers begin with an image."""
+KEYS = Keys("g")
 
 
 class Server:
@@ -37,17 +37,14 @@ class Server:
         self.node = node
         self.name = f"{node}.{incarnation}"
         self.process = Process(group.clock, self.name)
-        self.replica = Replica(self.name)
-        self.primary: Primary | None = None
+        self.seat = Seat(self.name, KEYS, group.in_sync_min)
+        self.seat.replica.kept = KEPT
         self.waiting: dict[int, list[tuple[Any, ...]]] = {}
         """By sequence: whom to tell that it is acknowledged."""
         self.reads: list[tuple[int, Any, str]] = []
         """Sequence to wait for, whom to tell, key."""
         self.lease = 0
         self.renewed_s = float("-inf")
-        self.view = Snapshot(0, ())
-        self.vacant_since_s = 0.0
-        self.writing = False
         for steps in (self._keep_lease, self._look, self._turn):
             Task(self.process, steps)
 
@@ -57,9 +54,9 @@ class Server:
 
     @property
     def leads(self) -> bool:
-        """It may answer writes: it is the primary, and its lease cannot have ended."""
-        in_time = self.now < self.renewed_s + TTL_S - MARGIN_S
-        return self.primary is not None and not self.primary.deposed and in_time
+        if self.group.without == "deadline":
+            return self.seat.primary is not None and not self.seat.primary.deposed
+        return self.seat.leads(self.now, self.renewed_s + TTL_S - MARGIN_S)
 
     # ------------------------------------------------------------ etcd
 
@@ -78,169 +75,125 @@ class Server:
                 else:
                     raise LeaseLost("it has ended")
             except LeaseLost:  # what it holds is what it held: the name stays
-                self.lease = 0
+                self.lease, self.renewed_s = 0, float("-inf")
                 continue
             except EtcdUnavailable:
                 pass
             yield task.sleep(RENEW_S)
 
     def _register(self, task: Task) -> Any:
-        last = self.replica.log.last
-        value = json.dumps([last.term, last.sequence]).encode()
-        put = Put(REPLICAS + self.name, value, self.lease)
-        return self.group.network.transact(
-            task, self.node, Transaction((), (put,)), Sent(self.name, "register")
+        last = self.seat.replica.log.last
+        record = ReplicaRecord(
+            self.name, "h", 1, 2, 3, condition="ready", term=last.term, sequence=last.sequence
         )
+        txn = registry.register(KEYS, record, self.lease)
+        return self.group.network.transact(task, self.node, txn, Sent(self.name, "register"))
 
     def _look(self, task: Task) -> Steps:
         """What the product's watch brings; here it is read again and again."""
+        prefix = KEYS.prefix
         while True:
             try:
-                view = yield self.group.network.call(task, self.node, lambda e: e.read(PREFIX))
+                view = yield self.group.network.call(task, self.node, lambda e: e.read(prefix))
                 self._saw(view)
             except EtcdUnavailable:
                 pass
             yield task.sleep(LOOK_S)
 
     def _saw(self, view: Snapshot) -> None:
-        if view.revision < self.view.revision:
-            return
-        before = self._key(PRIMARY)
-        self.view = view
-        kv = self._key(PRIMARY)
-        if kv is None and before is not None:
-            self.vacant_since_s = self.now
-        leading = kv is not None and kv.value.decode() == self.name
-        if self.primary is not None and not (
-            leading and kv is not None and kv.create_revision == self.primary.term
-        ):
-            self._step_down()
-        if leading and kv is not None and self.primary is None:
-            term = kv.create_revision
-            if term > self.replica.log.last.term and term >= self.replica.term:
-                members = self._members()
-                assert members is not None
-                minimum = self.group.in_sync_min
-                self.primary = Primary(self.replica, term, members, minimum, self.now)
-                self.group.history.leads(self.name, term)
-        if self.primary is not None and self.primary.proposed is not None:
-            members = self._members()
-            if members == self.primary.proposed:
-                self._acknowledge(self.primary.recorded_is(members))
-
-    def _key(self, key: str) -> Any:
-        return next((kv for kv in self.view.kvs if kv.key == key), None)
-
-    def _members(self) -> frozenset[str] | None:
-        kv = self._key(IN_SYNC)
-        return None if kv is None else frozenset(json.loads(kv.value))
-
-    def _live(self) -> dict[str, Candidate]:
-        found = {}
-        for kv in self.view.kvs:
-            if kv.key.startswith(REPLICAS):
-                name = kv.key.removeprefix(REPLICAS)
-                found[name] = Candidate(name, Position(*json.loads(kv.value)), True)
-        return found
-
-    def _step_down(self) -> None:
-        self.primary = None
-        self.waiting.clear()
+        group = registry.parse(KEYS, view.kvs, view.revision)
+        if self.group.without == "hold":
+            self.seat._heard_s = float("-inf")
+        before = self.seat.primary
+        self._acknowledge(self.seat.saw(group, self.now))
+        primary = self.seat.primary
+        if primary is not before:
+            self.waiting.clear()
+            if primary is not None:
+                self.group.history.leads(self.name, primary.term)
 
     # ------------------------------------------------------------ turns
 
     def _turn(self, task: Task) -> Steps:
         while True:
-            try:
-                if self.primary is not None and self.primary.deposed:
-                    self._step_down()
-                if self.primary is None:
-                    yield from self._stand(task)
-                else:
-                    self._broadcast()
-                    yield from self._record(task)
-            except (EtcdUnavailable, LeaseLost):
-                pass
+            deed = self._due()
+            if self.seat.primary is None:
+                self.waiting.clear()
+            else:
+                self._broadcast()
+            if deed is not None:
+                yield from self._do(task, deed)
             yield task.sleep(TURN_S)
 
-    def _stand(self, task: Task) -> Steps:
-        members = self._members()
-        holder = self._key(PRIMARY)
-        seen = Election(
-            self.name,
-            self._live(),
-            None if self.group.without == "election" else members,
-            holder.value.decode() if holder else "",
-            self.vacant_since_s,
-        )
-        if not self.lease or not self.view.revision or not stands(seen, self.now):
-            return
-        kv = self._key(IN_SYNC)
-        compares = [Compare(PRIMARY, "create_revision", 0)]
-        if self.group.without != "campaign":
-            compares.append(Compare(IN_SYNC, "mod_revision", kv.mod_revision if kv else 0))
-        puts = [Put(PRIMARY, self.name.encode(), self.lease)]
-        if members is None:
-            puts.append(Put(IN_SYNC, json.dumps([self.name]).encode()))
-        txn = Transaction(tuple(compares), tuple(puts))
-        yield self.group.network.transact(task, self.node, txn, Sent(self.name, "campaign"))
+    def _due(self) -> Deed | None:
+        seat = self.seat
+        group = seat.group
+        if self.group.without == "election" and seat.primary is None:  # anybody stands
+            seat.group = replace(group, in_sync=None)
+        deed = seat.due(self.now, self.lease)
+        seat.group = group
+        return deed
 
-    def _broadcast(self) -> None:
-        assert self.primary is not None
-        for name in self._live():
-            if name != self.name:
-                self.group.send(self, name, self.primary.message(name, self.now))
-
-    def _record(self, task: Task) -> Steps:
-        primary = self.primary
-        assert primary is not None
-        if not primary.record_due(self._live(), self.now, PATIENCE_S):
-            return
-        kv = self._key(IN_SYNC)
-        proposed = primary.proposed
-        assert proposed is not None
-        compares = [Compare(PRIMARY, "create_revision", primary.term)]
-        if self.group.without != "fence":
-            compares.append(Compare(IN_SYNC, "mod_revision", kv.mod_revision))
-        else:
-            compares = []
-        put = Put(IN_SYNC, json.dumps(sorted(proposed)).encode())
-        txn = Transaction(tuple(compares), (put,))
-        sent = Sent(self.name, "record", primary.term)
+    def _do(self, task: Task, deed: Deed) -> Steps:
+        primary = self.seat.primary
+        term = primary.term if primary is not None else 0
+        sent = Sent(self.name, deed.kind, term)
+        txn = self._weakened(deed)
         try:
             result = yield self.group.network.transact(task, self.node, txn, sent)
-        except EtcdUnavailable:
-            if self.group.without == "unknown":  # as if it had not taken effect
-                primary.proposed = None
-            raise
-        if result.succeeded and self.primary is primary:
-            self._acknowledge(primary.recorded_is(proposed))
+        except (EtcdUnavailable, LeaseLost) as error:
+            known = isinstance(error, LeaseLost)
+            if self.group.without == "unknown" and self.seat.primary is not None:
+                self.seat.primary.proposed = None  # as if it had not taken effect
+            self.seat.ended(deed, False if known else None, 0)
+            return
+        if deed.kind == "hand_over" and result.succeeded:
+            self.group.count("handed over")
+        self._acknowledge(self.seat.ended(deed, result.succeeded, result.revision))
+
+    def _weakened(self, deed: Deed) -> Transaction:
+        """Without the comparison that is to be left out."""
+        kind, _, key = self.group.without.partition("/")
+        txn = deed.transaction
+        if kind != deed.kind:
+            return txn
+        kept = tuple(c for c in txn.compares if not c.key.endswith(key))
+        assert len(kept) < len(txn.compares), f"{kind} does not compare {key}"
+        return replace(txn, compares=kept)
+
+    def _broadcast(self) -> None:
+        primary = self.seat.primary
+        assert primary is not None
+        for name in self.seat.group.replicas:
+            if name != self.name:
+                self.group.send(self, name, primary.message(name, self.now))
 
     # ------------------------------------------------------------ messages
 
     def hear(self, sender: str, message: Append | Install | Answer) -> None:
         if isinstance(message, Answer):
-            if self.primary is not None:
-                self._acknowledge(self.primary.hear(message, self.now))
+            self._acknowledge(self.seat.answered(message, self.now))
             return
         if self.group.without == "terms":
-            self.replica.term = 0
-        if self.primary is not None and message.term < self.primary.term:
-            self.group.send(self, sender, Answer(self.primary.term, self.name, False, 0))
-            return
-        self.group.send(self, sender, self.replica.hear(message))
+            self.seat.replica.term = 0
+        if isinstance(message, Install):
+            self.group.count("installed")
+        self.group.send(self, sender, self.seat.hear(message, self.now))
+        if self.seat.replica.undone:
+            self.group.history.undone(self.name)
         self._answer_reads()
 
     def put(self, client: Any, key: str, value: bytes) -> None:
-        if not self.leads or self.primary is None or not self.primary.accepts:
+        primary = self.seat.primary
+        if primary is None or not self.leads or not primary.accepts or self.seat.handing_over:
             return client.refused()
-        entry = self.primary.put("state", key, value)
+        entry = self.seat.put("state", key, value)
         self.waiting.setdefault(entry.at.sequence, []).append((client, entry))
         if self.group.without == "replicas":  # acknowledged once the primary has it
-            self.primary.acknowledged = entry.at.sequence
-            self._acknowledge(self.replica.state.apply(self.primary.log, entry.at.sequence))
+            primary.acknowledged = entry.at.sequence
+            self._acknowledge(self.seat.replica.apply(entry.at.sequence))
         else:
-            self._acknowledge(self.primary.advance())
+            self._acknowledge(primary.advance())
         return None
 
     def get(self, client: Any, key: str, sequence: int) -> None:
@@ -251,16 +204,17 @@ class Server:
         for entry in entries:
             for client, mine in self.waiting.pop(entry.at.sequence, ()):
                 assert isinstance(mine, Entry)
-                if self.leads and self.primary is not None:
-                    self.group.history.acknowledged(self.name, self.primary.term, mine)
+                if self.leads and self.seat.primary is not None:
+                    self.group.history.acknowledged(self.name, self.seat.primary.term, mine)
                     client.done(mine)
+        self.seat.replica.fresh.clear()
         self._answer_reads()
 
     def _answer_reads(self) -> None:
         waiting, self.reads = self.reads, []
         for sequence, client, key in waiting:
-            if self.group.without != "reads" and self.replica.state.at.sequence < sequence:
+            if self.group.without != "reads" and self.seat.replica.state.at.sequence < sequence:
                 self.reads.append((sequence, client, key))
                 continue
-            held = self.replica.state.items.get(("state", key))
+            held = self.seat.replica.state.items.get(("state", key))
             client.read(held.value if held else b"0")

@@ -1,0 +1,212 @@
+"""Bytes of the messages between replicas. Pure.
+
+A message is one frame or, if it is large (an image), several: each begins with one byte that says
+what it is, and a part of a larger message with one that says whether more follow. Numbers are
+little-endian; a text or value is its length and its bytes. Whatever comes is checked: bytes that
+are no message raise ValueError and nothing else.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from typing import Any, get_args
+
+from paddle_ft.serve.broadcast import Answer, Append, Install
+from paddle_ft.serve.log import Entry, Held, Image, Kind, Position
+
+Message = Append | Install | Answer
+
+FRAME_BYTES_MAX = 2**20
+"""Of a part; a message that is not larger comes whole."""
+MESSAGE_BYTES_MAX = 2**30
+"""Of an image, or of one value: who sends more is not believed."""
+
+KINDS: tuple[Kind, ...] = get_args(Kind)
+_APPEND, _INSTALL, _ANSWER, _PART, _LAST = range(5)
+_NONE = 0xFFFFFFFF
+_POSITION = struct.Struct("<QQ")
+_APPEND_HEAD = struct.Struct("<QQQQdI")
+_ENTRY_HEAD = struct.Struct("<QQB")
+_ITEM_HEAD = struct.Struct("<QB")
+_INSTALL_HEAD = struct.Struct("<QQQdI")
+_ANSWER_HEAD = struct.Struct("<Q?Qd")
+_LENGTH = struct.Struct("<I")
+
+
+def frames(message: Message) -> Iterator[bytes]:
+    """The frames of one message, in order."""
+    whole = encode(message)
+    if len(whole) <= FRAME_BYTES_MAX:
+        yield whole
+        return
+    for start in range(0, len(whole), FRAME_BYTES_MAX):
+        part = whole[start : start + FRAME_BYTES_MAX]
+        more = start + len(part) < len(whole)
+        yield bytes((_PART if more else _LAST,)) + part
+
+
+class Joiner:
+    """Puts the frames of one stream together; holds at most MESSAGE_BYTES_MAX."""
+
+    def __init__(self, bytes_max: int = MESSAGE_BYTES_MAX) -> None:
+        self._bytes_max = bytes_max
+        self._parts: list[bytes] = []
+        self._size_bytes = 0
+
+    def take(self, frame: bytes) -> Message | None:
+        """The message that ``frame`` ends; None if more is to come. Raises ValueError."""
+        if frame[:1] not in (b"\x03", b"\x04"):
+            if self._parts:
+                raise ValueError("a message begins within another one")
+            return decode(frame)
+        self._size_bytes += len(frame) - 1
+        if self._size_bytes > self._bytes_max:
+            raise ValueError(f"a message of more than {self._bytes_max} bytes")
+        self._parts.append(frame[1:])
+        if frame[0] == _PART:
+            return None
+        whole, self._parts, self._size_bytes = b"".join(self._parts), [], 0
+        return decode(whole)
+
+
+def encode(message: Message) -> bytes:
+    parts: list[bytes]
+    if isinstance(message, Append):
+        head = _APPEND_HEAD.pack(
+            message.term,
+            message.before.term,
+            message.before.sequence,
+            message.acknowledged,
+            message.sent_s,
+            len(message.entries),
+        )
+        parts = [bytes((_APPEND,)), head, _text(message.sender)]
+        for entry in message.entries:
+            parts += _entry(entry)
+    elif isinstance(message, Install):
+        at, items = message.image.at, message.image.items
+        head = _INSTALL_HEAD.pack(message.term, at.term, at.sequence, message.sent_s, len(items))
+        parts = [bytes((_INSTALL,)), head, _text(message.sender)]
+        for (kind, key), held in items.items():
+            parts += [_ITEM_HEAD.pack(held.sequence, KINDS.index(kind)), _text(key)]
+            parts += [_LENGTH.pack(len(held.value)), held.value]
+    else:
+        head = _ANSWER_HEAD.pack(message.term, message.agrees, message.sequence, message.sent_s)
+        parts = [bytes((_ANSWER,)), head, _text(message.sender)]
+    return b"".join(parts)
+
+
+def decode(data: bytes) -> Message:
+    """The message that ``encode`` made; raises ValueError if ``data`` is not one."""
+    reader = _Reader(data)
+    kind = reader.byte()
+    message: Message
+    if kind == _APPEND:
+        term, before_term, before, acknowledged, sent_s, count = reader.numbers(_APPEND_HEAD)
+        sender = reader.text()
+        entries = tuple(reader.entry() for _ in range(count))
+        at = Position(before_term, before)
+        message = Append(term, sender, at, entries, acknowledged, sent_s)
+        for number, entry in enumerate(entries, before + 1):
+            if entry.at.sequence != number:
+                raise ValueError(f"entry {entry.at.sequence} stands in the place of {number}")
+    elif kind == _INSTALL:
+        term, at_term, sequence, sent_s, count = reader.numbers(_INSTALL_HEAD)
+        sender = reader.text()
+        items = dict(reader.item() for _ in range(count))
+        message = Install(term, sender, Image(Position(at_term, sequence), items), sent_s)
+    elif kind == _ANSWER:
+        term, agrees, sequence, sent_s = reader.numbers(_ANSWER_HEAD)
+        message = Answer(term, reader.text(), agrees, sequence, sent_s)
+    else:
+        raise ValueError(f"there is no message of kind {kind}")
+    reader.end()
+    return message
+
+
+def encode_put(kind: Kind, key: str, value: bytes | None) -> bytes:
+    """A change that is passed on to the primary."""
+    return b"".join(_entry(Entry(Position(), kind, key, value)))
+
+
+def decode_put(data: bytes) -> tuple[Kind, str, bytes | None]:
+    """Raises ValueError if ``data`` is not what ``encode_put`` made."""
+    reader = _Reader(data)
+    entry = reader.entry()
+    reader.end()
+    return entry.kind, entry.key, entry.value
+
+
+def encode_position(position: Position) -> bytes:
+    return _POSITION.pack(position.term, position.sequence)
+
+
+def decode_position(data: bytes) -> Position:
+    """Raises ValueError if ``data`` is not what ``encode_position`` made."""
+    reader = _Reader(data)
+    term, sequence = reader.numbers(_POSITION)
+    reader.end()
+    return Position(term, sequence)
+
+
+def _text(text: str) -> bytes:
+    data = text.encode()
+    return _LENGTH.pack(len(data)) + data
+
+
+def _entry(entry: Entry) -> list[bytes]:
+    head = _ENTRY_HEAD.pack(entry.at.term, entry.at.sequence, KINDS.index(entry.kind))
+    if entry.value is None:
+        return [head, _text(entry.key), _LENGTH.pack(_NONE)]
+    return [head, _text(entry.key), _LENGTH.pack(len(entry.value)), entry.value]
+
+
+class _Reader:
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+        self._at = 0
+
+    def take(self, count: int) -> bytes:
+        start, self._at = self._at, self._at + count
+        if self._at > len(self._data):
+            raise ValueError("a message ends too early")
+        return self._data[start : self._at]
+
+    def numbers(self, form: struct.Struct) -> tuple[Any, ...]:
+        try:
+            return form.unpack(self.take(form.size))
+        except struct.error as error:
+            raise ValueError(str(error)) from None
+
+    def byte(self) -> int:
+        return self.take(1)[0]
+
+    def text(self) -> str:
+        (length,) = self.numbers(_LENGTH)
+        return self.take(length).decode()  # UnicodeDecodeError is a ValueError
+
+    def value(self) -> bytes | None:
+        (length,) = self.numbers(_LENGTH)
+        return None if length == _NONE else self.take(length)
+
+    def kind(self, number: int) -> Kind:
+        if number >= len(KINDS):
+            raise ValueError(f"there is no kind {number} of entries")
+        return KINDS[number]
+
+    def entry(self) -> Entry:
+        term, sequence, kind = self.numbers(_ENTRY_HEAD)
+        key = self.text()
+        return Entry(Position(term, sequence), self.kind(kind), key, self.value())
+
+    def item(self) -> tuple[tuple[Kind, str], Held]:
+        sequence, kind = self.numbers(_ITEM_HEAD)
+        key, value = self.text(), self.value()
+        if value is None:
+            raise ValueError(f"{key} has no value")
+        return (self.kind(kind), key), Held(value, sequence)
+
+    def end(self) -> None:
+        if self._at != len(self._data):
+            raise ValueError("a message goes on after its end")

@@ -1,0 +1,177 @@
+"""A replica in etcd: its lease, its record, its view of the group, its transactions.
+
+Everything that waits for etcd does so on threads of its own; what is asked for here is known
+already. While etcd is away, the view stays what it was and transactions end as not known.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+from paddle_ft.config import EtcdConfig
+from paddle_ft.coordination.etcd import EtcdCoordinator
+from paddle_ft.coordination.kv import Transaction, TxnResult
+from paddle_ft.coordination.lease import LeaseKeeper
+from paddle_ft.coordination.mirror import Mirror
+from paddle_ft.errors import CoordinationError, LeaseLost, PaddleFTError
+from paddle_ft.serve import registry
+from paddle_ft.serve.registry import Group, Keys, ReplicaRecord
+
+log = logging.getLogger("paddle_ft")
+
+TELL_S = 0.5
+"""Between two writes of a record in which only the end of the log is new."""
+RETRY_S = 0.5
+JOIN_S = 1.0
+
+
+class Member:
+    """Args:
+    wake: called from any thread when there is something new; must not block.
+    """
+
+    def __init__(self, etcd: EtcdConfig, group: str, wake: Callable[[], None]) -> None:
+        self.coordinator = EtcdCoordinator(etcd)
+        self.keys = Keys(group)
+        self._etcd = etcd
+        self._wake = wake
+        self._mirror = Mirror(self.coordinator, self.keys.prefix, self._changed)
+        self._group = Group()
+        self._complaint = ""
+        self._keeper: LeaseKeeper | None = None
+        self._wanted: ReplicaRecord | None = None
+        self._told: ReplicaRecord | None = None
+        self._told_s = 0.0
+        self._news = threading.Event()
+        self._closed = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    # ------------------------------------------------------------ life
+
+    def start(self, record: ReplicaRecord) -> None:
+        """Registers and begins to follow the group; waits for etcd; raises CoordinationError."""
+        self._wanted = record
+        self._mirror.start()
+        self._join(record)
+        self._thread = threading.Thread(target=self._run, name="replica record", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Gives the lease back: to the others this replica is gone at once. Waits for etcd."""
+        self._closed.set()
+        self._news.set()
+        if self._thread is not None:
+            self._thread.join(JOIN_S)
+        if self._keeper is not None:
+            self._keeper.close()
+        self._mirror.close()
+        self.coordinator.close()
+
+    # ------------------------------------------------------------ what is known
+
+    @property
+    def lease(self) -> int:
+        """0 while there is none."""
+        keeper = self._keeper
+        return keeper.lease if keeper is not None and not keeper.lost else 0
+
+    def deadline_s(self) -> float:
+        """Monotonic time until which the lease certainly stands."""
+        keeper = self._keeper
+        return keeper.deadline() if keeper is not None else float("-inf")
+
+    def group(self) -> Group:
+        """The newest view; the one before where etcd holds what cannot be read."""
+        if self._mirror.revision == self._group.revision:
+            return self._group
+        try:
+            seen = self._mirror.snapshot()
+            self._group = registry.parse(self.keys, seen.kvs, seen.revision)
+            self._complaint = ""
+        except (ValueError, CoordinationError) as error:
+            if str(error) != self._complaint:
+                self._complaint = str(error)
+                log.error("the serving group in etcd cannot be followed: %s", error)
+        return self._group
+
+    # ------------------------------------------------------------ what is written
+
+    def tell(self, record: ReplicaRecord) -> None:
+        """``record`` is to stand in etcd, soon."""
+        if record != self._wanted:
+            self._wanted = record
+            self._news.set()
+
+    def transact(self, txn: Transaction) -> TxnResult | None:
+        """Waits for etcd; None if it is not known whether it took effect. A refusal for the sake
+        of a lease that has ended is a transaction that did not succeed."""
+        try:
+            return self.coordinator.transact(txn)
+        except LeaseLost:
+            return TxnResult(False, 0)
+        except PaddleFTError as error:
+            log.debug("a transaction of the serving group: %s", error)
+            return None
+
+    def _changed(self) -> None:
+        self._wake()
+
+    def _join(self, record: ReplicaRecord) -> None:
+        """Takes a lease and registers under it."""
+        old = self._keeper
+        keeper = LeaseKeeper(
+            self.coordinator,
+            ttl_s=self._etcd.lease_ttl_s,
+            renew_interval_s=self._etcd.renew_interval_s,
+            safety_margin_s=self._etcd.rpc_timeout_s,
+            on_lost=self._lost,
+        )
+        keeper.start()
+        if old is not None:
+            old.close(revoke=record.name != (self._told.name if self._told else ""))
+        self._keeper = keeper
+        self._write(record)
+
+    def _write(self, record: ReplicaRecord) -> None:
+        self.coordinator.transact(registry.register(self.keys, record, self.lease))
+        self._told, self._told_s = record, time.monotonic()
+
+    def _lost(self) -> None:
+        self._news.set()
+        self._wake()
+
+    def _run(self) -> None:
+        """Keeps a lease, and what is registered under it, as they should be."""
+        while not self._closed.is_set():
+            self._news.wait(RETRY_S)
+            self._news.clear()
+            if self._closed.is_set():
+                return
+            try:
+                self._keep()
+            except LeaseLost:
+                self._news.set()
+                self._closed.wait(0.05)
+            except PaddleFTError as error:
+                log.debug("the record of this replica: %s", error)
+                self._news.set()
+                self._closed.wait(RETRY_S)
+
+    def _keep(self) -> None:
+        wanted, told, keeper = self._wanted, self._told, self._keeper
+        assert wanted is not None
+        if keeper is None or keeper.lost or told is None or wanted.name != told.name:
+            self._join(wanted)
+            return
+        if wanted == told:
+            return
+        same = replace(wanted, term=told.term, sequence=told.sequence) == told
+        if same and self._closed.wait(max(0.0, self._told_s + TELL_S - time.monotonic())):
+            return
+        newest = self._wanted
+        if newest is not None and newest.name == told.name:
+            self._write(newest)

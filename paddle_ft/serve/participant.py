@@ -1,0 +1,322 @@
+"""One replica taking part in its group: the loop that carries out what ``seat`` decides.
+
+It joins etcd (``member``), messages (``stream``) and the known deaths of others (``agent.peers``)
+on one event loop. Whoever uses it is told what is acknowledged, what has changed the state, and
+when this replica has become the primary or is one no longer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from paddle_ft.agent.peers import PeerLinks
+from paddle_ft.config import EtcdConfig
+from paddle_ft.coordination.kv import TxnResult
+from paddle_ft.serve.broadcast import Answer, Append, Install, Primary
+from paddle_ft.serve.log import Entry, Kind, Position
+from paddle_ft.serve.member import Member
+from paddle_ft.serve.registry import Group, Keys, ReplicaRecord
+from paddle_ft.serve.seat import PATIENCE_S, Deed, Seat
+from paddle_ft.serve.stream import Link, Peers, PeerServer, PeerTls
+
+log = logging.getLogger("paddle_ft")
+
+TURN_S = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class GroupSettings:
+    """One replica of one group."""
+
+    etcd: EtcdConfig
+    group: str
+    node: str
+    host: str = "127.0.0.1"
+    http_port: int = 0
+    grpc_port: int = 0
+    in_sync_min: int = 1
+    """So many replicas, with the primary, must have a change before it is acknowledged; however
+    many are in sync, all of them must."""
+    patience_s: float = PATIENCE_S
+    """How long a replica may be behind before nobody waits for it."""
+    tls: PeerTls | None = None
+    """Between replicas."""
+
+
+class Listener(Protocol):
+    """Who uses it."""
+
+    def acknowledged(self, entries: Sequence[Entry]) -> None:
+        """Of this primary's; only while ``Participant.leads()`` may anybody be told."""
+        ...
+
+    def applied(self, entries: Sequence[Entry]) -> None:
+        """What has changed the state, in order."""
+        ...
+
+    def role_changed(self) -> None: ...
+
+
+class Participant:
+    def __init__(
+        self,
+        settings: GroupSettings,
+        listener: Listener,
+        on_put: Callable[[Kind, str, bytes | None], Awaitable[Position]],
+    ) -> None:
+        """Opens nothing yet; raises ConfigError."""
+        self._settings = settings
+        self._listener = listener
+        self.member = Member(settings.etcd, settings.group, self._wake_soon)
+        self.peers = Peers(settings.group, settings.tls)
+        self.seat = self._new_seat()
+        self._server = PeerServer(settings.group, lambda: self.seat.name, self._hear, on_put)
+        self._watched: PeerLinks | None = None
+        self._links: dict[str, Link] = {}
+        self._record = ReplicaRecord(
+            self.seat.name, settings.host, settings.http_port, settings.grpc_port, 0
+        )
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._was: Primary | None = None
+        self._wake = asyncio.Event()
+        self._changes: set[asyncio.Future[None]] = set()
+        self._run_task: asyncio.Task[None] | None = None
+        self._deed: asyncio.Task[None] | None = None
+        self._closing_links: set[asyncio.Task[None]] = set()
+        self._threads = ThreadPoolExecutor(2, thread_name_prefix="serving group")
+        self._closing = False
+
+    def _new_seat(self) -> Seat:
+        s = self._settings
+        name = f"{s.node}.{uuid.uuid4().hex[:12]}"
+        return Seat(name, Keys(s.group), s.in_sync_min, s.patience_s)
+
+    # ------------------------------------------------------------ life
+
+    async def start(self) -> None:
+        """Listens, registers, and takes part from now on; raises CoordinationError, ConfigError."""
+        self._loop = asyncio.get_running_loop()
+        s = self._settings
+        port = await self._server.start(s.host, s.tls)
+        self._watched = PeerLinks(s.host, self.member.coordinator, self._is_dead)
+        self._watched.watch(self.seat.name, {})
+        self._record = replace(self._record, peer_port=port, link=self._watched.address)
+        await self.in_thread(self.member.start, self._record)
+        self._run_task = self._loop.create_task(self._run())
+
+    async def close(self) -> None:
+        """Leaves the group at once. Waits for etcd."""
+        self._closing = True
+        self._wake.set()
+        if self._run_task is not None:
+            await self._run_task
+        self.seat.leave()
+        self._settle()
+        await asyncio.gather(*self._closing_links)
+        await self.in_thread(self.member.close)
+        if self._watched is not None:
+            self._watched.close()
+        await self._server.close()
+        self._threads.shutdown(wait=False)
+
+    async def in_thread(self, call: Callable[..., Any], *args: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, call, *args)
+
+    # ------------------------------------------------------------ for who uses it
+
+    @property
+    def group(self) -> Group:
+        return self.seat.group
+
+    def leads(self) -> bool:
+        """Whether this replica may answer changes now."""
+        return self.seat.leads(time.monotonic(), self.member.deadline_s())
+
+    def put(self, kind: Kind, key: str, value: bytes | None) -> Entry:
+        """The primary's: takes a change in and sends it. ``acknowledged`` tells when it is done,
+        unless that is so at once: call ``advance`` when you are ready for it."""
+        entry = self.seat.put(kind, key, value)
+        for link in self._links.values():
+            link.wake()
+        return entry
+
+    def advance(self) -> None:
+        if self.seat.primary is not None:
+            self._took(self.seat.primary.advance())
+
+    def tell(self, **changes: Any) -> None:
+        """Sets fields of this replica's record."""
+        self._record = replace(self._record, **changes)
+        self._wake.set()
+
+    async def change(self, until_s: float) -> bool:
+        """Waits for a change of the group or of the role; False if there is none in time."""
+        waiting: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._changes.add(waiting)
+        try:
+            await asyncio.wait_for(waiting, max(0.0, until_s - time.monotonic()))
+            return True
+        except asyncio.TimeoutError:
+            return False
+        finally:
+            self._changes.discard(waiting)
+
+    # ------------------------------------------------------------ from other threads
+
+    def _wake_soon(self) -> None:
+        self._soon(self._wake.set)
+
+    def _is_dead(self, name: str) -> None:
+        self._soon(self._note_death, name)
+
+    def _soon(self, call: Callable[..., None], *args: Any) -> None:
+        if self._loop is not None:
+            with suppress(RuntimeError):  # the loop is closed
+                self._loop.call_soon_threadsafe(call, *args)
+
+    def _note_death(self, name: str) -> None:
+        self.seat.dead |= {name}
+        self._wake.set()
+
+    # ------------------------------------------------------------ turns
+
+    async def _run(self) -> None:
+        while not self._closing:
+            self._turn()
+            with suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), TURN_S)
+            self._wake.clear()
+        if self._deed is not None:
+            await self._deed
+
+    def _turn(self) -> None:
+        seat, now_s = self.seat, time.monotonic()
+        before = seat.group
+        self._took(seat.saw(self.member.group(), now_s))
+        if seat.group is not before:
+            self._follow(seat.group)
+        if seat.replica.undone:
+            self._begin_anew()
+            return
+        if self._deed is None or self._deed.done():
+            deed = seat.due(now_s, self.member.lease)
+            if deed is not None:
+                self._deed = asyncio.get_running_loop().create_task(self._do(deed))
+        self._settle()
+        last = seat.replica.log.last
+        self.member.tell(replace(self._record, term=last.term, sequence=last.sequence))
+
+    def _follow(self, group: Group) -> None:
+        """The group has changed."""
+        if self._watched is not None:
+            links = {n: (r.link, group.leases[n]) for n, r in group.replicas.items()}
+            self._watched.watch(self.seat.name, links)
+        self._tell_change()
+
+    def _tell_change(self) -> None:
+        for waiting in self._changes:
+            if not waiting.done():
+                waiting.set_result(None)
+
+    async def _do(self, deed: Deed) -> None:
+        """One transaction; its outcome goes to the seat it was decided at."""
+        seat = self.seat
+        result: TxnResult | None = await self.in_thread(self.member.transact, deed.transaction)
+        succeeded = None if result is None else result.succeeded
+        revision = 0 if result is None else result.revision
+        log.debug("%s: %s %s", seat.name, deed.kind, succeeded)
+        if seat is self.seat:
+            self._took(seat.ended(deed, succeeded, revision))
+            self._wake.set()
+
+    def _took(self, entries: Sequence[Entry]) -> None:
+        """``entries`` are acknowledged by this primary."""
+        if entries:
+            self._listener.acknowledged(entries)
+            for link in self._links.values():
+                link.wake()
+        self._settle()
+
+    def _settle(self) -> None:
+        """After whatever may have changed the state or the role."""
+        replica, primary = self.seat.replica, self.seat.primary
+        if replica.fresh:
+            fresh, replica.fresh = replica.fresh, []
+            self._listener.applied(fresh)
+        if primary is not self._was:
+            self._was = primary
+            for link in self._take_links(set()):
+                self._let_go(link)
+            if primary is not None:
+                log.info("%s is the primary, term %d", self.seat.name, primary.term)
+            self._listener.role_changed()
+            self._tell_change()
+        if primary is not None:
+            self._hold_links()
+
+    def _begin_anew(self) -> None:
+        """A forced promotion has lost changes that this replica has: it begins without them."""
+        old = self.seat.replica.state.items
+        log.warning("%s begins anew: a forced promotion has lost changes", self.seat.name)
+        gone = [Entry(Position(), kind, key, None) for kind, key in old]
+        group, dead = self.seat.group, self.seat.dead
+        self.seat = self._new_seat()
+        self.seat.dead = dead
+        self.seat.saw(group, time.monotonic())
+        self._listener.applied(gone)
+        self._record = replace(self._record, name=self.seat.name)
+        self.member.tell(self._record)
+        self._settle()
+
+    # ------------------------------------------------------------ messages
+
+    def _hear(self, message: Append | Install) -> Answer:
+        answer = self.seat.hear(message, time.monotonic())
+        self._settle()
+        if self.seat.replica.undone:
+            self._wake.set()
+        return answer
+
+    def _hold_links(self) -> None:
+        """One to each other replica that is registered."""
+        replicas = self.group.replicas
+        others = replicas.keys() - {self.seat.name} - self.seat.dead
+        if others == self._links.keys():
+            return
+        for link in self._take_links(others):
+            self._let_go(link)
+        for name in others - self._links.keys():
+            self._links[name] = self._link(replicas[name])
+
+    def _link(self, record: ReplicaRecord) -> Link:
+        primary, name = self.seat.primary, record.name
+        assert primary is not None
+
+        def message() -> Append | Install:
+            return primary.message(name, time.monotonic())
+
+        def on_answer(message: Append | Install, answer: Answer) -> bool:
+            if self.seat.primary is not primary:
+                return False
+            self._took(self.seat.answered(answer, time.monotonic()))
+            known = message.acknowledged if isinstance(message, Append) else 0
+            return not primary.told(name) or known < primary.acknowledged
+
+        address = f"{record.host}:{record.peer_port}"
+        return Link(self.peers, self._settings.group, name, address, message, on_answer)
+
+    def _take_links(self, kept: set[str]) -> list[Link]:
+        return [self._links.pop(name) for name in self._links.keys() - kept]
+
+    def _let_go(self, link: Link) -> None:
+        task = asyncio.get_running_loop().create_task(link.close())
+        self._closing_links.add(task)
+        task.add_done_callback(self._closing_links.discard)

@@ -1,0 +1,348 @@
+"""The state that a serving group shares, as one replica has it: an object for its event loop.
+
+    group = Replicated(GroupSettings(etcd, "digits", node="n1", host=…, http_port=…))
+    await group.start()
+    position = await group.put("state", "session-7", b"…")  # on the primary
+    held = await group.get("state", "session-7", at_least=position)  # on any replica
+    await group.promote("n2")
+    await group.close()
+
+What was acknowledged (``put`` has returned) is on every replica that is in sync, and survives all
+but the last of them. Decisions are ``seat``'s, carrying them out ``participant``'s.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from paddle_ft.coordination.kv import TxnResult
+from paddle_ft.serve import registry
+from paddle_ft.serve.broadcast import Primary
+from paddle_ft.serve.log import Entry, Held, Kind, Position
+from paddle_ft.serve.participant import GroupSettings, Participant
+from paddle_ft.serve.registry import Group, Promote, ReplicaRecord
+from paddle_ft.serve.seat import Seat
+from paddle_ft.serve.types import NotPrimary, NotPromoted, ServeError, TooLarge, Unavailable
+
+__all__ = ["GroupSettings", "Replicated", "Status"]
+
+KEY_BYTES_MAX = 512
+VALUE_BYTES_MAX = 2 * 2**20
+STATE_BYTES_MAX = 2**28
+PENDING_MAX = 10_000
+"""Changes that are not acknowledged yet, and reads that wait for one."""
+FORWARD_PAUSE_S = 0.005
+LEAVE_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """What ``paddle-ft serving`` tells of a replica."""
+
+    name: str
+    role: str
+    term: int
+    """Of the primary that it follows, or its own."""
+    primary: str
+    in_sync: tuple[str, ...]
+    at: Position
+    """Where its state stands."""
+    last: Position
+    """Its log's last entry."""
+    lease_left_s: float
+    agreed: dict[str, int] = field(default_factory=dict)
+    """On the primary: up to where the others have its log."""
+
+
+class Replicated:
+    """Used on one event loop, which runs all of it but the waiting for etcd."""
+
+    def __init__(self, settings: GroupSettings) -> None:
+        """Opens nothing yet; raises ConfigError."""
+        self._settings = settings
+        self._party = Participant(settings, self, self.put)
+        self._puts: dict[int, asyncio.Future[Position]] = {}
+        """By sequence."""
+        self._reads: list[tuple[int, int, asyncio.Future[None]]] = []
+        """Heap of the sequences that are waited for."""
+        self._numbers = itertools.count()
+        self._callbacks: list[Callable[[Entry], None]] = []
+
+    async def start(self) -> None:
+        """Listens, registers, and takes part from now on; raises CoordinationError, ConfigError."""
+        await self._party.start()
+
+    async def close(self) -> None:
+        """Leaves: a primary hands over first, if somebody is in sync. Waits for etcd."""
+        if self._seat.primary is not None:
+            with suppress(ServeError):
+                await self._leave(self._seat.primary)
+        await self._party.close()
+        for _, _, waiting in self._reads:
+            waiting.cancel()
+
+    async def _leave(self, primary: Primary) -> None:
+        replicas = self.group.replicas
+        others = [n for n in replicas if n in primary.recorded and n != self.name]
+        if others:
+            await self.promote(max(others, key=primary.agreed), timeout_s=LEAVE_S)
+        elif replicas.keys() <= {self.name} and primary.recorded == {self.name}:
+            member, revision = self._party.member, self._seat.recorded_revision
+            txn = registry.forget(member.keys, self.group, revision)
+            await self._party.in_thread(member.transact, txn)
+
+    # ------------------------------------------------------------ what is known
+
+    @property
+    def name(self) -> str:
+        """Of this life of this replica."""
+        return self._seat.name
+
+    @property
+    def _seat(self) -> Seat:
+        return self._party.seat
+
+    @property
+    def group(self) -> Group:
+        """As etcd has it."""
+        return self._seat.group
+
+    @property
+    def role(self) -> str:
+        """``primary`` while it may answer changes, else ``replica``."""
+        return "primary" if self._party.leads() else "replica"
+
+    @property
+    def term(self) -> int:
+        """Of the primary; goes with every reply to a change."""
+        primary = self._seat.primary
+        return primary.term if primary is not None else self._seat.replica.term
+
+    @property
+    def primary(self) -> ReplicaRecord | None:
+        """Whom changes go to; None if that is not known."""
+        return self.group.replicas.get(self.group.primary or "")
+
+    def status(self) -> Status:
+        seat = self._seat
+        agreed = {}
+        if seat.primary is not None:
+            agreed = {n: seat.primary.agreed(n) for n in self.group.replicas if n != self.name}
+        return Status(
+            name=self.name,
+            role=self.role,
+            term=self.term,
+            primary=self.group.primary or "",
+            in_sync=tuple(sorted(seat.in_sync)),
+            at=seat.replica.state.at,
+            last=seat.replica.log.last,
+            lease_left_s=self._party.member.deadline_s() - time.monotonic(),
+            agreed=agreed,
+        )
+
+    def items(self, kind: Kind) -> dict[str, bytes]:
+        """All of one kind, as this replica has it."""
+        found = self._seat.replica.state.items.items()
+        return {key: held.value for (k, key), held in found if k == kind}
+
+    def on_applied(self, callback: Callable[[Entry], None]) -> None:
+        """``callback`` is called with each acknowledged change, on the event loop, in order.
+
+        Where a replica begins with an image, with what differs; it must not block.
+        """
+        self._callbacks.append(callback)
+
+    def tell(self, **changes: Any) -> None:
+        """Sets fields of this replica's record (condition, models, weight, share, ports)."""
+        self._party.tell(**changes)
+
+    # ------------------------------------------------------------ changes
+
+    async def put(
+        self, kind: Kind, key: str, value: bytes | None, timeout_s: float = 5.0
+    ) -> Position:
+        """Where the change stands, once all that are in sync have it. None removes ``key``.
+
+        Raises:
+            NotPrimary: ask the one that it names.
+            Unavailable: nobody can take it now; or whether it was taken is not known, in which
+                case the message says so.
+            TooLarge: it is beyond a bound.
+        """
+        until_s = time.monotonic() + timeout_s
+        self._check(key, value)
+        if self._seat.handing_over:
+            position = await self._put_after_hand_over((kind, key, value), until_s)
+            if position is not None:
+                return position
+        self._refuse_unless_taking()
+        sequence = self._party.put(kind, key, value).at.sequence
+        waiting = self._puts[sequence] = asyncio.get_running_loop().create_future()
+        self._party.advance()
+        try:
+            return await asyncio.wait_for(waiting, max(0.0, until_s - time.monotonic()))
+        except asyncio.TimeoutError:
+            raise Unavailable(
+                f"the change was not acknowledged within {timeout_s:g} s, and whether it will be "
+                "is not known"
+            ) from None
+        finally:
+            if self._puts.get(sequence) is waiting:
+                del self._puts[sequence]
+
+    async def delete(self, kind: Kind, key: str, timeout_s: float = 5.0) -> Position:
+        """As ``put``; no error if there is no ``key``."""
+        return await self.put(kind, key, None, timeout_s)
+
+    def _check(self, key: str, value: bytes | None) -> None:
+        if len(key.encode()) > KEY_BYTES_MAX:
+            raise TooLarge(f"a key has at most {KEY_BYTES_MAX} bytes")
+        if value is None:
+            return
+        if len(value) > VALUE_BYTES_MAX:
+            raise TooLarge(f"a value has at most {VALUE_BYTES_MAX} bytes, and this {len(value)}")
+        if self._seat.replica.state.size_bytes + len(value) > STATE_BYTES_MAX:
+            raise TooLarge(f"the state of the group would exceed {STATE_BYTES_MAX} bytes")
+
+    def _refuse_unless_taking(self) -> None:
+        primary, other = self._seat.primary, self.primary
+        if primary is None:
+            if other is not None and other.name != self.name:
+                raise NotPrimary(other.name, f"{other.host}:{other.http_port}")
+            raise Unavailable("there is no primary at the moment: ask again", 0.2)
+        if not self._party.leads():
+            raise Unavailable("this primary cannot renew its lease, and takes no changes", 1.0)
+        if not primary.accepts:
+            raise Unavailable(
+                f"{len(primary.recorded)} replicas are in sync and {self._settings.in_sync_min} "
+                "must be: ask again",
+                1.0,
+            )
+        if primary.log.last.sequence - primary.acknowledged >= PENDING_MAX:
+            raise Unavailable(f"{PENDING_MAX} changes wait already: ask again", 1.0)
+
+    async def _put_after_hand_over(
+        self, change: tuple[Kind, str, bytes | None], until_s: float
+    ) -> Position | None:
+        """Asks the new primary; None if this replica still is the one."""
+        while self._seat.handing_over:
+            if not await self._party.change(until_s):
+                raise Unavailable("a promotion takes too long: ask again", 0.2)
+        while self._seat.primary is None:
+            other, left_s = self.primary, until_s - time.monotonic()
+            if left_s <= 0:
+                raise Unavailable("there is no primary at the moment: ask again", 0.2)
+            if other is not None and other.name != self.name:
+                address = f"{other.host}:{other.peer_port}"
+                position = await self._party.peers.put(other.name, address, change, left_s)
+                if position is not None:
+                    return position
+                await asyncio.sleep(FORWARD_PAUSE_S)  # it does not know yet
+            else:
+                await self._party.change(until_s)
+        return None
+
+    # ------------------------------------------------------------ reads
+
+    async def get(
+        self,
+        kind: Kind,
+        key: str,
+        at_least: Position | None = None,
+        timeout_s: float = 1.0,
+    ) -> Held | None:
+        """The value as this replica has it, once it has got to ``at_least``; None: there is none.
+
+        Raises Unavailable if it does not get there in time: another replica may be ahead.
+        """
+        state = self._seat.replica.state
+        if at_least is not None and state.at.sequence < at_least.sequence:
+            if len(self._reads) >= PENDING_MAX:
+                raise Unavailable(f"{PENDING_MAX} reads wait already: ask again", 1.0)
+            waiting: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            heapq.heappush(self._reads, (at_least.sequence, next(self._numbers), waiting))
+            try:
+                await asyncio.wait_for(waiting, timeout_s)
+            except asyncio.TimeoutError:
+                raise Unavailable(
+                    f"this replica has not got to {at_least.sequence} within {timeout_s:g} s", 0.5
+                ) from None
+            finally:
+                self._reads = [r for r in self._reads if not r[2].done()]
+                heapq.heapify(self._reads)
+        return self._seat.replica.state.items.get((kind, key))
+
+    # ------------------------------------------------------------ promotion
+
+    async def promote(self, target: str, force: bool = False, timeout_s: float = 5.0) -> str:
+        """Makes ``target`` (a replica, or its node) the primary; gives its name.
+
+        Can be called on any replica. ``force``: whoever the primary is, and even if changes that
+        ``target`` has not got are lost.
+
+        Raises NotPromoted, Unavailable.
+        """
+        until_s = time.monotonic() + timeout_s
+        replicas = self.group.replicas
+        names = [n for n, r in replicas.items() if target in (n, r.node)]
+        if not names:
+            raise NotPromoted(f"there is no replica {target}: there are {', '.join(replicas)}")
+        name = max(names, key=lambda n: self.group.leases[n])
+        if self.group.primary == name:
+            return name
+        member = self._party.member
+        txn = registry.wish(member.keys, Promote(name, force))
+        result: TxnResult | None = await self._party.in_thread(member.transact, txn)
+        if result is None:
+            raise Unavailable("etcd did not confirm the promotion: look at the group again", 1.0)
+        while self.group.primary != name:
+            promote = self.group.promote
+            if self.group.revision >= result.revision and (
+                promote is None or promote.target != name or promote.refused
+            ):
+                why = promote.refused if promote is not None else "another replica was"
+                raise NotPromoted(f"{name} was not promoted: {why}")
+            if not await self._party.change(until_s):
+                raise Unavailable(f"{name} was not promoted within {timeout_s:g} s", 1.0)
+        return name
+
+    # ------------------------------------------------------------ as the participant's listener
+
+    def acknowledged(self, entries: Sequence[Entry]) -> None:
+        leads = self._party.leads()
+        for entry in entries:
+            waiting = self._puts.pop(entry.at.sequence, None)
+            if waiting is None or waiting.done():
+                continue
+            if leads:
+                waiting.set_result(entry.at)
+            else:
+                waiting.set_exception(_unknown("this primary cannot renew its lease"))
+
+    def applied(self, entries: Sequence[Entry]) -> None:
+        reached = self._seat.replica.state.at.sequence
+        while self._reads and self._reads[0][0] <= reached:
+            waiting = heapq.heappop(self._reads)[2]
+            if not waiting.done():
+                waiting.set_result(None)
+        for entry in entries:
+            for callback in self._callbacks:
+                callback(entry)
+
+    def role_changed(self) -> None:
+        """Whoever waited for this primary does not know."""
+        puts, self._puts = self._puts, {}
+        for waiting in puts.values():
+            if not waiting.done():
+                waiting.set_exception(_unknown("this replica is the primary no longer"))
+
+
+def _unknown(why: str) -> Unavailable:
+    return Unavailable(f"{why}, and whether the change was taken is not known: read it", 0.2)

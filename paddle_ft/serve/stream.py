@@ -1,0 +1,295 @@
+"""The broadcast between replicas over gRPC: one stream from the primary to each of the others.
+
+The primary writes a message, and writes the next one when it has been answered: what came in
+meanwhile goes together. So a stream holds one message at a time, whoever is slow. A replica that
+does not answer within ANSWER_S, or whose stream breaks, is connected to again for as long as it is
+registered; that it is waited for no longer is ``broadcast``'s decision, and comes much earlier.
+
+A change that has to go to the primary is passed on by a call of its own (``Put``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ssl
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from paddle_ft.coordination.etcd_grpc import grpc
+from paddle_ft.errors import ConfigError
+from paddle_ft.serve.broadcast import Answer, Append, Install
+from paddle_ft.serve.frames import (
+    Joiner,
+    decode_position,
+    decode_put,
+    encode,
+    encode_position,
+    encode_put,
+    frames,
+)
+from paddle_ft.serve.log import Kind, Position
+from paddle_ft.serve.types import ServeError, Unavailable
+
+SERVICE = "paddle_ft.serve.Peers"
+HEARTBEAT_S = 0.1
+"""Between two messages when there is nothing to say."""
+ANSWER_S = 5.0
+RETRY_S = 0.05
+STREAMS_MAX = 64
+_OPTIONS = (
+    ("grpc.initial_reconnect_backoff_ms", 50),
+    ("grpc.min_reconnect_backoff_ms", 50),
+    ("grpc.max_reconnect_backoff_ms", 500),
+    ("grpc.max_receive_message_length", 4 * 2**20),
+    ("grpc.so_reuseport", 0),
+    ("grpc.enable_http_proxy", 0),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class PeerTls:
+    """Mutual TLS between replicas: PEM files. Each certificate names the host it is for."""
+
+    ca_file: str
+    cert_file: str
+    key_file: str
+
+    def read(self) -> tuple[bytes, bytes, bytes]:
+        """Authority, certificate, key. Raises ConfigError, naming the file that is wrong.
+
+        grpc ends the process on a bad one, so Python's ssl looks at them first.
+        """
+        found = []
+        for path in (self.ca_file, self.cert_file, self.key_file):
+            try:
+                found.append(Path(path).read_bytes())
+            except OSError as error:
+                raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+        context = ssl.create_default_context()
+        try:
+            context.load_verify_locations(self.ca_file)
+            context.load_cert_chain(self.cert_file, self.key_file, password=lambda: b"")
+        except ssl.SSLError as error:
+            raise ConfigError(
+                f"{self.ca_file}, {self.cert_file} and {self.key_file} are not an authority, a "
+                f"certificate and its key in PEM form ({error.reason or 'unreadable'})"
+            ) from None
+        return found[0], found[1], found[2]
+
+
+def _metadata(group: str, name: str) -> tuple[tuple[str, str], ...]:
+    return (("paddle-ft-group", group), ("paddle-ft-replica", name))
+
+
+class PeerServer:
+    """The end of a replica: answers the primary's messages and takes changes that are passed on.
+
+    Args:
+        group: its name; who comes for another group, or for a replica that was here before, is
+            sent away.
+        name: of this replica, now.
+        on_message: answers at once.
+        on_put: raises ServeError.
+    """
+
+    def __init__(
+        self,
+        group: str,
+        name: Callable[[], str],
+        on_message: Callable[[Append | Install], Answer],
+        on_put: Callable[[Kind, str, bytes | None], Awaitable[Position]],
+    ) -> None:
+        self._group = group
+        self._name = name
+        self._on_message = on_message
+        self._on_put = on_put
+        self._server: Any = None
+        self._streams = 0
+
+    async def start(self, host: str, tls: PeerTls | None) -> int:
+        """Listens on a free port of ``host`` and gives it; raises ConfigError."""
+        options = [*_OPTIONS, ("grpc.max_concurrent_streams", STREAMS_MAX)]
+        self._server = grpc.aio.server(options=options)
+        handlers = {
+            "Follow": grpc.stream_stream_rpc_method_handler(self._follow),
+            "Put": grpc.unary_unary_rpc_method_handler(self._put),
+        }
+        handler = grpc.method_handlers_generic_handler(SERVICE, handlers)
+        self._server.add_generic_rpc_handlers((handler,))
+        where = f"{host}:0"
+        try:
+            if tls is None:
+                port = self._server.add_insecure_port(where)
+            else:
+                ca, cert, key = tls.read()
+                port = self._server.add_secure_port(
+                    where, grpc.ssl_server_credentials([(key, cert)], ca, True)
+                )
+        except RuntimeError:
+            raise ConfigError(
+                f"cannot listen on {host}: is it an address of this machine?"
+            ) from None
+        await self._server.start()
+        return int(port)
+
+    async def close(self) -> None:
+        if self._server is not None:
+            await self._server.stop(None)
+
+    async def _follow(self, requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
+        await self._admit(context)
+        joiner = Joiner()
+        async for frame in requests:
+            try:
+                message = joiner.take(frame)
+            except ValueError as error:
+                await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+                return
+            if message is None:
+                continue
+            if isinstance(message, Answer):
+                await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "an answer is no message")
+                return
+            yield encode(self._on_message(message))
+
+    async def _put(self, request: bytes, context: Any) -> bytes:
+        await self._admit(context)
+        try:
+            kind, key, value = decode_put(request)
+            return encode_position(await self._on_put(kind, key, value))
+        except ValueError as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        except ServeError as error:
+            code = grpc.StatusCode.FAILED_PRECONDITION
+            if isinstance(error, Unavailable):
+                code = grpc.StatusCode.UNAVAILABLE
+            await context.abort(code, str(error))
+        raise AssertionError("abort raises")
+
+    async def _admit(self, context: Any) -> None:
+        found = dict(context.invocation_metadata() or ())
+        for key, mine in _metadata(self._group, self._name()):
+            if found.get(key) != mine:
+                await context.abort(grpc.StatusCode.PERMISSION_DENIED, f"this is {mine}")
+
+
+class Peers:
+    """The primary's end: one link to each of the others, and calls that pass changes on."""
+
+    def __init__(self, group: str, tls: PeerTls | None) -> None:
+        """Raises ConfigError."""
+        self._group = group
+        self._credentials = None
+        if tls is not None:
+            ca, cert, key = tls.read()
+            self._credentials = grpc.ssl_channel_credentials(ca, key, cert)
+
+    def channel(self, address: str) -> Any:
+        options = list(_OPTIONS)
+        if self._credentials is None:
+            return grpc.aio.insecure_channel(address, options=options)
+        return grpc.aio.secure_channel(address, self._credentials, options=options)
+
+    async def put(
+        self,
+        name: str,
+        address: str,
+        change: tuple[Kind, str, bytes | None],
+        timeout_s: float,
+    ) -> Position | None:
+        """Where the change stands; None if ``name`` is not the primary and has done nothing.
+
+        Raises Unavailable; it is not known then whether the change was made.
+        """
+        async with self.channel(address) as channel:
+            call = channel.unary_unary(f"/{SERVICE}/Put")
+            try:
+                answer = await call(
+                    encode_put(*change),
+                    timeout=timeout_s,
+                    metadata=_metadata(self._group, name),
+                )
+                return decode_position(answer)
+            except grpc.RpcError as error:
+                if error.code() == grpc.StatusCode.FAILED_PRECONDITION:
+                    return None
+                raise Unavailable(
+                    f"the primary {name} did not confirm the change ({error.details()}), and "
+                    "whether it was made is not known"
+                ) from None
+
+
+class Link:
+    """The primary's stream to one replica, connected again and again until ``close``.
+
+    Args:
+        message: what the replica is told next.
+        on_answer: takes its answer; True if there is more to say at once.
+    """
+
+    def __init__(
+        self,
+        peers: Peers,
+        group: str,
+        name: str,
+        address: str,
+        message: Callable[[], Append | Install],
+        on_answer: Callable[[Append | Install, Answer], bool],
+    ) -> None:
+        self._peers = peers
+        self._metadata = _metadata(group, name)
+        self._address = address
+        self._message = message
+        self._on_answer = on_answer
+        self._more = asyncio.Event()
+        self._task = asyncio.get_running_loop().create_task(self._run(), name=f"link {name}")
+
+    def wake(self) -> None:
+        """There is something to say."""
+        self._more.set()
+
+    async def close(self) -> None:
+        self._task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._task
+
+    async def _run(self) -> None:
+        async with self._peers.channel(self._address) as channel:
+            while True:
+                call = channel.stream_stream(f"/{SERVICE}/Follow")(metadata=self._metadata)
+                try:
+                    while True:
+                        await self._say(call)
+                except (grpc.RpcError, asyncio.TimeoutError, asyncio.InvalidStateError, EOFError):
+                    pass
+                finally:
+                    call.cancel()
+                await asyncio.sleep(RETRY_S)
+
+    async def _say(self, call: Any) -> None:
+        """One message, its answer, and the wait for the next."""
+        self._more.clear()
+        message = self._message()
+        answer = await asyncio.wait_for(_exchange(call, message), ANSWER_S)
+        if self._on_answer(message, answer):
+            return
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._more.wait(), HEARTBEAT_S)
+
+
+async def _exchange(call: Any, message: Append | Install) -> Answer:
+    for frame in frames(message):
+        await call.write(frame)
+    data = await call.read()
+    if data is grpc.aio.EOF:
+        raise EOFError
+    try:
+        answer = Joiner().take(data)
+    except ValueError:
+        raise EOFError from None
+    if not isinstance(answer, Answer):
+        raise EOFError
+    return answer
