@@ -14,7 +14,6 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
-from paddle_ft.agent.tether import hold_tether
 from paddle_ft.config import EtcdConfig
 from paddle_ft.errors import PaddleFTError
 from paddle_ft.serve.log import Position
