@@ -90,6 +90,10 @@ class ReplicaProcess:
         return code
 
     @property
+    def started(self) -> bool:
+        return self._port != 0
+
+    @property
     def alive(self) -> bool:
         return self._process.poll() is None
 
@@ -100,7 +104,8 @@ class ReplicaProcess:
 class ServingGroup:
     """``size`` replicas on the nodes n0, n1 …; ``settings`` are those of ``GroupSettings``."""
 
-    def __init__(self, etcd: EtcdCluster, size: int, **settings: Any) -> None:
+    def __init__(self, etcd: EtcdCluster, size: int, name: str = "g", **settings: Any) -> None:
+        self._name = name
         self._etcd = etcd.endpoints[0]
         self._settings = settings
         self._size = size
@@ -135,7 +140,7 @@ class ServingGroup:
     def start(self, node: str) -> None:
         """A new process on ``node``; does not wait for it."""
         log = self._dir / f"{node}.log"
-        self.replicas[node] = ReplicaProcess(self._etcd, "g", node, log, self._settings)
+        self.replicas[node] = ReplicaProcess(self._etcd, self._name, node, log, self._settings)
 
     def status(self, node: str) -> dict[str, Any]:
         found: dict[str, Any] = self.replicas[node].ask("status")
