@@ -1,8 +1,8 @@
 """A serving group of real processes for tests: started, killed, frozen, asked.
 
-    with EtcdCluster(1) as etcd, ServingGroup(etcd, 3) as group:
-        group.primary().kill()
-        at = group.put("k", "1")
+with EtcdCluster(1) as etcd, ServingGroup(etcd, 3) as group:
+    group.primary().kill()
+    at = group.put("k", "1")
 """
 
 from __future__ import annotations

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 
@@ -270,5 +269,3 @@ def test_many_primaries_are_frozen_and_woken(etcd: EtcdCluster) -> None:
             group.thaw(old)
             group.settle()
         check(group, writers)
-
-

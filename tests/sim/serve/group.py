@@ -19,7 +19,9 @@ from tests.sim.task import Steps, Task
 FAULTS_UNTIL_S = 40.0
 QUIET_S = 50.0
 """From here on no client asks anything."""
-END_S = 53.0
+SCENE_S = 18.0
+LEVEL_S = 3.0
+"""So much later all replicas have the same."""
 ANSWER_S = 1.0
 
 
@@ -106,7 +108,7 @@ class Client:
 
     def _work(self, task: Task) -> Steps:
         clock = self.group.clock
-        while clock.now < QUIET_S:
+        while clock.now < self.group.quiet_s:
             server, ask, known = self.group.somebody(), Ask(self), self.known
             if clock.chance(0.5):
                 self._send(server, server.get, ask, self.key, self.sequence)
@@ -128,12 +130,18 @@ class Client:
 
 
 class Group:
-    """``without``: a rule that is left out, to see that it is needed."""
+    """Args:
+    without: a rule that is left out, to see that it is needed.
+    faults: at random; else nothing happens but what is made to, and it is over soon.
+    """
 
-    def __init__(self, seed: int, *, without: str = "", size: int = 3, in_sync_min: int = 2):
+    def __init__(self, seed: int, *, without: str = "", faults: bool = True):
         self.clock = Clock(seed)
         self.without = without
-        self.in_sync_min = in_sync_min
+        self.in_sync_min = 2
+        self.quiet_s = QUIET_S if faults else SCENE_S
+        self.on_sprung: Callable[[], None] | None = None
+        """Called once, when a trap has sprung."""
         self.history = History()
         self.network = Network(self.clock, self, KEYS.prefix)
         self.lossy = 0.0
@@ -144,20 +152,23 @@ class Group:
         self._incarnations: dict[str, int] = {}
         self.servers: dict[str, Server] = {}
         """By node."""
-        for number in range(size):
+        for number in range(3):
             self._start(f"n{number}")
         self.clients = [Client(self, f"k{number}") for number in range(3)]
-        self.clock.after(self.clock.between(1.0, 3.0), self._fault)
+        if faults:
+            self.clock.after(self.clock.between(1.0, 3.0), self._fault)
 
     def etcd_changed(self, batch: Batch, sent: Sent | None) -> None:
         pass
 
     def sprung(self, sent: Sent) -> None:
-        pass
+        call, self.on_sprung = self.on_sprung, None
+        if call is not None:
+            call()
 
     def run(self) -> None:
         """Raises Broken."""
-        self.clock.run(END_S, lambda: False)
+        self.clock.run(self.quiet_s + LEVEL_S, lambda: False)
         leader = next((s for s in self.servers.values() if s.leads), None)
         if leader is None:
             raise Broken("nobody is the primary at the end")
@@ -179,11 +190,11 @@ class Group:
         """As a new incarnation, with an empty log; mostly its death is seen by the others."""
         server.process.kill()
         if self.clock.chance(0.7):
-            self.clock.after(self.delay_s(), self._known_dead, server)
+            self.clock.after(self.delay_s(), self.known_dead, server)
         if self.servers[server.node] is server:
             self.clock.after(self.clock.between(0.1, 1.0), self._start, server.node)
 
-    def _known_dead(self, server: Server) -> None:
+    def known_dead(self, server: Server) -> None:
         for other in self.servers.values():
             if other is not server and other.process.running:
                 other.seat.dead |= {server.name}
