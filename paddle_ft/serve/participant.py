@@ -20,12 +20,13 @@ from typing import Any, Protocol
 from paddle_ft.agent.peers import PeerLinks
 from paddle_ft.config import EtcdConfig
 from paddle_ft.coordination.kv import TxnResult
+from paddle_ft.errors import ConfigError
 from paddle_ft.serve.broadcast import Answer, Append, Install, Primary
 from paddle_ft.serve.log import Entry, Kind, Position
 from paddle_ft.serve.member import Member
 from paddle_ft.serve.registry import Group, Keys, ReplicaRecord
 from paddle_ft.serve.seat import PATIENCE_S, Deed, Seat
-from paddle_ft.serve.stream import Link, Peers, PeerServer, PeerTls
+from paddle_ft.serve.stream import Link, Peers, PeerServer, PeerTls, is_loopback
 
 log = logging.getLogger("paddle_ft")
 
@@ -49,6 +50,8 @@ class GroupSettings:
     """How long a replica may be behind before nobody waits for it."""
     tls: PeerTls | None = None
     """Between replicas."""
+    plain: bool = False
+    """Without TLS, although ``host`` can be reached from other machines."""
 
 
 class Listener(Protocol):
@@ -73,6 +76,11 @@ class Participant:
         on_put: Callable[[Kind, str, bytes | None], Awaitable[Position]],
     ) -> None:
         """Opens nothing yet; raises ConfigError."""
+        if settings.tls is None and not settings.plain and not is_loopback(settings.host):
+            raise ConfigError(
+                f"replicas on {settings.host} would talk to each other without TLS: give "
+                "certificates, or say that the network is trusted"
+            )
         self._settings = settings
         self._listener = listener
         self.member = Member(settings.etcd, settings.group, self._wake_soon)

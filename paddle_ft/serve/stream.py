@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
+import socket
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
@@ -78,6 +80,15 @@ class PeerTls:
                 f"certificate and its key in PEM form ({error.reason or 'unreadable'})"
             ) from None
         return found[0], found[1], found[2]
+
+
+def is_loopback(host: str) -> bool:
+    """Whether nobody but this machine reaches ``host``; an unknown name may be anywhere."""
+    try:
+        found = {str(info[4][0]) for info in socket.getaddrinfo(host, None)}
+    except OSError:
+        return False
+    return all(ipaddress.ip_address(address).is_loopback for address in found)
 
 
 def _metadata(group: str, name: str) -> tuple[tuple[str, str], ...]:

@@ -1,0 +1,203 @@
+"""The broadcast over real gRPC: TLS both ways, who is sent away, bytes that are no message."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from paddle_ft.config import EtcdConfig
+from paddle_ft.coordination.etcd_grpc import grpc
+from paddle_ft.errors import ConfigError
+from paddle_ft.serve.broadcast import Answer, Append, Install, Primary, Replica
+from paddle_ft.serve.log import Kind, Position
+from paddle_ft.serve.participant import GroupSettings
+from paddle_ft.serve.replicated import Replicated
+from paddle_ft.serve.stream import SERVICE, Link, Peers, PeerServer, PeerTls
+from paddle_ft.serve.types import NotPrimary, TooLarge, Unavailable
+from tests.integration.authority import HOST, Authority
+
+
+def tls(authority: Authority, who: str) -> PeerTls:
+    authority.issue(who)
+    return PeerTls(*(authority.file(name) for name in ("ca.crt", f"{who}.crt", f"{who}.key")))
+
+
+async def refuse(kind: Kind, key: str, value: bytes | None) -> Position:
+    if key == "other":
+        raise NotPrimary("c.1", "h:1")
+    if key == "nobody":
+        raise Unavailable("there is no primary")
+    return Position(3, len(value or b""))
+
+
+@asynccontextmanager
+async def follower(secure: PeerTls | None = None) -> AsyncIterator[tuple[Replica, str]]:
+    """A replica b.1 of the group g, and its address."""
+    replica = Replica("b.1")
+    server = PeerServer("g", lambda: "b.1", replica.hear, refuse)
+    port = await server.start(HOST, secure)
+    try:
+        yield replica, f"{HOST}:{port}"
+    finally:
+        await server.close()
+
+
+class Leader:
+    """The primary a.1, which writes to b.1."""
+
+    def __init__(self, address: str, secure: PeerTls | None = None, name: str = "b.1") -> None:
+        self.primary = Primary(Replica("a.1"), 3, ["a.1", "b.1"], 2, 0.0)
+        self.link = Link(Peers("g", secure), "g", name, address, self._message, self._answered)
+
+    def _message(self) -> Append | Install:
+        return self.primary.message("b.1", 0.0)
+
+    def _answered(self, message: Append | Install, answer: Answer) -> bool:
+        self.primary.hear(answer, 0.0)
+        known = message.acknowledged if isinstance(message, Append) else 0
+        return not self.primary.told("b.1") or known < self.primary.acknowledged
+
+    async def write(self, *values: bytes) -> None:
+        for number, value in enumerate(values):
+            self.primary.put("state", f"k{number}", value)
+        self.link.wake()
+
+
+async def until(condition: Callable[[], object], timeout_s: float = 20.0) -> None:
+    async def wait() -> None:
+        while not condition():
+            await asyncio.sleep(0.01)
+
+    await asyncio.wait_for(wait(), timeout_s)
+
+
+def run(work: Callable[[], Awaitable[None]]) -> None:
+    asyncio.run(work())  # type: ignore[arg-type]
+
+
+def test_an_image_that_is_larger_than_a_frame_arrives() -> None:
+    async def work() -> None:
+        async with follower() as (replica, address):
+            leader = Leader(address)
+            leader.primary.log.base = Position(2, 7)  # nothing before is held
+            leader.primary._replica.state.at = Position(2, 7)
+            await leader.write(*[bytes([n]) * 2**20 for n in range(4)])
+            await until(
+                lambda: leader.primary.acknowledged == 11 and replica.state.at.sequence == 11
+            )
+            assert {k: h.value for k, h in replica.state.items.items()} == {
+                ("state", f"k{n}"): bytes([n]) * 2**20 for n in range(4)
+            }
+            late = Replica("b.1", kept=0)
+            replica.kept = 0
+            await leader.link.close()
+            late.hear(Install(3, "a.1", replica.state.image()))
+            assert late.state.items == replica.state.items
+
+    run(work)
+
+
+def test_with_tls_only_those_of_one_authority_talk(tmp_path: Path) -> None:
+    ours, theirs = Authority.make(tmp_path / "ours"), Authority.make(tmp_path / "theirs")
+    mine, other = tls(ours, "a"), tls(theirs, "x")
+
+    async def work() -> None:
+        async with follower(tls(ours, "b")) as (replica, address):
+            leader = Leader(address, mine)
+            await leader.write(b"v")
+            await until(lambda: replica.state.at.sequence == 1)
+            await leader.link.close()
+            for secure in (other, None):
+                with pytest.raises(Unavailable):
+                    await Peers("g", secure).put("b.1", address, ("state", "k", b"v"), 2.0)
+            assert await Peers("g", mine).put("b.1", address, ("state", "k", b"v"), 5.0)
+
+    run(work)
+
+
+def test_files_that_are_no_certificates_are_named(tmp_path: Path) -> None:
+    good = tls(Authority.make(tmp_path / "ours"), "a")
+    with pytest.raises(ConfigError, match="nowhere"):
+        Peers("g", PeerTls("nowhere", good.cert_file, good.key_file))
+    (tmp_path / "text").write_text("no certificate")
+    with pytest.raises(ConfigError, match="PEM"):
+        Peers("g", PeerTls(good.ca_file, str(tmp_path / "text"), good.key_file))
+
+
+def test_on_other_addresses_tls_must_be_given_or_refused_by_name() -> None:
+    etcd = EtcdConfig(endpoints=("127.0.0.1:1",))
+    with pytest.raises(ConfigError, match="without TLS"):
+        Replicated(GroupSettings(etcd, "g", "n0", host="192.0.2.1"))
+    Replicated(GroupSettings(etcd, "g", "n0", host="192.0.2.1", plain=True))
+
+
+def test_who_comes_for_somebody_else_is_sent_away() -> None:
+    async def work() -> None:
+        async with follower() as (replica, address):
+            leader = Leader(address, name="b.0")  # the process that was here before
+            await leader.write(b"v")
+            with pytest.raises(Unavailable, match=r"b\.1"):
+                await Peers("g", None).put("b.0", address, ("state", "k", b"v"), 5.0)
+            with pytest.raises(Unavailable, match="this is g"):
+                await Peers("h", None).put("b.1", address, ("state", "k", b"v"), 5.0)
+            assert replica.log.last == Position()
+            await leader.link.close()
+
+    run(work)
+
+
+def test_a_change_is_passed_on_and_its_refusal_comes_back() -> None:
+    async def work() -> None:
+        async with follower() as (_, address):
+            peers = Peers("g", None)
+
+            async def put(key: str) -> Position | None:
+                return await peers.put("b.1", address, ("state", key, b"four"), 5.0)
+
+            assert await put("k") == Position(3, 4)
+            assert await put("other") is None  # nothing was done: ask whoever is the primary
+            with pytest.raises(Unavailable):
+                await put("nobody")
+
+    run(work)
+
+
+def test_bytes_that_are_no_message_end_the_stream_and_nothing_else() -> None:
+    async def work() -> None:
+        async with follower() as (replica, address):
+            metadata = (("paddle-ft-group", "g"), ("paddle-ft-replica", "b.1"))
+            for data in (b"", b"\xff" * 50, b"\x02" + b"\0" * 29, b"\x03" + b"x" * 100):
+                async with grpc.aio.insecure_channel(address) as channel:
+                    call: Any = channel.stream_stream(f"/{SERVICE}/Follow")(metadata=metadata)
+                    await call.write(data)
+                    if data[:1] == b"\x03":  # a part, and then something else
+                        await call.write(b"\0")
+                    with pytest.raises(grpc.RpcError) as caught:
+                        await call.read()
+                    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+            leader = Leader(address)
+            await leader.write(b"v")
+            await until(lambda: replica.state.at.sequence == 1)
+            await leader.link.close()
+
+    run(work)
+
+
+def test_what_is_too_large_is_refused_before_it_is_sent() -> None:
+    async def work() -> None:
+        group = Replicated(GroupSettings(EtcdConfig(endpoints=("127.0.0.1:1",)), "g", "n0"))
+        with pytest.raises(TooLarge, match="value"):
+            await group.put("state", "k", b"x" * (2**21 + 1))
+        with pytest.raises(TooLarge, match="key"):
+            await group.put("state", "k" * 513, b"")
+        with pytest.raises(Unavailable, match="no primary"):
+            await group.put("state", "k", b"")
+        with pytest.raises(Unavailable):
+            await group.get("state", "k", at_least=Position(1, 1), timeout_s=0.01)
+
+    run(work)
