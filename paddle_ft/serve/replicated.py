@@ -216,7 +216,7 @@ class Replicated:
         if primary is None:
             if other is not None and other.name != self.name:
                 raise NotPrimary(other.name, f"{other.host}:{other.http_port}")
-            raise Unavailable("there is no primary at the moment: ask again", 0.2)
+            raise self._nobody()
         if not self._party.leads():
             raise Unavailable("this primary cannot renew its lease, and takes no changes", 1.0)
         if not primary.accepts:
@@ -228,6 +228,16 @@ class Replicated:
         if primary.log.last.sequence - primary.acknowledged >= PENDING_MAX:
             raise Unavailable(f"{PENDING_MAX} changes wait already: ask again", 1.0)
 
+    def _nobody(self) -> Unavailable:
+        in_sync = self.group.in_sync
+        if in_sync is not None and not self.group.replicas.keys() & set(in_sync.names):
+            return Unavailable(
+                "all replicas that had the state of the group are gone "
+                f"({', '.join(in_sync.names)}): wait for one, or promote another by force",
+                5.0,
+            )
+        return Unavailable("there is no primary at the moment: ask again", 0.2)
+
     async def _put_after_hand_over(
         self, change: tuple[Kind, str, bytes | None], until_s: float
     ) -> Position | None:
@@ -238,7 +248,7 @@ class Replicated:
         while self._seat.primary is None:
             other, left_s = self.primary, until_s - time.monotonic()
             if left_s <= 0:
-                raise Unavailable("there is no primary at the moment: ask again", 0.2)
+                raise self._nobody()
             if other is not None and other.name != self.name:
                 address = f"{other.host}:{other.peer_port}"
                 position = await self._party.peers.put(other.name, address, change, left_s)

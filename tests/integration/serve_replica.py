@@ -52,9 +52,13 @@ async def serve(group: Replicated, reader: Any, writer: Any) -> None:
 
 
 async def main() -> None:
-    etcd, name, node, settings = sys.argv[1:]
-    config = EtcdConfig(endpoints=(etcd,), lease_ttl_s=2, renew_interval_s=0.4, rpc_timeout_s=0.5)
-    group = Replicated(GroupSettings(config, name, node, **json.loads(settings)))
+    etcd, name, node, given = sys.argv[1:]
+    settings = json.loads(given)
+    ttl_s = settings.pop("lease_ttl_s", 2)
+    config = EtcdConfig(
+        endpoints=(etcd,), lease_ttl_s=ttl_s, renew_interval_s=0.4, rpc_timeout_s=0.5
+    )
+    group = Replicated(GroupSettings(config, name, node, **settings))
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
     group.tell(condition="ready")
