@@ -210,7 +210,12 @@ def test_a_forced_promotion_gives_up_what_the_others_had(group: ServingGroup) ->
     group.put("k", "all")
     for replica in others:
         group.freeze(replica)
-    wait_until(lambda: len(group.status(primary.node)["in_sync"]) == 1, "they are out")
+    try:
+        primary.ask("put", key="k", value="first", s=0.1)
+    except Refused:  # they are waited for
+        wait_until(lambda: len(group.status(primary.node)["in_sync"]) == 1, "they are out")
+    else:
+        assert len(group.status(primary.node)["in_sync"]) == 1
     primary.ask("put", key="k", value="only here", s=5.0)
     group.freeze(primary)
     for replica in others:
