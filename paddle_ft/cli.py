@@ -27,6 +27,7 @@ from paddle_ft.errors import ConfigError, MembersMissing, PaddleFTError
 from paddle_ft.health.cli import health
 from paddle_ft.health.probe_cli import probe
 from paddle_ft.serve.publish_cli import models, publish
+from paddle_ft.serve.gateway_cli import gateway
 
 LOGS = Path("log")
 """Where a launcher that was not told otherwise puts its output."""
@@ -65,6 +66,7 @@ app.command()(health)
 app.command()(probe)
 app.command()(publish)
 app.command()(models)
+app.command()(gateway)
 app.add_typer(chaos_app, name="chaos")
 
 

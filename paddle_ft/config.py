@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from typing_extensions import Self
 
 from paddle_ft.errors import ConfigError
+from paddle_ft.gateway_config import GatewayConfig
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -210,6 +211,7 @@ class Config(_Group):
     checkpoint: CheckpointConfig = CheckpointConfig()
     health: HealthConfig = HealthConfig()
     serve: ServeConfig = ServeConfig()
+    gateway: GatewayConfig = GatewayConfig()
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[1]
 
 LAYERS = (
     ("values", ["types", "errors"]),
-    ("settings", ["config", "failpoints"]),
+    ("settings", ["config", "gateway_config", "failpoints"]),
     (
         "pure",
         [
@@ -74,6 +74,10 @@ LAYERS = (
             "serve.frames",
             "serve.seat",
             "serve.routes",
+            "serve.routing",
+            "serve.nginx_text",
+            "serve.haproxy_text",
+            "serve.latency",
             "serve.batching",
             "serve.breaker",
             "serve.rollout",
@@ -146,6 +150,7 @@ LAYERS = (
             "serve.publish_cli",
             "chaos.cli",
             "chaos.run",
+            "serve.gateway_cli",
             "",
         ],
     ),

@@ -4,6 +4,7 @@
     /paddle_ft/<group>/serving/primary           name           leased; mod_revision is the term
     /paddle_ft/<group>/serving/insync            InSync         written by the primary only
     /paddle_ft/<group>/serving/promote           Promote        asked for by an operator
+    /paddle_ft/<group>/serving/level             Level          how the group is served
     /paddle_ft/<group>/serving/models/<model>    published      versions known to the group
 
 Invariant: the primary's writes compare the primary key's mod_revision (its term). Only a campaign,
@@ -18,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast, get_args
 
 from paddle_ft.coordination.kv import Compare, Delete, KeyValue, Put, Transaction
 from paddle_ft.types import decode, encode
@@ -62,6 +63,10 @@ class Keys:
     @property
     def promote(self) -> str:
         return f"{self.prefix}promote"
+
+    @property
+    def level(self) -> str:
+        return f"{self.prefix}level"
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,12 +160,22 @@ def parse(keys: Keys, kvs: Iterable[KeyValue], revision: int = 0) -> Group:
         primary=primary.value.decode(errors="replace") if primary else None,
         term=primary.mod_revision if primary else 0,
         in_sync=_decoded(InSync, in_sync) if in_sync else None,
+        level=_level(single.get(keys.level)),
         in_sync_revision=in_sync.mod_revision if in_sync else 0,
         promote=_decoded(Promote, promote) if promote else None,
         promote_revision=promote.mod_revision if promote else 0,
         leases=leases,
         revision=revision,
     )
+
+
+def _level(kv: KeyValue | None) -> Level:
+    for level in get_args(Level):
+        if kv is not None and kv.value == level.encode():
+            return cast(Level, level)
+    if kv is not None:
+        raise ValueError(f"{kv.key} holds none of {', '.join(get_args(Level))}")
+    return "active-active"
 
 
 @lru_cache(maxsize=1024)

@@ -1,0 +1,166 @@
+"""Health checks of replicas: each is asked for ``/v2/health/ready`` again and again.
+
+Invariant: what is told of a replica is what its last check found, except that one which did not
+answer must answer twice in a row to count as ready, and that a check says nothing when this
+process itself did not get to run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ssl
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from paddle_ft.errors import ConfigError
+from paddle_ft.gateway_config import GatewayConfig
+from paddle_ft.serve.routing import Health
+
+CHECKS_PER_S = 100.0
+"""Over all replicas; with more of them each is asked less often."""
+STALL_S = 0.1
+RETURNS = 2
+_ANSWER_BYTES_MAX = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where a replica is asked; ``host`` without brackets."""
+
+    host: str
+    port: int
+
+
+class Checks:
+    """The health of a changing set of replicas, found out on a thread of its own.
+
+    Args:
+        notify: called on that thread whenever the health of one has changed; must not block.
+
+    Raises:
+        ConfigError: a file for TLS to the replicas cannot be read.
+    """
+
+    def __init__(self, settings: GatewayConfig, notify: Callable[[], None]) -> None:
+        self._settings = settings
+        self._notify = notify
+        self._tls = _tls(settings)
+        self._lock = threading.Lock()
+        self._targets: dict[str, Target] = {}
+        self._health: dict[str, Health] = {}
+        self._loop = asyncio.new_event_loop()
+        self._tasks: dict[str, tuple[Target, asyncio.Task[None]]] = {}
+        self._thread = threading.Thread(target=self._run, name="checks", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def watch(self, targets: Mapping[str, Target]) -> None:
+        """Checks these from now on, and no others."""
+        with self._lock:
+            if targets == self._targets:
+                return
+            self._targets = dict(targets)
+        self._loop.call_soon_threadsafe(self._arrange)
+
+    def health(self) -> dict[str, Health]:
+        """By name, of those that have been checked."""
+        with self._lock:
+            return dict(self._health)
+
+    def close(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(5.0)
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        self._loop.run_forever()
+        tasks = asyncio.all_tasks(self._loop)
+        for task in tasks:
+            task.cancel()
+        self._loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+        self._loop.close()
+
+    def _arrange(self) -> None:
+        with self._lock:
+            wanted = dict(self._targets)
+        for name, (target, task) in list(self._tasks.items()):
+            if wanted.get(name) != target:
+                task.cancel()
+                del self._tasks[name]
+                with self._lock:
+                    self._health.pop(name, None)
+        for name, target in wanted.items():
+            if name not in self._tasks:
+                self._tasks[name] = (target, self._loop.create_task(self._follow(name, target)))
+
+    async def _follow(self, name: str, target: Target) -> None:
+        answered = RETURNS
+        while True:
+            began_s = time.monotonic()
+            found = await self._check(target)
+            took_s = time.monotonic() - began_s
+            # Late by itself: the machine or this process stood still, not the replica.
+            blind = found == "silent" and took_s > self._settings.check_timeout_s + STALL_S
+            if not blind:
+                answered = 0 if found == "silent" else answered + 1
+                if found == "silent" or answered >= RETURNS:
+                    self._found(name, target, found)
+            pause_s = max(self._settings.check_interval_s, len(self._tasks) / CHECKS_PER_S)
+            await asyncio.sleep(max(pause_s - took_s, pause_s / 4))
+
+    def _found(self, name: str, target: Target, health: Health) -> None:
+        with self._lock:
+            if self._targets.get(name) != target or self._health.get(name) == health:
+                return
+            self._health[name] = health
+        self._notify()
+
+    async def _check(self, target: Target) -> Health:
+        try:
+            status = await asyncio.wait_for(self._ask(target), self._settings.check_timeout_s)
+        except (OSError, ValueError, EOFError, asyncio.TimeoutError):
+            return "silent"
+        return "ready" if status == 200 else "refusing"
+
+    async def _ask(self, target: Target) -> int:
+        """The status of an answer; on a connection of its own, which shows that it accepts."""
+        name = self._settings.replica_name or None
+        reader, writer = await asyncio.open_connection(
+            target.host,
+            target.port,
+            limit=_ANSWER_BYTES_MAX,
+            ssl=self._tls,
+            server_hostname=name if self._tls else None,
+        )
+        try:
+            request = f"GET /v2/health/ready HTTP/1.1\r\nHost: {name or 'replica'}\r\n"
+            writer.write(f"{request}Connection: close\r\n\r\n".encode())
+            line = await reader.readline()
+            if not line.startswith(b"HTTP/1."):
+                raise ValueError("no HTTP")
+            return int(line.split()[1])
+        except IndexError as error:
+            raise ValueError("no status") from error
+        finally:
+            writer.close()
+            with contextlib.suppress(OSError, asyncio.TimeoutError):
+                await asyncio.wait_for(writer.wait_closed(), 0.05)
+
+
+def _tls(settings: GatewayConfig) -> ssl.SSLContext | None:
+    if not settings.replica_ca_file:
+        return None
+    try:
+        context = ssl.create_default_context(cafile=settings.replica_ca_file)
+        if settings.replica_cert_file:
+            context.load_cert_chain(settings.replica_cert_file, settings.replica_key_file)
+    except OSError as error:
+        raise ConfigError(
+            f"the certificates for TLS to the replicas cannot be used ({error}): check the files "
+            f"that gateway.replica_… name"
+        ) from error
+    return context

@@ -1,0 +1,339 @@
+"""The gateway: keeps nginx routing to the replicas that are there and answer.
+
+Invariant: nginx always has the newest routes that it has accepted. Neither the loss of etcd nor
+an empty registry takes a replica away that answers its health check; a replica that does not is
+left out without asking etcd. One loop decides; the watch and the checks only wake it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import BinaryIO
+
+from paddle_ft.config import EtcdConfig
+from paddle_ft.coordination.etcd import EtcdCoordinator
+from paddle_ft.coordination.kv import Event, KeyValue, Snapshot
+from paddle_ft.errors import EtcdUnavailable, PaddleFTError
+from paddle_ft.gateway_config import GatewayConfig
+from paddle_ft.serve.checks import Checks, Target
+from paddle_ft.serve.latency import Learner, Try, tries_of
+from paddle_ft.serve.nginx import Nginx, find_nginx, workers_user, write_whole
+from paddle_ft.serve.nginx_text import LOG, Place, whole_nginx
+from paddle_ft.serve.registry import Group, Keys, parse
+from paddle_ft.serve.routing import Health, Routes, configured, fault_of, routes
+from paddle_ft.serve.types import ServeError
+from paddle_ft.types import decode, encode
+
+TICK_S = 0.1
+ETCD_RETRY_S = 1.0
+APPLY_RETRY_S = 1.0
+REVIVE_S = 1.0
+"""At most so often is nginx told to forget that all replicas have failed."""
+DEATHS = 3
+DEATHS_WITHIN_S = 10.0
+LOG_BYTES_MAX = 16 * 2**20
+GROUP_FILE = "group.json"
+Tell = Callable[[str], None]
+
+
+class Registry:
+    """The group as etcd has it, followed on a thread; it keeps trying while etcd is away."""
+
+    def __init__(self, config: EtcdConfig, name: str, notify: Callable[[], None]) -> None:
+        self._coordinator = EtcdCoordinator(config)
+        self._keys = Keys(name)
+        self._notify = notify
+        self._lock = threading.Lock()
+        self._kvs: dict[str, KeyValue] = {}
+        self._known = False
+        self._closed = threading.Event()
+
+    def start(self) -> None:
+        """One try now; further ones in the background if it raises EtcdUnavailable."""
+        try:
+            self._follow()
+        except EtcdUnavailable:
+            threading.Thread(target=self._try_on, name="registry", daemon=True).start()
+            raise
+
+    def group(self) -> Group | None:
+        """None while nothing has been read; raises ValueError if the keys hold something else."""
+        with self._lock:
+            return parse(self._keys, self._kvs.values()) if self._known else None
+
+    def close(self) -> None:
+        self._closed.set()
+        self._coordinator.close()
+
+    def _follow(self) -> None:
+        snapshot = self._coordinator.read(self._keys.prefix)
+        self._reset(snapshot)
+        self._coordinator.watch(self._keys.prefix, snapshot.revision, self._apply, self._reset)
+
+    def _try_on(self) -> None:
+        while not self._closed.wait(ETCD_RETRY_S):
+            with suppress(PaddleFTError):
+                self._follow()
+                return
+
+    def _reset(self, snapshot: Snapshot) -> None:
+        with self._lock:
+            self._kvs, self._known = {kv.key: kv for kv in snapshot.kvs}, True
+        self._notify()
+
+    def _apply(self, _revision: int, events: tuple[Event, ...]) -> None:
+        with self._lock:
+            for event in events:
+                if event.deleted:
+                    self._kvs.pop(event.kv.key, None)
+                else:
+                    self._kvs[event.kv.key] = event.kv
+        self._notify()
+
+
+def read_group(config: EtcdConfig, name: str) -> Group:
+    """The group, once; raises EtcdUnavailable, ServeError."""
+    registry = Registry(config, name, lambda: None)
+    try:
+        registry.start()
+        return registry.group() or Group()
+    except ValueError as error:
+        raise ServeError(_foreign(name, error)) from error
+    finally:
+        registry.close()
+
+
+def _foreign(name: str, error: ValueError) -> str:
+    told = str(error).splitlines()[0]
+    return (
+        f"etcd holds something else for the group {name} than this version expects ({told}): use "
+        f"one version for all, or another --group"
+    )
+
+
+def kept(previous: Group | None, fresh: Group) -> Group:
+    """``fresh``, with the replicas of before if it has none: their leases may only have ended
+    because etcd was away, and whether they answer the checks will tell."""
+    if previous is None or fresh.replicas:
+        return fresh
+    return replace(fresh, replicas=previous.replicas)
+
+
+class Log:
+    """What nginx has written about requests since the last look; the file stays small."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: BinaryIO | None = None
+        self._rest = b""
+
+    def lines(self) -> Iterator[str]:
+        if self._file is None:
+            with suppress(FileNotFoundError):
+                self._file = self._path.open("rb")
+                self._file.seek(0, os.SEEK_END)
+            return
+        *lines, self._rest = (self._rest + self._file.read(2**20)).split(b"\n")
+        if self._file.tell() > LOG_BYTES_MAX:  # nginx appends, wherever the end is
+            os.truncate(self._path, 0)
+            self._file.seek(0)
+            self._rest = b""
+        yield from (line.decode(errors="replace") for line in lines)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+@dataclass(frozen=True, slots=True)
+class _Running:
+    """What nginx was last given."""
+
+    text: str
+    epoch: int
+
+
+class Gateway:
+    """Args:
+    tell: takes one line for people whenever something changes.
+    """
+
+    def __init__(
+        self, name: str, settings: GatewayConfig, etcd: EtcdConfig, folder: Path, tell: Tell
+    ) -> None:
+        self._name, self._settings, self._folder, self._tell = name, settings, folder, tell
+        self._wake = threading.Event()
+        routes(name, Group(), settings)  # raises ConfigError before anything is started
+        self._binary = find_nginx(settings.nginx)
+        self._registry = Registry(etcd, name, self._wake.set)
+        self._checks = Checks(settings, self._wake.set)
+        self._learner = Learner(configured(settings), settings.timeout_floor_s)
+        self._group: Group | None = None
+        self._running = _Running("", 0)
+        self._told: dict[str, str] = {}
+        self._deaths: deque[float] = deque(maxlen=DEATHS)
+        self._retry_at_s = self._revived_s = 0.0
+
+    def run(self, stop: threading.Event) -> None:
+        """Until ``stop`` is set. On the main thread, which nginx's life hangs on.
+
+        Raises:
+            EtcdUnavailable: etcd is away, and there is no group from an earlier run.
+            ConfigError, MachineError, ServeError: nginx cannot run here, or ends again and again.
+        """
+        self._nginx = Nginx(self._binary, self._folder)
+        log = Log(self._folder / LOG)
+        try:
+            self._begin()
+            self._checks.start()
+            while not stop.is_set():
+                self._wake.wait(TICK_S)
+                self._wake.clear()
+                self._step(log)
+        finally:
+            self._registry.close()
+            self._checks.close()
+            log.close()
+            self._nginx.close()
+
+    def _begin(self) -> None:
+        try:
+            self._registry.start()
+        except EtcdUnavailable as error:
+            self._group = self._saved()
+            if self._group is None:
+                raise
+            self._tell(f"{error}; going on with the group of the last run")
+        self._renew()
+        text, digest = self._text(self._routes(), 0)
+        place = self._place()
+        self._nginx.start(text, digest)
+        self._running = _Running(text, 0)
+        s = self._settings
+        version = ".".join(map(str, place.version))
+        grpc = f", gRPC on {s.listen_grpc}" if s.listen_grpc else ""
+        self._tell(f"nginx {version} serves group {self._name}: HTTP on {s.listen}{grpc}")
+
+    def _step(self, log: Log) -> None:
+        self._renew()
+        lost = self._learn(log)
+        now_s = time.monotonic()
+        if not self._nginx.alive:
+            self._restart(now_s)
+            return
+        wanted = self._routes()
+        epoch = self._running.epoch
+        if lost and now_s - self._revived_s > REVIVE_S:
+            self._revived_s, epoch = now_s, epoch + 1
+        text, digest = self._text(wanted, epoch)
+        if text == self._running.text or now_s < self._retry_at_s:
+            return
+        try:
+            self._nginx.apply(text, digest)
+        except PaddleFTError as error:
+            self._once("apply", f"{error}; it goes on as before")
+            self._retry_at_s = now_s + APPLY_RETRY_S
+        else:
+            self._once("apply", "")
+            self._running = _Running(text, epoch)
+        self._nginx.trim_log(LOG_BYTES_MAX)
+
+    def _restart(self, now_s: float) -> None:
+        self._deaths.append(now_s)
+        if len(self._deaths) == DEATHS and now_s - self._deaths[0] < DEATHS_WITHIN_S:
+            raise ServeError(
+                f"nginx has ended {DEATHS} times within {DEATHS_WITHIN_S:g} s: its log in "
+                f"{self._folder} says why"
+            )
+        self._tell("nginx has ended: it is started again")
+        text, digest = self._text(self._routes(), self._running.epoch)
+        self._nginx.start(text, digest)
+        self._running = replace(self._running, text=text)
+
+    def _renew(self) -> None:
+        """Takes over what etcd has, and what is to be checked."""
+        try:
+            fresh = self._registry.group()
+        except ValueError as error:
+            self._once("registry", _foreign(self._name, error))
+            fresh = None
+        else:
+            self._once("registry", "")
+        group = kept(self._group, fresh) if fresh is not None else self._group
+        assert group is not None, "read or loaded before"
+        if group != self._group or fresh is None:
+            if fresh is not None and group.replicas:
+                with suppress(OSError):
+                    write_whole(self._folder / GROUP_FILE, encode(group))
+            self._group = group
+        targets = {
+            r.name: Target(r.host, r.http_port) for r in group.replicas.values() if not fault_of(r)
+        }
+        self._checks.watch(targets)
+
+    def _saved(self) -> Group | None:
+        with suppress(OSError, ValueError):
+            return decode(Group, (self._folder / GROUP_FILE).read_bytes())
+        return None
+
+    def _routes(self) -> Routes:
+        assert self._group is not None
+        health = self._checks.health()
+        timeouts = self._learner.timeouts() if self._settings.learn_timeouts else None
+        found = routes(self._name, self._group, self._settings, health, timeouts)
+        for name in self._group.replicas:
+            self._once(f"replica {name}", _told_of(name, health.get(name)))
+        for sentence in found.refused:
+            self._once(sentence, sentence)
+        return found
+
+    def _learn(self, log: Log) -> bool:
+        """Whether nginx had no replica left to ask."""
+        assert self._group is not None
+        health = self._checks.health()
+        ready = [r for r in self._group.replicas.values() if health.get(r.name) == "ready"]
+        answering = {f"{r.host}:{port}" for r in ready for port in (r.http_port, r.grpc_port)}
+        lost, now_s = False, time.monotonic()
+        for line in log.lines():
+            for tried in tries_of(line):
+                lost |= _nobody_left(tried) and bool(ready)
+                self._learner.observe(tried, now_s, answering)
+        return lost
+
+    def _place(self) -> Place:
+        return Place(self._binary.version, workers_user(self._folder))
+
+    def _text(self, wanted: Routes, epoch: int) -> tuple[str, str]:
+        """A configuration, and the digest that it answers with."""
+        place = self._place()
+        plain = whole_nginx(wanted, place, f"{epoch}")
+        digest = hashlib.sha256(plain.encode()).hexdigest()[:16]
+        return whole_nginx(wanted, place, digest), digest
+
+    def _once(self, about: str, sentence: str) -> None:
+        """Tells what is new about something; "" forgets it."""
+        if self._told.get(about, "") != sentence:
+            self._told[about] = sentence
+            if sentence:
+                self._tell(sentence)
+
+
+def _nobody_left(tried: Try) -> bool:
+    """nginx names the pool where it has found no replica in it."""
+    return tried.address.startswith("pft_")
+
+
+def _told_of(name: str, health: Health | None) -> str:
+    if health == "silent":
+        return f"replica {name} does not answer: it is left out"
+    if health == "refusing":
+        return f"replica {name} is not ready: it is left out"
+    return f"replica {name} is ready" if health == "ready" else ""

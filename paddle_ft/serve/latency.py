@@ -1,0 +1,122 @@
+"""How long a replica may take before another one is asked, learnt from the requests themselves.
+
+Learnt from nginx's own log of every try, not from the health checks: how long a check takes says
+nothing of how long a model takes, and the log has the connection and the answer apart.
+
+Invariant: a learnt time-out is at least ``FACTOR`` times the slowest answer of the last
+``WINDOW_S``, at least the floor, and at most the configured one. A try that was given up at a
+replica whose health check passes was too slow for the time-out, not dead: it counts as twice as
+long, so that a time-out that has become too short grows at once, and shrinks minutes later. Pure.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import deque
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+
+from paddle_ft.serve.routing import Timeouts
+
+FACTOR = 5.0
+LEAST = 20
+"""Answers before anything is learnt."""
+WINDOW_S = 300.0
+_SLOTS = 10
+_STEP = 1.25
+"""Time-outs are rounded up to powers of it: each change costs nginx a reload."""
+_FALL = 0.7
+_BETWEEN = re.compile(r"\s*(?:,| : )\s*")
+
+
+@dataclass(frozen=True, slots=True)
+class Try:
+    """One replica asked for one request; times in s, None where it did not come so far."""
+
+    address: str
+    status: int
+    """0 where there was no answer."""
+    connect_s: float | None
+    answer_s: float | None
+
+
+def tries_of(line: str) -> Iterator[Try]:
+    """The tries of one request in nginx's log (``nginx_text``); none if the line is cut off."""
+    fields = line.rstrip("\n").split("\t")
+    if len(fields) != 6:
+        return
+    columns = [_BETWEEN.split(text) for text in fields[2:]]
+    if len({len(column) for column in columns}) != 1:
+        return
+    for address, status, connect, answer in zip(*columns, strict=True):
+        code = int(status) if re.fullmatch(r"[0-9]{3}", status) else 0
+        yield Try(address, code, _number(connect), _number(answer))
+
+
+def _number(text: str) -> float | None:
+    return float(text) if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text) else None
+
+
+@dataclass(slots=True)
+class _Slot:
+    begins_s: float
+    connect_s: float = 0.0
+    answer_s: float = 0.0
+
+
+class Learner:
+    """The slowest of the last minutes, and the time-outs that follow."""
+
+    def __init__(self, configured: Timeouts, floor_s: float) -> None:
+        self._configured = configured
+        self._floor_s = floor_s
+        self._seen = 0
+        self._slots: deque[_Slot] = deque(maxlen=_SLOTS + 1)
+        self._now: Timeouts = configured
+
+    def observe(self, tried: Try, now_s: float, answering: Collection[str]) -> None:
+        """``answering``: addresses of replicas whose health checks pass."""
+        slot = self._slot(now_s)
+        if tried.status == 504 and tried.answer_s is not None:
+            if tried.address not in answering:
+                return
+            connected = tried.connect_s is not None
+            if connected:
+                slot.answer_s = max(slot.answer_s, 2 * tried.answer_s / FACTOR)
+            else:
+                slot.connect_s = max(slot.connect_s, 2 * tried.answer_s / FACTOR)
+        elif 200 <= tried.status < 500 and tried.connect_s is not None:
+            self._seen += 1
+            slot.connect_s = max(slot.connect_s, tried.connect_s)
+            slot.answer_s = max(slot.answer_s, tried.answer_s or 0.0)
+
+    def timeouts(self) -> Timeouts:
+        """Those to use from now on; while there are no requests they stay as they are."""
+        if self._seen < LEAST:
+            return self._configured
+        most = self._configured
+        read_s = self._settle(self._now.read_s, max(s.answer_s for s in self._slots), most.read_s)
+        self._now = Timeouts(
+            self._settle(
+                self._now.connect_s, max(s.connect_s for s in self._slots), most.connect_s
+            ),
+            min(most.send_s, read_s),
+            read_s,
+        )
+        return self._now
+
+    def _settle(self, current_s: float, slowest_s: float, most_s: float) -> float:
+        """Up at once, down only by much."""
+        wanted_s = max(self._floor_s, FACTOR * slowest_s) / self._floor_s
+        steps = math.ceil(math.log(wanted_s, _STEP) - 1e-9)
+        wanted_s = min(self._floor_s * _STEP**steps, most_s)
+        return wanted_s if wanted_s > current_s or wanted_s < _FALL * current_s else current_s
+
+    def _slot(self, now_s: float) -> _Slot:
+        length_s = WINDOW_S / _SLOTS
+        if not self._slots or now_s >= self._slots[-1].begins_s + length_s:
+            self._slots.append(_Slot(now_s))
+        while self._slots[0].begins_s < now_s - WINDOW_S - length_s:
+            self._slots.popleft()
+        return self._slots[-1]
