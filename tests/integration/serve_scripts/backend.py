@@ -1,0 +1,74 @@
+"""A replica that only says who it is: HTTP with kept connections, and gRPC that echoes bytes.
+
+    backend.py NAME HTTP_PORT GRPC_PORT
+
+POST /control with {"ready": status, "answer": status, "delay_s": s} changes what it does. Every
+other call but /v2/health/ready gives {"name", "path", "bytes"} after the delay.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from typing import Any
+
+import grpc
+
+STATE: dict[str, Any] = {"ready": 200, "answer": 200, "delay_s": 0.0}
+
+
+async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    try:
+        while request := await reader.readline():
+            _, path, _ = request.decode().split()
+            headers = {}
+            while (line := (await reader.readline()).decode().strip()) != "":
+                name, _, value = line.partition(":")
+                headers[name.lower()] = value.strip()
+            body = await reader.readexactly(int(headers.get("content-length", 0)))
+            status, said = await answer(path, body)
+            data = json.dumps(said).encode()
+            head = f"HTTP/1.1 {status} X\r\nContent-Length: {len(data)}\r\n"
+            if status == 503:
+                head += "Retry-After: 7\r\n"
+            writer.write(head.encode() + b"Content-Type: application/json\r\n\r\n" + data)
+            await writer.drain()
+            if headers.get("connection", "").lower() == "close":
+                break
+    except (OSError, EOFError, ValueError):
+        pass
+    finally:
+        writer.close()
+
+
+async def answer(path: str, body: bytes) -> tuple[int, dict[str, Any]]:
+    if path == "/control":
+        STATE.update(json.loads(body))
+        return 200, {}
+    if path == "/v2/health/ready":
+        return STATE["ready"], {}
+    await asyncio.sleep(STATE["delay_s"])
+    return STATE["answer"], {"name": sys.argv[1], "path": path, "bytes": len(body)}
+
+
+class Echo(grpc.GenericRpcHandler):
+    def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
+        async def call(request: bytes, _context: object) -> bytes:
+            await asyncio.sleep(STATE["delay_s"])
+            return json.dumps({"name": sys.argv[1], "bytes": len(request)}).encode()
+
+        return grpc.unary_unary_rpc_method_handler(call)
+
+
+async def main() -> None:
+    server = await asyncio.start_server(serve, "127.0.0.1", int(sys.argv[2]), backlog=1024)
+    options = [("grpc.max_receive_message_length", 2**26)]
+    echo = grpc.aio.server(handlers=[Echo()], options=options)
+    echo.add_insecure_port(f"127.0.0.1:{sys.argv[3]}")
+    await echo.start()
+    async with server:
+        await server.serve_forever()
+
+
+asyncio.run(main())

@@ -1,0 +1,268 @@
+"""The gateway over real nginx: replicas killed, stopped, refusing; reloads; etcd away."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import grpc
+import pytest
+
+from paddle_ft.config import EtcdConfig
+from paddle_ft.coordination.embedded import EmbeddedEtcd
+from paddle_ft.coordination.etcd import EtcdCoordinator
+from paddle_ft.serve.registry import Keys
+from paddle_ft.types import encode
+from tests.integration.gateway_world import GROUP, HOST, World, call
+
+pytestmark = pytest.mark.etcd
+
+
+@pytest.fixture(scope="module")
+def etcd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedEtcd]:
+    with EmbeddedEtcd(tmp_path_factory.mktemp("etcd")) as server:
+        yield server
+
+
+@pytest.fixture
+def world(tmp_path: Path, etcd: EmbeddedEtcd) -> Iterator[World]:
+    coordinator = EtcdCoordinator(EtcdConfig(endpoints=(etcd.endpoint,)))
+    with World(tmp_path, coordinator, etcd.endpoint) as found:
+        yield found
+    coordinator.close()
+
+
+@pytest.fixture
+def pair(world: World) -> World:
+    """Two replicas behind a gateway that has learnt how quick they are."""
+    world.add("a")
+    world.add("b")
+    world.start_gateway()
+    return world
+
+
+def learnt(world: World) -> bool:
+    text = (world.folder / "run/nginx.conf").read_text()
+    return "@patient_http" in text
+
+
+def test_a_replica_that_is_killed_costs_no_request(pair: World) -> None:
+    with pair.load() as told:
+        pair.until(lambda: told.by_name["a"] > 10 and told.by_name["b"] > 10, "both answer")
+        pair.send("a", signal.SIGKILL)
+        pair.until(lambda: "a does not answer" in pair.said(), "a is left out")
+        before = told.by_name["b"]
+        pair.until(lambda: told.by_name["b"] > before + 50, "b goes on")
+        pair.run("a")
+        before = told.by_name["a"]
+        pair.until(lambda: told.by_name["a"] > before + 10, "a is back by itself")
+    assert told.failed == []
+
+
+def test_a_replica_that_is_stopped_costs_no_request(pair: World) -> None:
+    with pair.load() as told:
+        pair.until(lambda: learnt(pair), "time-outs are learnt")
+        pair.send("a", signal.SIGSTOP)
+        pair.until(lambda: "a does not answer" in pair.said(), "a is left out")
+        before = told.by_name["b"]
+        pair.until(lambda: told.by_name["b"] > before + 50, "b goes on")
+        pair.send("a", signal.SIGCONT)
+        before = told.by_name["a"]
+        pair.until(lambda: told.by_name["a"] > before + 10, "a is back by itself")
+    assert told.failed == []
+    assert told.slowest_s < 10, "nobody waited for the configured time-out"
+
+
+def test_reloads_under_load_cost_no_request(pair: World) -> None:
+    with pair.load(clients=8, pause_s=0.002) as told:
+        for weight in range(2, 12):
+            pair.register("a", weight=weight)
+            pair.until(lambda w=weight: f" weight={w} " in conf(pair), "nginx has it")
+    assert told.failed == []
+    assert told.answered > 100
+
+
+def conf(world: World) -> str:
+    return (world.folder / "run/nginx.conf").read_text()
+
+
+def test_a_replica_that_is_not_ready_is_left_out_and_comes_back(pair: World) -> None:
+    pair.control("a", ready=503, answer=503)
+    assert {pair.ask()[0] for _ in range(20)} == {200}, "a's refusals are asked of b at once"
+    pair.until(lambda: "a is not ready" in pair.said(), "a is left out")
+    assert set(pair.names(20)) == {"b"}
+    pair.control("b", ready=503, answer=503)
+    pair.until(lambda: "b is not ready" in pair.said(), "b is left out")
+    status, headers, _ = pair.ask()
+    assert (status, headers["retry-after"]) == (503, "7"), "what a replica says while it loads"
+    pair.control("a", ready=200, answer=200)
+    pair.until(lambda: pair.ask()[0] == 200, "a is back by itself")
+
+
+def test_with_nobody_there_a_client_is_told_when_to_come_again(pair: World) -> None:
+    for name in ("a", "b"):
+        pair.send(name, signal.SIGKILL)
+    status, headers, said = pair.ask()
+    assert (status, headers["retry-after"], list(said)) == (503, "1", ["error"])
+    pair.run("b")
+    pair.until(lambda: pair.ask()[0] == 200, "b is back", timeout_s=10)
+
+
+def test_slow_answers_are_waited_for_although_quick_ones_were_learnt(pair: World) -> None:
+    with pair.load():
+        pair.until(lambda: learnt(pair), "time-outs are learnt")
+    assert "proxy_read_timeout 1s;" in conf(pair)
+    for name in ("a", "b"):
+        pair.control(name, delay_s=1.5)
+    assert pair.ask()[0] == 200
+    pair.until(lambda: "proxy_read_timeout 1s;" not in conf(pair), "longer is allowed from now on")
+
+
+def test_state_and_administration_go_to_the_primary(pair: World) -> None:
+    paths = ["/v2/state/x", "/v2/repository/models/m/load"]
+    for path in paths:
+        status, headers, said = pair.ask(path)
+        assert (status, headers["retry-after"]) == (503, "1")
+        assert "primary" in said["error"]
+    for name in ("b", "a"):
+        pair.primary(name)
+        pair.until(lambda: pair.ask(paths[0])[0] == 200, "a primary")
+        pair.until(lambda n=name: pair.ask(paths[0])[2]["name"] == n, "it is the primary")
+        for path in paths:
+            assert {pair.ask(path)[2]["name"] for _ in range(5)} == {name}
+    pair.control("a", answer=503)
+    assert pair.ask(paths[0])[0] == 503, "a refusal is not asked of another one"
+
+
+def test_sessions_stay_with_a_replica_while_it_is_there(pair: World) -> None:
+    homes = {f"s{i}": pair.names(3, X_Session_Id=f"s{i}") for i in range(12)}
+    assert all(len(names) == 1 for names in homes.values())
+    by_session = {session: next(iter(names)) for session, names in homes.items()}
+    assert set(by_session.values()) == {"a", "b"}
+    pair.send("a", signal.SIGKILL)
+    pair.until(lambda: "a does not answer" in pair.said(), "a is left out")
+    for session in by_session:
+        assert set(pair.names(2, X_Session_Id=session)) == {"b"}
+
+
+def test_a_replica_let_in_slowly_takes_its_share(pair: World) -> None:
+    pair.register("a", share=0.1)
+    pair.until(lambda: "gray_0" in conf(pair), "nginx has it")
+    assert pair.names(200)["a"] < 30  # 10 of 200 are expected
+    pair.put(Keys(GROUP).level, b'"hot-standby"')
+    pair.register("a", share=1.0)
+    pair.primary("b")
+    pair.until(lambda: " backup;" in conf(pair) and "gray_0" not in conf(pair), "nginx has it")
+    assert set(pair.names(20)) == {"b"}
+    pair.send("b", signal.SIGKILL)
+    assert set(pair.names(20)) == {"a"}
+
+
+def grpc_call(world: World, size: int = 1000) -> bytes:
+    options = [("grpc.max_send_message_length", 2**26)]
+    with grpc.insecure_channel(f"{HOST}:{world.grpc_port}", options) as channel:
+        method = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
+        answer: bytes = method(b"x" * size, timeout=20)
+        return answer
+
+
+def test_grpc_is_asked_of_another_replica_too(pair: World) -> None:
+    assert json.loads(grpc_call(pair, 3_000_000))["bytes"] == 3_000_000
+    with pair.load():
+        pair.until(lambda: learnt(pair), "time-outs are learnt")
+    for number in (signal.SIGSTOP, signal.SIGKILL):
+        for name in ("a", "b"):
+            pair.control(name, delay_s=0.4)
+        with grpc.insecure_channel(f"{HOST}:{pair.grpc_port}") as channel:
+            method = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
+            pending = [method.future(b"x" * 1000, timeout=20) for _ in range(6)]
+            time.sleep(0.2)  # they are under way at both
+            pair.send("a", number)
+            names = {json.loads(call.result())["name"] for call in pending}
+        assert names == {"b"}
+        pair.send("a", signal.SIGCONT)
+        pair.until(lambda: number == signal.SIGKILL or pair.control("a"), "a runs on")
+
+
+def test_it_goes_on_without_etcd_and_is_started_again_without_it(tmp_path: Path) -> None:
+    with EmbeddedEtcd(tmp_path) as own:
+        coordinator = EtcdCoordinator(EtcdConfig(endpoints=(own.endpoint,)))
+        with World(tmp_path, coordinator, own.endpoint) as pair:
+            pair.add("a")
+            pair.add("b")
+            pair.start_gateway()
+            with pair.load() as told:
+                own.stop()
+                pair.send("a", signal.SIGKILL)
+                pair.until(lambda: "a does not answer" in pair.said(), "a is left out")
+                before = told.by_name["b"]
+                pair.until(lambda: told.by_name["b"] > before + 20, "b goes on")
+            assert told.failed == []
+            assert pair.stop_gateway() == 143
+            pair.start_gateway(PADDLE_FT_ETCD__CALL_TIMEOUT_S="0.5")
+            assert "the group of the last run" in pair.said()
+            assert set(pair.names(5)) == {"b"}
+            pair.run("a")
+            pair.until(lambda: "a" in pair.names(5), "a is back by itself")
+        coordinator.close()
+
+
+def test_an_empty_registry_takes_nobody_away(pair: World) -> None:
+    for name in ("a", "b"):
+        pair.remove(Keys(GROUP).replica(name))
+    pair.add("c")
+    pair.until(lambda: "c is ready" in pair.said(), "c is known")
+    assert set(pair.names(5)) == {"c"}, "a registry that names others is believed"
+    pair.remove(Keys(GROUP).replica("c"))
+    time.sleep(0.5)
+    assert set(pair.names(5)) == {"c"}
+
+
+def test_a_bad_record_harms_nobody_else(pair: World) -> None:
+    bad = replace(pair.records["a"], name="evil", host="127.0.0.1; return 200 stolen")
+    pair.put(Keys(GROUP).replica("evil"), encode(bad))
+    pair.until(lambda: "'evil' is left out" in pair.said(), "it is told")
+    assert set(pair.names(10)) == {"a", "b"}
+    pair.put(Keys(GROUP).replica("worse"), b"{")
+    pair.until(lambda: "something else" in pair.said(), "it is told")
+    assert set(pair.names(10)) == {"a", "b"}
+
+
+def test_nginx_is_started_again_and_ends_with_its_gateway(pair: World) -> None:
+    pid = int((pair.folder / "run/nginx.pid").read_text())
+    os.kill(pid, signal.SIGKILL)
+    pair.until(lambda: "started again" in pair.said(), "it is noticed")
+    pair.until(lambda: answers(pair), "it serves again")
+    assert pair.gateway is not None
+    pair.gateway.kill()
+    pair.gateway.wait(5)
+    pair.until(lambda: not answers(pair), "nginx is gone")
+
+
+def answers(world: World) -> bool:
+    try:
+        return call(world.http_port, "POST", "/x", b"")[0] == 200
+    except OSError:
+        return False
+
+
+def test_what_cannot_be_is_told_in_a_sentence(pair: World) -> None:
+    def run(*options: str) -> tuple[int, str]:
+        done = subprocess.run([*pair.command(), *options], capture_output=True, text=True, timeout=60)
+        return done.returncode, done.stderr
+
+    code, said = run()
+    assert (code, said.count("\n")) == (2, 1)
+    assert "another gateway uses the folder" in said
+    code, said = run("--folder", str(pair.folder / "other"))
+    assert (code, "in use" in said.splitlines()[-1]) == (2, True), said
+    code, said = run("--listen", "nowhere")
+    assert (code, "host:port" in said) == (2, True), said
+    code, said = run("--nginx", "/bin/true")
+    assert (code, "is not an nginx" in said) == (2, True), said
