@@ -192,8 +192,8 @@ class Gateway:
         self._nginx = Nginx(self._binary, self._folder)
         log = Log(self._folder / LOG)
         try:
-            self._begin()
             self._checks.start()
+            self._begin()
             while not stop.is_set():
                 self._wake.wait(TICK_S)
                 self._wake.clear()
@@ -244,6 +244,8 @@ class Gateway:
         else:
             self._once("apply", "")
             self._running = _Running(text, epoch)
+            t = wanted.timeouts
+            self._once("time-outs", f"time-outs: connect {t.connect_s:g} s, read {t.read_s:g} s")
         self._nginx.trim_log(LOG_BYTES_MAX)
 
     def _restart(self, now_s: float) -> None:

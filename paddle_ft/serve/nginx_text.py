@@ -18,6 +18,7 @@ What is not obvious:
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -112,7 +113,7 @@ def _upstream(routes: Routes, pool: Pool, kind: str) -> str:
         backup = " backup" if server.backup else ""
         lines.append(
             f"server {server.host}:{port} weight={server.weight} max_fails={s.max_fails} "
-            f"fail_timeout={_seconds(s.fail_timeout_s)}{backup};  # {server.name}"
+            f"fail_timeout={math.ceil(s.fail_timeout_s)}s{backup};  # {server.name}"
         )
     if pool is not routes.primary:
         lines.append(f"keepalive {s.keepalive};")
@@ -292,7 +293,8 @@ def _refusal(status: int, message: str) -> list[str]:
 
 def _seconds(value: float) -> str:
     """nginx counts in milliseconds, and 0 is often no limit at all."""
-    return f"{max(1, round(value * 1000))}ms"
+    value_ms = max(1, round(value * 1000))
+    return f"{value_ms}ms" if value_ms % 1000 else f"{value_ms // 1000}s"
 
 
 def _block(head: str, lines: list[str]) -> str:

@@ -1,9 +1,9 @@
 """Real replicas (small processes), a real etcd, a real nginx behind ``paddle-ft gateway``.
 
-    with World(tmp_path, etcd) as world:
-        world.add("a"); world.add("b")
-        world.start_gateway()
-        with world.load() as told: ...
+with World(tmp_path, etcd) as world:
+    world.add("a"); world.add("b")
+    world.start_gateway()
+    with world.load() as told: ...
 """
 
 from __future__ import annotations
@@ -175,7 +175,9 @@ class World:
     def said(self) -> str:
         return (self.folder / "gateway.txt").read_text()
 
-    def ask(self, path: str = "/v2/models/m/infer", **headers: str) -> tuple[int, dict[str, str], Any]:
+    def ask(
+        self, path: str = "/v2/models/m/infer", **headers: str
+    ) -> tuple[int, dict[str, str], Any]:
         given = {name.replace("_", "-"): value for name, value in headers.items()}
         return call(self.http_port, "POST", path, b"{}", given)
 

@@ -48,8 +48,7 @@ def pair(world: World) -> World:
 
 
 def learnt(world: World) -> bool:
-    text = (world.folder / "run/nginx.conf").read_text()
-    return "@patient_http" in text
+    return "read 1 s" in world.said()
 
 
 def test_a_replica_that_is_killed_costs_no_request(pair: World) -> None:
@@ -117,11 +116,13 @@ def test_with_nobody_there_a_client_is_told_when_to_come_again(pair: World) -> N
 def test_slow_answers_are_waited_for_although_quick_ones_were_learnt(pair: World) -> None:
     with pair.load():
         pair.until(lambda: learnt(pair), "time-outs are learnt")
-    assert "proxy_read_timeout 1s;" in conf(pair)
     for name in ("a", "b"):
         pair.control(name, delay_s=1.5)
     assert pair.ask()[0] == 200
-    pair.until(lambda: "proxy_read_timeout 1s;" not in conf(pair), "longer is allowed from now on")
+    before = pair.said().count("time-outs:")
+    pair.until(
+        lambda: pair.said().count("time-outs:") > before or "read 9." in pair.said(), "longer"
+    )
 
 
 def test_state_and_administration_go_to_the_primary(pair: World) -> None:
@@ -133,7 +134,7 @@ def test_state_and_administration_go_to_the_primary(pair: World) -> None:
     for name in ("b", "a"):
         pair.primary(name)
         pair.until(lambda: pair.ask(paths[0])[0] == 200, "a primary")
-        pair.until(lambda n=name: pair.ask(paths[0])[2]["name"] == n, "it is the primary")
+        pair.until(lambda n=name: pair.ask(paths[0])[2].get("name") == n, "it is it")
         for path in paths:
             assert {pair.ask(path)[2]["name"] for _ in range(5)} == {name}
     pair.control("a", answer=503)
@@ -158,8 +159,7 @@ def test_a_replica_let_in_slowly_takes_its_share(pair: World) -> None:
     pair.put(Keys(GROUP).level, b'"hot-standby"')
     pair.register("a", share=1.0)
     pair.primary("b")
-    pair.until(lambda: " backup;" in conf(pair) and "gray_0" not in conf(pair), "nginx has it")
-    assert set(pair.names(20)) == {"b"}
+    pair.until(lambda: set(pair.names(10)) == {"b"}, "only the primary is asked")
     pair.send("b", signal.SIGKILL)
     assert set(pair.names(20)) == {"a"}
 
@@ -254,7 +254,9 @@ def answers(world: World) -> bool:
 
 def test_what_cannot_be_is_told_in_a_sentence(pair: World) -> None:
     def run(*options: str) -> tuple[int, str]:
-        done = subprocess.run([*pair.command(), *options], capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            [*pair.command(), *options], capture_output=True, text=True, timeout=60
+        )
         return done.returncode, done.stderr
 
     code, said = run()
