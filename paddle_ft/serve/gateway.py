@@ -213,7 +213,8 @@ class Gateway:
                 raise
             self._tell(f"{error}; going on with the group of the last run")
         self._renew()
-        text, digest = self._text(self._routes(), 0)
+        wanted = self._routes()
+        text, digest = self._text(wanted, 0)
         place = self._place()
         self._nginx.start(text, digest)
         self._running = _Running(text, 0)
@@ -221,6 +222,7 @@ class Gateway:
         version = ".".join(map(str, place.version))
         grpc = f", gRPC on {s.listen_grpc}" if s.listen_grpc else ""
         self._tell(f"nginx {version} serves group {self._name}: HTTP on {s.listen}{grpc}")
+        self._tell_of(wanted)
 
     def _step(self, log: Log) -> None:
         self._renew()
@@ -244,8 +246,7 @@ class Gateway:
         else:
             self._once("apply", "")
             self._running = _Running(text, epoch)
-            t = wanted.timeouts
-            self._once("time-outs", f"time-outs: connect {t.connect_s:g} s, read {t.read_s:g} s")
+            self._tell_of(wanted)
         self._nginx.trim_log(LOG_BYTES_MAX)
 
     def _restart(self, now_s: float) -> None:
@@ -271,11 +272,10 @@ class Gateway:
             self._once("registry", "")
         group = kept(self._group, fresh) if fresh is not None else self._group
         assert group is not None, "read or loaded before"
-        if group != self._group or fresh is None:
-            if fresh is not None and group.replicas:
-                with suppress(OSError):
-                    write_whole(self._folder / GROUP_FILE, encode(group))
-            self._group = group
+        if group.replicas and _lasting(group) != _lasting(self._group):
+            with suppress(OSError):
+                write_whole(self._folder / GROUP_FILE, encode(group))
+        self._group = group
         targets = {
             r.name: Target(r.host, r.http_port) for r in group.replicas.values() if not fault_of(r)
         }
@@ -320,12 +320,28 @@ class Gateway:
         digest = hashlib.sha256(plain.encode()).hexdigest()[:16]
         return whole_nginx(wanted, place, digest), digest
 
+    def _tell_of(self, taken: Routes) -> None:
+        """What nginx does now, where that is new."""
+        t = taken.timeouts
+        self._once("time-outs", f"time-outs: connect {t.connect_s:g} s, read {t.read_s:g} s")
+        main = ", ".join(server.name for server in taken.main.servers) if taken.main else "nobody"
+        primary = taken.primary.servers[0].name if taken.primary else "nobody"
+        self._once("asked", f"requests go to {main}; state goes to {primary}")
+
     def _once(self, about: str, sentence: str) -> None:
         """Tells what is new about something; "" forgets it."""
         if self._told.get(about, "") != sentence:
             self._told[about] = sentence
             if sentence:
                 self._tell(sentence)
+
+
+def _lasting(group: Group | None) -> object:
+    """What a later run needs of a group; how far each log has come is not worth a write."""
+    if group is None:
+        return None
+    replicas = [replace(r, term=0, sequence=0) for _, r in sorted(group.replicas.items())]
+    return replicas, group.primary, group.level
 
 
 def _nobody_left(tried: Try) -> bool:

@@ -161,10 +161,10 @@ class Nginx:
         """
         self._accept(text)
         self._write(CONF, text)
-        assert self._process is not None, "not started"
+        before = children(self.pid)
         with suppress(ProcessLookupError):
-            os.kill(self._process.pid, signal.SIGHUP)
-        if not self._serves(digest, START_TIMEOUT_S):
+            os.kill(self.pid, signal.SIGHUP)
+        if not self._serves(digest, START_TIMEOUT_S, before):
             self._write(CONF, self._text)
             raise ServeError(
                 f"nginx has not taken up its new configuration: "
@@ -237,10 +237,11 @@ class Nginx:
         except OSError as error:
             raise MachineError(f"cannot write {path}: {error.strerror}") from error
 
-    def _serves(self, digest: str, timeout_s: float) -> bool:
+    def _serves(self, digest: str, timeout_s: float, before: tuple[int, ...] = ()) -> bool:
+        """New workers run ``digest``, and none of ``before`` takes connections any more."""
         deadline_s = time.monotonic() + timeout_s
         while time.monotonic() < deadline_s and self.alive:
-            if self._digest() == digest:
+            if self._digest() == digest and not any(map(takes_connections, before)):
                 return True
             time.sleep(_POLL_S)
         return False
@@ -264,6 +265,23 @@ class Nginx:
         with suppress(OSError):
             return emergency((self._folder / ERRORS).read_text(errors="replace")[-20_000:])
         return ""
+
+
+def children(pid: int) -> tuple[int, ...]:
+    """Its child processes; none where the kernel does not tell."""
+    with suppress(OSError):
+        return tuple(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+    return ()
+
+
+def takes_connections(pid: int) -> bool:
+    """Whether a worker of nginx is there and has not been told to leave, by the title it gives
+    itself."""
+    try:
+        title = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+    return b"worker process" in title and b"shutting down" not in title
 
 
 def emergency(text: str) -> str:

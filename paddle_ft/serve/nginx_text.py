@@ -34,6 +34,7 @@ STREAMS_GRPC = (
 )
 NOBODY = "no replica can answer now: try again"
 NO_PRIMARY = "there is no primary now: try again"
+UNKNOWN = "the primary has not answered: whether this call took effect is not known"
 LOG = "requests.log"
 CONTROL = "control.sock"
 """Where nginx tells which configuration it runs, beside its other files."""
@@ -115,7 +116,11 @@ def _upstream(routes: Routes, pool: Pool, kind: str) -> str:
             f"server {server.host}:{port} weight={server.weight} max_fails={s.max_fails} "
             f"fail_timeout={math.ceil(s.fail_timeout_s)}s{backup};  # {server.name}"
         )
-    if pool is not routes.primary:
+    if pool is routes.primary:
+        # A call on a kept connection that the other end is closing would be lost, and is not sent
+        # again. Newer versions keep connections unless told otherwise, and take no 0.
+        lines += ["keepalive 1;", "keepalive_requests 1;"]
+    else:
         lines.append(f"keepalive {s.keepalive};")
     return _block(f"upstream pft_{kind}_{pool.name}", lines)
 
@@ -250,23 +255,13 @@ def _locations(
     else:
         # Nothing here is sent twice: whether the first try took effect is not known.
         once = [f"{to}primary;", f"{module}_next_upstream off;"]
-        if kind == "http":
-            once += _headers_anew()
         once += _timeouts(module, usual, usual.read_s)
-        yield _block(f'location ~ "{to_primary}"', [*once, pages[1]])
+        lost = ["error_page 502 = @broken;", "error_page 504 = @late;"]
+        yield _block(f'location ~ "{to_primary}"', [*once, *lost, pages[1]])
+        yield _block("location @broken", _refusal(502, UNKNOWN))
+        yield _block("location @late", _refusal(504, UNKNOWN))
     yield _block("location @nobody", _refusal(503, NOBODY))
     yield _block("location @too_large", _refusal(413, f"more than {s.body_bytes_max} bytes"))
-
-
-def _headers_anew() -> list[str]:
-    """For the primary: a connection that the other end is closing would lose a call."""
-    return [
-        'proxy_set_header Connection "close";',
-        "proxy_set_header Host $http_host;",
-        "proxy_set_header X-Forwarded-For $proxy_add_x_forwarded_for;",
-        "proxy_set_header X-Forwarded-Proto $scheme;",
-        "proxy_set_header X-Request-Id $request_id;",
-    ]
 
 
 def _timeouts(module: str, timeouts: Timeouts, read_s: float) -> list[str]:

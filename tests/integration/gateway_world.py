@@ -175,6 +175,16 @@ class World:
     def said(self) -> str:
         return (self.folder / "gateway.txt").read_text()
 
+    def goes_to(self, requests: str, state: str = "nobody") -> None:
+        """Waits until nginx asks these, and no others."""
+        wanted = f"requests go to {requests}; state goes to {state}"
+
+        def told() -> bool:
+            lines = [line for line in self.said().splitlines() if "requests go to" in line]
+            return bool(lines) and lines[-1].endswith(wanted)
+
+        self.until(told, wanted)
+
     def ask(
         self, path: str = "/v2/models/m/infer", **headers: str
     ) -> tuple[int, dict[str, str], Any]:

