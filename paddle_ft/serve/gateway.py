@@ -26,7 +26,7 @@ from paddle_ft.gateway_config import GatewayConfig
 from paddle_ft.serve.checks import Checks, Target
 from paddle_ft.serve.latency import Learner, Try, tries_of
 from paddle_ft.serve.nginx import Nginx, find_nginx, workers_user, write_whole
-from paddle_ft.serve.nginx_text import LOG, Place, whole_nginx
+from paddle_ft.serve.nginx_text import FIRST_MIN_TIMEOUT, LOG, Place, whole_nginx
 from paddle_ft.serve.registry import Group, Keys, parse
 from paddle_ft.serve.routing import Health, Routes, configured, fault_of, routes
 from paddle_ft.serve.types import ServeError
@@ -222,6 +222,11 @@ class Gateway:
         version = ".".join(map(str, place.version))
         grpc = f", gRPC on {s.listen_grpc}" if s.listen_grpc else ""
         self._tell(f"nginx {version} serves group {self._name}: HTTP on {s.listen}{grpc}")
+        if self._binary.version < FIRST_MIN_TIMEOUT:
+            self._tell(
+                "so old an nginx loses requests on kept connections when it takes up a new "
+                "configuration: HTTP clients get one for each request; 1.27.4 or later needs no such"
+            )
         self._tell_of(wanted)
 
     def _step(self, log: Log) -> None:

@@ -44,7 +44,9 @@ def gateway(
     ] = "",
     show: Annotated[
         Proxy | None,
-        typer.Option("--print", help="write a configuration for your own proxy, and end"),
+        typer.Option(
+            "--print", help="write a configuration for your own proxy (--nginx: that one), and end"
+        ),
     ] = None,
 ) -> None:
     """Route requests to the replicas of a serving group, by HTTP and gRPC, with nginx.
@@ -70,13 +72,18 @@ def gateway(
 def _show(proxy: Proxy, group: str, settings: GatewayConfig, access: EtcdConfig) -> None:
     from paddle_ft.serve.gateway import read_group
     from paddle_ft.serve.haproxy_text import to_haproxy
-    from paddle_ft.serve.nginx_text import to_nginx
+    from paddle_ft.serve.nginx import find_nginx
+    from paddle_ft.serve.nginx_text import NEW, to_nginx
     from paddle_ft.serve.routing import routes
 
     found = routes(group, read_group(access, group), settings)
     for sentence in found.refused:
         sys.stderr.write(f"paddle-ft: {sentence}\n")
-    typer.echo(to_nginx(found) if proxy is Proxy.NGINX else to_haproxy(found), nl=False)
+    if proxy is Proxy.HAPROXY:
+        typer.echo(to_haproxy(found), nl=False)
+    else:
+        version = find_nginx(settings.nginx).version if settings.nginx else NEW
+        typer.echo(to_nginx(found, version), nl=False)
 
 
 def _run(group: str, settings: GatewayConfig, access: EtcdConfig, folder: Path) -> int:

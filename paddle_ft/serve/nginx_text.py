@@ -12,7 +12,8 @@ What is not obvious:
   the last one, ``@patient_…`` starts again with the configured time-outs: a request that is slower
   than any before it is answered late rather than not at all.
 - A client that reuses its connection just as an old worker closes it, after a reload, would see
-  its request fail: ``keepalive_min_timeout`` (nginx 1.27.4) leaves such connections open.
+  its request fail: ``keepalive_min_timeout`` (nginx 1.27.4) leaves such connections open. Older
+  versions get a connection for each HTTP request.
 """
 
 from __future__ import annotations
@@ -92,7 +93,8 @@ def to_nginx(routes: Routes, version: tuple[int, ...] = NEW) -> str:
     blocks = [*_upstreams(routes), *_choice(routes), _http_server(routes, version)]
     if routes.settings.listen_grpc:
         blocks.append(_grpc_server(routes, version))
-    return f"# serving group {routes.group}\n" + "".join(blocks)
+    told = ".".join(map(str, version))
+    return f"# serving group {routes.group}, for nginx {told} or later\n" + "".join(blocks)
 
 
 def _upstreams(routes: Routes) -> Iterator[str]:
@@ -201,6 +203,8 @@ def _listen(routes: Routes, address: str, version: tuple[int, ...], protocol: st
         yield "http2 on;"
     if version >= FIRST_MIN_TIMEOUT:
         yield "keepalive_min_timeout 5s;"
+    elif not protocol:
+        yield "keepalive_timeout 0;"
     if s.cert_file:
         yield f"ssl_certificate {s.cert_file};"
         yield f"ssl_certificate_key {s.key_file};"

@@ -52,6 +52,8 @@ def learnt(world: World) -> bool:
 
 
 def test_a_replica_that_is_killed_costs_no_request(pair: World) -> None:
+    for name in ("a", "b"):
+        assert pair.control(name, delay_s=0.03)  # so that it holds requests when it is killed
     with pair.load() as told:
         pair.until(lambda: told.by_name["a"] > 10 and told.by_name["b"] > 10, "both answer")
         pair.send("a", signal.SIGKILL)
@@ -269,3 +271,15 @@ def test_what_cannot_be_is_told_in_a_sentence(pair: World) -> None:
     assert (code, "host:port" in said) == (2, True), said
     code, said = run("--nginx", "/bin/true")
     assert (code, "is not an nginx" in said) == (2, True), said
+
+
+def test_a_configuration_for_somebody_elses_proxy(pair: World) -> None:
+    for proxy, wanted in (
+        ("nginx", "upstream pft_http_main {"),
+        ("haproxy", "backend pft_grpc_main"),
+    ):
+        argv = [*pair.command(), "--print", proxy]
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=60)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert wanted in done.stdout
+        assert str(pair.records["a"].http_port) in done.stdout

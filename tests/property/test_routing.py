@@ -118,8 +118,19 @@ def skeleton(text: str) -> list[str]:
     return [f"{line.split()[0]} {line.count(';')} {line[-1]}" for line in text.splitlines() if line]
 
 
-@settings(max_examples=50)
-@given(rude, rude, st.integers(), st.integers(), st.floats(), st.integers())
+good_or_rude = st.sampled_from(["b", "c.1"]) | rude
+ports = st.integers() | st.integers(1, 65535)
+
+
+@settings(max_examples=200)
+@given(
+    good_or_rude,
+    hosts | rude,
+    ports,
+    ports,
+    st.just(1.0) | st.floats(),
+    st.integers() | st.integers(1, 9),
+)
 def test_no_record_adds_a_directive(
     name: str, host: str, http_port: int, grpc_port: int, share: float, weight: int
 ) -> None:
