@@ -224,8 +224,8 @@ class Gateway:
         self._tell(f"nginx {version} serves group {self._name}: HTTP on {s.listen}{grpc}")
         if self._binary.version < FIRST_MIN_TIMEOUT:
             self._tell(
-                "so old an nginx loses requests on kept connections when it takes up a new "
-                "configuration: HTTP clients get one for each request; 1.27.4 or later needs no such"
+                "so old an nginx loses requests on kept connections at a reload: HTTP clients get "
+                "a connection for each request (not so from 1.27.4 on)"
             )
         self._tell_of(wanted)
 

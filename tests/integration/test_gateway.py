@@ -54,7 +54,7 @@ def learnt(world: World) -> bool:
 def test_a_replica_that_is_killed_costs_no_request(pair: World) -> None:
     for name in ("a", "b"):
         assert pair.control(name, delay_s=0.03)  # so that it holds requests when it is killed
-    with pair.load() as told:
+    with pair.load(clients=8, pause_s=0.001) as told:
         pair.until(lambda: told.by_name["a"] > 10 and told.by_name["b"] > 10, "both answer")
         pair.send("a", signal.SIGKILL)
         pair.goes_to("b")
@@ -115,6 +115,7 @@ def test_with_nobody_there_a_client_is_told_when_to_come_again(pair: World) -> N
     pair.until(lambda: pair.ask()[0] == 200, "b is back", timeout_s=10)
 
 
+@pytest.mark.slow
 def test_slow_answers_are_waited_for_although_quick_ones_were_learnt(pair: World) -> None:
     with pair.load():
         pair.until(lambda: learnt(pair), "time-outs are learnt")
@@ -174,6 +175,7 @@ def grpc_call(world: World, size: int = 1000) -> bytes:
         return answer
 
 
+@pytest.mark.slow
 def test_grpc_is_asked_of_another_replica_too(pair: World) -> None:
     assert json.loads(grpc_call(pair, 3_000_000))["bytes"] == 3_000_000
     with pair.load():
@@ -193,6 +195,7 @@ def test_grpc_is_asked_of_another_replica_too(pair: World) -> None:
             pair.goes_to("a, b")
 
 
+@pytest.mark.slow
 def test_it_goes_on_without_etcd_and_is_started_again_without_it(tmp_path: Path) -> None:
     with EmbeddedEtcd(tmp_path) as own:
         coordinator = EtcdCoordinator(EtcdConfig(endpoints=(own.endpoint,)))
@@ -216,6 +219,7 @@ def test_it_goes_on_without_etcd_and_is_started_again_without_it(tmp_path: Path)
         coordinator.close()
 
 
+@pytest.mark.slow
 def test_an_empty_registry_takes_nobody_away(pair: World) -> None:
     for name in ("a", "b"):
         pair.remove(Keys(GROUP).replica(name))
@@ -227,6 +231,7 @@ def test_an_empty_registry_takes_nobody_away(pair: World) -> None:
     assert set(pair.names(5)) == {"c"}
 
 
+@pytest.mark.slow
 def test_a_bad_record_harms_nobody_else(pair: World) -> None:
     bad = replace(pair.records["a"], name="evil", host="127.0.0.1; return 200 stolen")
     pair.put(Keys(GROUP).replica("evil"), encode(bad))
@@ -237,6 +242,7 @@ def test_a_bad_record_harms_nobody_else(pair: World) -> None:
     assert set(pair.names(10)) == {"a", "b"}
 
 
+@pytest.mark.slow
 def test_nginx_is_started_again_and_ends_with_its_gateway(pair: World) -> None:
     pid = int((pair.folder / "run/nginx.pid").read_text())
     os.kill(pid, signal.SIGKILL)
@@ -255,6 +261,7 @@ def answers(world: World) -> bool:
         return False
 
 
+@pytest.mark.slow
 def test_what_cannot_be_is_told_in_a_sentence(pair: World) -> None:
     def run(*options: str) -> tuple[int, str]:
         done = subprocess.run(
@@ -273,6 +280,7 @@ def test_what_cannot_be_is_told_in_a_sentence(pair: World) -> None:
     assert (code, "is not an nginx" in said) == (2, True), said
 
 
+@pytest.mark.slow
 def test_a_configuration_for_somebody_elses_proxy(pair: World) -> None:
     for proxy, wanted in (
         ("nginx", "upstream pft_http_main {"),
