@@ -26,8 +26,8 @@ from paddle_ft.coordination.view import find_trouble, live_nodes
 from paddle_ft.errors import ConfigError, MembersMissing, PaddleFTError
 from paddle_ft.health.cli import health
 from paddle_ft.health.probe_cli import probe
-from paddle_ft.serve.publish_cli import models, publish
 from paddle_ft.serve.gateway_cli import gateway
+from paddle_ft.serve.publish_cli import models, publish
 
 LOGS = Path("log")
 """Where a launcher that was not told otherwise puts its output."""

@@ -45,7 +45,11 @@ Tell = Callable[[str], None]
 
 
 class Registry:
-    """The group as etcd has it, followed on a thread; it keeps trying while etcd is away."""
+    """The group as etcd has it, followed on a thread; it keeps trying while etcd is away.
+
+    Unlike ``coordination.mirror`` it goes on with an etcd that has lost data: that is no reason to
+    stop routing, and whoever is not in it answers its health check or not.
+    """
 
     def __init__(self, config: EtcdConfig, name: str, notify: Callable[[], None]) -> None:
         self._coordinator = EtcdCoordinator(config)

@@ -93,6 +93,7 @@ def conf(world: World) -> str:
     return (world.folder / "run/nginx.conf").read_text()
 
 
+@pytest.mark.slow
 def test_a_replica_that_is_not_ready_is_left_out_and_comes_back(pair: World) -> None:
     pair.control("a", ready=503, answer=503)
     assert {pair.ask()[0] for _ in range(20)} == {200}, "a's refusals are asked of b at once"
@@ -106,6 +107,7 @@ def test_a_replica_that_is_not_ready_is_left_out_and_comes_back(pair: World) -> 
     pair.until(lambda: pair.ask()[0] == 200, "a is back by itself")
 
 
+@pytest.mark.slow
 def test_with_nobody_there_a_client_is_told_when_to_come_again(pair: World) -> None:
     for name in ("a", "b"):
         pair.send(name, signal.SIGKILL)
@@ -143,6 +145,7 @@ def test_state_and_administration_go_to_the_primary(pair: World) -> None:
     assert pair.ask(paths[0])[0] == 503, "a refusal is not asked of another one"
 
 
+@pytest.mark.slow
 def test_sessions_stay_with_a_replica_while_it_is_there(pair: World) -> None:
     homes = {f"s{i}": pair.names(3, X_Session_Id=f"s{i}") for i in range(12)}
     assert all(len(names) == 1 for names in homes.values())
@@ -154,11 +157,12 @@ def test_sessions_stay_with_a_replica_while_it_is_there(pair: World) -> None:
         assert set(pair.names(2, X_Session_Id=session)) == {"b"}
 
 
+@pytest.mark.slow
 def test_a_replica_let_in_slowly_takes_its_share(pair: World) -> None:
     pair.register("a", share=0.1)
     pair.goes_to("b, a")
     assert pair.names(200)["a"] < 30  # 10 of 200 are expected
-    pair.put(Keys(GROUP).level, b'"hot-standby"')
+    pair.put(Keys(GROUP).level, b"hot-standby")
     pair.register("a", share=1.0)
     pair.primary("b")
     pair.goes_to("b, a", "b")
