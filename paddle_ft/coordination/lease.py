@@ -15,11 +15,21 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from typing import Protocol
 
-from paddle_ft.coordination.kv import Coordinator
 from paddle_ft.errors import LeaseLost, PaddleFTError
 
 logger = logging.getLogger(__name__)
+
+
+class Leases(Protocol):
+    """What a keeper needs of ``kv.Coordinator``."""
+
+    def grant(self, ttl_s: int) -> int: ...
+
+    def keep_alive(self, lease: int) -> int: ...
+
+    def revoke(self, lease: int) -> None: ...
 
 
 class LeaseKeeper:
@@ -31,7 +41,7 @@ class LeaseKeeper:
 
     def __init__(
         self,
-        coordinator: Coordinator,
+        coordinator: Leases,
         *,
         ttl_s: int,
         renew_interval_s: float,

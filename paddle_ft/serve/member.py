@@ -14,10 +14,10 @@ from dataclasses import replace
 
 from paddle_ft.config import EtcdConfig
 from paddle_ft.coordination.etcd import EtcdCoordinator
-from paddle_ft.coordination.kv import Transaction, TxnResult
+from paddle_ft.coordination.kv import Coordinator, Transaction, TxnResult
 from paddle_ft.coordination.lease import LeaseKeeper
 from paddle_ft.coordination.mirror import Mirror
-from paddle_ft.errors import CoordinationError, LeaseLost, PaddleFTError
+from paddle_ft.errors import CoordinationError, EtcdUnavailable, LeaseLost, PaddleFTError
 from paddle_ft.serve import registry
 from paddle_ft.serve.registry import Group, Keys, ReplicaRecord
 
@@ -29,6 +29,29 @@ RETRY_S = 0.5
 JOIN_S = 1.0
 
 
+class _Alive:
+    """etcd for the keeper of the lease: renewed only as long as this replica takes its turns.
+
+    A process whose event loop stands still would keep a lease, and stay the primary, for ever.
+    """
+
+    def __init__(self, coordinator: Coordinator, stuck_s: float) -> None:
+        self.turned_s = time.monotonic()
+        self._coordinator = coordinator
+        self._stuck_s = stuck_s
+
+    def grant(self, ttl_s: int) -> int:
+        return self._coordinator.grant(ttl_s)
+
+    def revoke(self, lease: int) -> None:
+        self._coordinator.revoke(lease)
+
+    def keep_alive(self, lease: int) -> int:
+        if time.monotonic() - self.turned_s > self._stuck_s:
+            raise EtcdUnavailable("the event loop of this replica stands still: see what blocks it")
+        return self._coordinator.keep_alive(lease)
+
+
 class Member:
     """Args:
     wake: called from any thread when there is something new; must not block.
@@ -37,6 +60,7 @@ class Member:
     def __init__(self, etcd: EtcdConfig, group: str, wake: Callable[[], None]) -> None:
         self.coordinator = EtcdCoordinator(etcd)
         self.keys = Keys(group)
+        self._alive = _Alive(self.coordinator, etcd.lease_ttl_s / 2)
         self._etcd = etcd
         self._wake = wake
         self._mirror = Mirror(self.coordinator, self.keys.prefix, self._changed)
@@ -84,6 +108,10 @@ class Member:
         keeper = self._keeper
         return keeper.deadline() if keeper is not None else float("-inf")
 
+    def turned(self) -> None:
+        """This replica takes its turns: without that its lease is not renewed."""
+        self._alive.turned_s = time.monotonic()
+
     def group(self) -> Group:
         """The newest view; the one before where etcd holds what cannot be read."""
         if self._mirror.revision == self._group.revision:
@@ -124,7 +152,7 @@ class Member:
         """Takes a lease and registers under it."""
         old = self._keeper
         keeper = LeaseKeeper(
-            self.coordinator,
+            self._alive,
             ttl_s=self._etcd.lease_ttl_s,
             renew_interval_s=self._etcd.renew_interval_s,
             safety_margin_s=self._etcd.rpc_timeout_s,

@@ -119,13 +119,14 @@ class Participant:
         self._record = replace(self._record, peer_port=port, link=self._watched.address)
         await self.in_thread(self.member.start, self._record)
         self._run_task = self._loop.create_task(self._run())
+        self._run_task.add_done_callback(_tell_end)
 
     async def close(self) -> None:
         """Leaves the group at once. Waits for etcd."""
         self._closing = True
         self._wake.set()
         if self._run_task is not None:
-            await self._run_task
+            await asyncio.wait([self._run_task])
         self.seat.leave()
         self._settle()
         await asyncio.gather(*self._closing_links)
@@ -207,6 +208,7 @@ class Participant:
 
     def _turn(self) -> None:
         seat, now_s = self.seat, time.monotonic()
+        self.member.turned()
         before = seat.group
         self._took(seat.saw(self.member.group(), now_s))
         if seat.group is not before:
@@ -328,3 +330,9 @@ class Participant:
         task = asyncio.get_running_loop().create_task(link.close())
         self._closing_links.add(task)
         task.add_done_callback(self._closing_links.discard)
+
+
+def _tell_end(task: asyncio.Task[None]) -> None:
+    """A defect has ended the turns: the lease is renewed no longer, and the others go on."""
+    if not task.cancelled() and task.exception() is not None:
+        log.critical("this replica takes part no longer", exc_info=task.exception())

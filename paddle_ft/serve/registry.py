@@ -134,6 +134,8 @@ class Group:
     promote_revision: int = 0
     leases: Mapping[str, int] = field(default_factory=dict)
     """Of each replica."""
+    since: Mapping[str, int] = field(default_factory=dict)
+    """create_revision of each replica's record: the newest of a node is the one that runs."""
     revision: int = 0
     """etcd's, when it was so."""
 
@@ -145,11 +147,13 @@ def parse(keys: Keys, kvs: Iterable[KeyValue], revision: int = 0) -> Group:
     """
     replicas: dict[str, ReplicaRecord] = {}
     leases: dict[str, int] = {}
+    since: dict[str, int] = {}
     single: dict[str, KeyValue] = {}
     for kv in kvs:
         if kv.key.startswith(keys.replicas):
             name = kv.key[len(keys.replicas) :]
-            replicas[name], leases[name] = _decoded(ReplicaRecord, kv), kv.lease
+            replicas[name] = _decoded(ReplicaRecord, kv)
+            leases[name], since[name] = kv.lease, kv.create_revision
         else:
             single[kv.key] = kv
     primary = single.get(keys.primary)
@@ -165,6 +169,7 @@ def parse(keys: Keys, kvs: Iterable[KeyValue], revision: int = 0) -> Group:
         promote=_decoded(Promote, promote) if promote else None,
         promote_revision=promote.mod_revision if promote else 0,
         leases=leases,
+        since=since,
         revision=revision,
     )
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import heapq
 import itertools
+import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -30,6 +31,8 @@ from paddle_ft.serve.participant import GroupSettings, Participant
 from paddle_ft.serve.registry import Group, Promote, ReplicaRecord
 from paddle_ft.serve.seat import Seat
 from paddle_ft.serve.types import NotPrimary, NotPromoted, ServeError, TooLarge, Unavailable
+
+log = logging.getLogger("paddle_ft")
 
 __all__ = ["GroupSettings", "Replicated", "Status"]
 
@@ -304,7 +307,7 @@ class Replicated:
         names = [n for n, r in replicas.items() if target in (n, r.node)]
         if not names:
             raise NotPromoted(f"there is no replica {target}: there are {', '.join(replicas)}")
-        name = max(names, key=lambda n: self.group.leases[n])
+        name = max(names, key=lambda n: self.group.since[n])
         if self.group.primary == name:
             return name
         member = self._party.member
@@ -344,7 +347,10 @@ class Replicated:
                 waiting.set_result(None)
         for entry in entries:
             for callback in self._callbacks:
-                callback(entry)
+                try:
+                    callback(entry)
+                except Exception:  # the broadcast must not end with it
+                    log.exception("what was to be done about %s %s failed", entry.kind, entry.key)
 
     def role_changed(self) -> None:
         """Whoever waited for this primary does not know."""

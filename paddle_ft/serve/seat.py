@@ -262,6 +262,8 @@ class Seat:
             return f"{target} is the primary already"
         if target not in self.group.replicas:
             return f"there is no replica {target}"
+        if not _candidate(self.group.replicas[target]).ready:
+            return f"{target} is {self.group.replicas[target].condition}: wait until it is ready"
         if target not in self.primary.recorded:
             return f"{target} is not in sync: wait until it is, or force it"
         return ""

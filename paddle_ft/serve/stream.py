@@ -256,6 +256,7 @@ class Link:
         self._message = message
         self._on_answer = on_answer
         self._more = asyncio.Event()
+        self._closed = False
         self._task = asyncio.get_running_loop().create_task(self._run(), name=f"link {name}")
 
     def wake(self) -> None:
@@ -263,16 +264,17 @@ class Link:
         self._more.set()
 
     async def close(self) -> None:
+        self._closed = True  # before Python 3.12, wait_for may swallow the cancellation
         self._task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._task
 
     async def _run(self) -> None:
         async with self._peers.channel(self._address) as channel:
-            while True:
+            while not self._closed:
                 call = channel.stream_stream(f"/{SERVICE}/Follow")(metadata=self._metadata)
                 try:
-                    while True:
+                    while not self._closed:
                         await self._say(call)
                 except (grpc.RpcError, asyncio.TimeoutError, asyncio.InvalidStateError, EOFError):
                     pass

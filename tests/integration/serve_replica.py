@@ -11,6 +11,7 @@ import json
 import logging
 import signal
 import sys
+import time
 from dataclasses import asdict
 from typing import Any
 
@@ -35,6 +36,8 @@ async def answer(group: Replicated, request: dict[str, Any]) -> Any:
         return {key: value.decode() for key, value in group.items("state").items()}
     if op == "tell":
         return group.tell(**request)
+    if op == "block":
+        return time.sleep(request["s"])  # the whole event loop
     assert op == "status"
     return asdict(group.status())
 

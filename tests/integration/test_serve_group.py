@@ -232,6 +232,18 @@ def test_a_forced_promotion_gives_up_what_the_others_had(group: ServingGroup) ->
 
 
 @pytest.mark.slow
+def test_a_primary_whose_event_loop_stands_still_is_replaced(group: ServingGroup) -> None:
+    old = group.primary()
+    term = group.status(old.node)["term"]
+    blocked = threading.Thread(target=old.ask, args=("block", 20.0), kwargs={"s": 8.0})
+    blocked.start()
+    assert group.put("k", "by another")[0] > term
+    assert blocked.is_alive()
+    blocked.join(20)
+    check(group, [])
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("size", [2, 3])
 def test_nothing_is_lost_over_many_kills(etcd: EtcdCluster, size: int) -> None:
