@@ -28,6 +28,7 @@ from paddle_ft.health.cli import health
 from paddle_ft.health.probe_cli import probe
 from paddle_ft.serve.gateway_cli import gateway
 from paddle_ft.serve.publish_cli import models, publish
+from paddle_ft.serve.serving_cli import serve, serving
 
 LOGS = Path("log")
 """Where a launcher that was not told otherwise puts its output."""
@@ -67,6 +68,7 @@ app.command()(probe)
 app.command()(publish)
 app.command()(models)
 app.command()(gateway)
+app.command()(serving)
 app.add_typer(chaos_app, name="chaos")
 
 
@@ -87,6 +89,9 @@ def options(
 
 
 _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+
+app.command(context_settings=_PASS_ON, add_help_option=False)(serve)
 
 
 @app.command(context_settings=_PASS_ON, add_help_option=False)

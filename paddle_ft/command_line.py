@@ -11,7 +11,7 @@ import importlib.util
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -67,14 +67,14 @@ class Command:
     chaos: Plan | None = None
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """Errors are one sentence; an unknown flag gets the nearest known one."""
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message} (see --help)")
 
 
-class _Version(argparse.Action):
+class Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
         sys.stdout.write(f"{version()}\n")
         parser.exit()
@@ -130,7 +130,7 @@ _FLAGS = (
 
 def build_parser() -> argparse.ArgumentParser:
     """Every flag with ``_`` and with ``-``; what follows the script is the script's."""
-    parser = _Parser(
+    parser = Parser(
         prog="python -m paddle_ft.launch",
         usage="python -m paddle_ft.launch [flags] script.py [args of the script]",
         description="Runs a PaddlePaddle training script so that it survives the loss of workers "
@@ -139,20 +139,35 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    groups: dict[str, argparse._ArgumentGroup] = {}
     hidden = [("other", f"--{name}", "VALUE", argparse.SUPPRESS) for name in (*IGNORED, "run_mode")]
-    for title, names, value, told in (*_FLAGS, *hidden):
+    add_flags(parser, (*_FLAGS, *hidden))
+    parser.add_argument("script", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    return parser
+
+
+def add_flags(
+    parser: argparse.ArgumentParser,
+    flags: Iterable[tuple[str, str, str, str]],
+    repeated: Collection[str] = (),
+) -> None:
+    """Each (group, forms, value or "" for a switch, help), with ``_`` and with ``-``; --version.
+
+    Those in ``repeated`` may be given more than once.
+    """
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    for title, names, value, told in flags:
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
         first, *more = names.split()
         forms = dict.fromkeys((first, f"--{first[2:].replace('_', '-')}", *more))
         if value:
-            groups[title].add_argument(*forms, dest=first[2:], metavar=value, help=told)
+            action = "append" if first in repeated else "store"
+            groups[title].add_argument(
+                *forms, dest=first[2:], metavar=value, help=told, action=action
+            )
         else:
             groups[title].add_argument(*forms, dest=first[2:], action="store_true", help=told)
-    groups["other"].add_argument("--version", action=_Version, nargs=0, help="tell it and end")
-    parser.add_argument("script", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
-    return parser
+    groups["other"].add_argument("--version", action=Version, nargs=0, help="tell it and end")
 
 
 def parse(arguments: Sequence[str], environ: dict[str, str]) -> Command:

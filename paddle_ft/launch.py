@@ -205,7 +205,7 @@ def one_sentence_for_shortages() -> Iterator[None]:
         raise MachineError(f"{error}; {SHORTAGES[errno.EAGAIN]}, and start again") from error
 
 
-def _stop_before_it_runs(number: int, _frame: object) -> NoReturn:
+def stop_before_it_runs(number: int, _frame: object) -> NoReturn:
     """Until the agent takes the signal over: what was started is undone on the way out."""
     sys.stderr.write(f"paddle_ft: stopped by {signal.Signals(number).name} before it began\n")
     raise SystemExit(128 + number)
@@ -217,7 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if getattr(sys, name) is None:  # closed by whoever started us
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  as long as the process
     logging.basicConfig(format="[paddle_ft] %(message)s", level=logging.WARNING)
-    before = signal.signal(signal.SIGTERM, _stop_before_it_runs)
+    before = signal.signal(signal.SIGTERM, stop_before_it_runs)
     try:
         command = parse(sys.argv[1:] if arguments is None else arguments, dict(os.environ))
         if command.print_config:

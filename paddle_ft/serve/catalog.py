@@ -52,6 +52,8 @@ class _Coming:
     progress: float
     retry_after_s: float
     failure: str = ""
+    extra: bool = False
+    """The replica is ready without it."""
 
 
 class Catalog:
@@ -71,15 +73,26 @@ class Catalog:
     # ------------------------------------------------------------ told
 
     def loading(
-        self, name: str, version: str, progress: float = 0.0, retry_after_s: float = 1.0
+        self,
+        name: str,
+        version: str,
+        progress: float = 0.0,
+        retry_after_s: float = 1.0,
+        extra: bool = False,
     ) -> None:
-        """``version`` is on its way, ``progress`` of it done; one served before stays."""
-        self._coming[name] = _Coming(version, progress, retry_after_s)
+        """``version`` ("": not known yet) is on its way, ``progress`` of it done; one served before
+        stays. Without what is ``extra`` the replica is ready, too."""
+        self._coming[name] = _Coming(version, progress, retry_after_s, extra=extra)
         self._changed()
 
     def failed(self, name: str, version: str, reason: str) -> None:
         """``version`` could not be loaded."""
         self._coming[name] = _Coming(version, 0.0, 5.0, reason)
+        self._changed()
+
+    def forget(self, name: str) -> None:
+        """Nothing of this model is on its way any more."""
+        self._coming.pop(name, None)
         self._changed()
 
     def serve(self, runner: Runner) -> None:
@@ -127,13 +140,14 @@ class Catalog:
             return found
         coming = self._coming.get(name)
         if coming is not None and version in ("", coming.version):
+            named = f"{name} {coming.version}".strip()
             if coming.failure:
                 raise Unavailable(
-                    f"{name} {coming.version} could not be loaded: {coming.failure}",
+                    f"{named} could not be loaded: {coming.failure}",
                     coming.retry_after_s,
                 )
             raise Loading(
-                f"{name} {coming.version} is being loaded: {coming.progress:.0%} done",
+                f"{named} is being loaded: {coming.progress:.0%} done",
                 coming.retry_after_s,
                 coming.progress,
             )
@@ -141,6 +155,11 @@ class Catalog:
             raise Unavailable(f"{name} is being taken out", 1.0)
         what = f"version {version[:60]!a} of " if version and name in self._default else ""
         raise BadRequest(f"there is no {what}model {name[:60]!a} here", 404)
+
+    @property
+    def served(self) -> dict[str, str]:
+        """The version, by model, that is given to who names none."""
+        return dict(self._default)
 
     def versions(self, name: str) -> list[str]:
         return [version for model, version in self._served if model == name]
@@ -162,7 +181,8 @@ class Catalog:
         if self._draining:
             return False
         if not name:
-            names = {*self._default, *self._coming}
+            coming = {each for each, c in self._coming.items() if not c.extra}
+            names = {*self._default, *coming}
             return bool(names) and all(self.ready(each) for each in names)
         try:
             self.find(name, version)

@@ -13,7 +13,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,8 +47,11 @@ def load(
     *,
     trust: Trust | None = None,
     digest: str | None = None,
+    on_progress: Callable[[float], None] = lambda _: None,
 ) -> LoadedVersion:
     """The folder of a version (None: the newest), ready to be opened.
+
+    ``on_progress`` is called on threads, with the share that is there.
 
     Raises StoreMissing if there is no such version, CheckpointDamaged if bytes are lost or are not
     those that were published and signed, CheckpointMismatch, MachineError if the cache cannot be
@@ -57,7 +60,7 @@ def load(
     manifest, ref = read_version(store, name, version, trust or Trust(), digest)
     place = cache / name
     folder = place / f"{ref.version}-{ref.digest[:16]}"
-    loader = _Loader(store, place, manifest)
+    loader = _Loader(store, place, manifest, on_progress)
     try:
         place.mkdir(parents=True, exist_ok=True)
         if not loader.is_intact(folder):
@@ -73,8 +76,12 @@ def load(
 
 
 class _Loader:
-    def __init__(self, store: Store, place: Path, manifest: Version) -> None:
+    def __init__(
+        self, store: Store, place: Path, manifest: Version, on_progress: Callable[[float], None]
+    ) -> None:
         self.nbytes_fetched = 0
+        self._nbytes_written = 0
+        self._on_progress = on_progress
         self._store, self._place, self._manifest = store, place, manifest
 
     def is_intact(self, folder: Path) -> bool:
@@ -124,6 +131,8 @@ class _Loader:
                 while data:
                     count = os.pwrite(descriptor, data, at)
                     data, at = data[count:], at + count
+                self._nbytes_written += block.nbytes
+                self._on_progress(min(1.0, self._nbytes_written / self._manifest.nbytes))
 
             places, at = [], 0
             for block in file.blocks:

@@ -196,6 +196,10 @@ class HttpApi:
         json_bytes = json_length(call.headers)
         if (len(call.body) if json_bytes is None else json_bytes) > LARGE_JSON_BYTES:
             request = await asyncio.to_thread(wire.decode, call.body, json_bytes, batcher.info)
+            now = self._catalog.find(*call.model)
+            if now is not batcher:  # another version has taken over meanwhile
+                batcher = now
+                request = wire.decode(call.body, json_bytes, batcher.info)
         else:
             request = wire.decode(call.body, json_bytes, batcher.info)
         limits_s = [self._access.request_timeout_s, timeout_s(call.headers)]

@@ -1,0 +1,204 @@
+"""A replica: a front, the models behind it, and its place in a serving group.
+
+It binds its ports before anything is loaded, and answers 503 with progress until then. Its record
+in etcd follows its condition. SIGTERM and SIGINT let it finish what it has taken.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import uuid
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from paddle_ft.agent.net import NodeName, address_towards
+from paddle_ft.checkpoint.sign import Trust
+from paddle_ft.checkpoint.store import Store, open_store
+from paddle_ft.checkpoint.store_directory import DirectoryStore
+from paddle_ft.config import Config
+from paddle_ft.errors import ConfigError, StoreMissing
+from paddle_ft.serve import memory
+from paddle_ft.serve.catalog import Catalog
+from paddle_ft.serve.enrol import Enrolment
+from paddle_ft.serve.front import Front
+from paddle_ft.serve.loader import Loader, Wanted, beside, pool_settings, wanted
+from paddle_ft.serve.registry import Condition, ReplicaRecord
+
+log = logging.getLogger("paddle_ft")
+
+LOOK_S = 1.0
+"""Between two looks at the memory."""
+_ENOUGH = 0.05
+"""So far below the bound must the memory be again for a replica to be no longer degraded."""
+_ANY = ("0.0.0.0", "::", "")
+
+
+def condition(ready: bool, draining: bool, degraded: bool) -> Condition:
+    """What the others are told of a replica."""
+    if draining:
+        return "draining"
+    if not ready:
+        return "loading"
+    return "degraded" if degraded else "ready"
+
+
+class Replica:
+    """Made of settings alone; ``run`` does everything."""
+
+    def __init__(self, config: Config) -> None:
+        """Raises ConfigError, StoreMissing for a directory that is not there."""
+        self._config = config
+        self._models = models_of(config)
+        settings = config.serve
+        trust = Trust.of(config.checkpoint)
+        self._loader = Loader(
+            _store(config), trust, _cache(settings.cache), pool_settings(settings)
+        )
+        self._front = Front(settings, self._loader)
+        self._loader.fill(self._front.catalog)
+        self._enrolment: Enrolment | None = None
+        if config.etcd.endpoints:
+            self._enrolment = Enrolment(config.etcd, settings.group)
+        self._draining = False
+        self._degraded = False
+        self._asked: asyncio.Event
+
+    async def run(self) -> None:
+        """Serves until SIGTERM or SIGINT, then until what was taken is answered.
+
+        Raises PaddleFTError for what keeps it from ever serving what it is to serve.
+        """
+        self._asked = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop, number)
+        enrolment, clean = self._enrolment, False
+        try:
+            if enrolment is not None:
+                await beside(enrolment.coordinator.ping)
+            await self._front.start()
+            if enrolment is not None:
+                await beside(lambda: enrolment.start(self._record(enrolment)))
+            clean = await self._serve()
+        finally:
+            await self._leave(clean)
+
+    async def _serve(self) -> bool:
+        """Returns once asked to stop."""
+        begin = asyncio.create_task(self._loader.begin(self._models))
+        watch = asyncio.create_task(self._watch())
+        asked = asyncio.create_task(self._asked.wait())
+        try:
+            await asyncio.wait([begin, watch, asked], return_when=asyncio.FIRST_COMPLETED)
+            while not asked.done():
+                if begin.done():
+                    begin.result()
+                if watch.done():
+                    watch.result()
+                pending = [t for t in (begin, watch, asked) if not t.done()]
+                await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+            return True
+        finally:
+            for task in (begin, watch, asked):
+                task.cancel()
+            await asyncio.gather(begin, watch, asked, return_exceptions=True)
+
+    async def _leave(self, clean: bool) -> None:
+        """Tells that it goes, and goes; at once, if it has not begun well."""
+        config, enrolment = self._config.serve, self._enrolment
+        self._draining = True
+        self._front.catalog.drain()
+        if clean:
+            log.info("asked to stop: finishing what was taken, for up to %g s", config.drain_s)
+        await self._loader.stop()
+        if enrolment is not None and clean:
+            enrolment.tell(condition="draining")
+            await asyncio.sleep(config.notice_s)
+        await self._front.stop()
+        if enrolment is not None:
+            await beside(enrolment.close)
+        if self._name is not None:
+            self._name.release()
+
+    def _stop(self, number: int) -> None:
+        if self._asked.is_set():
+            log.warning("stopped by a second %s", signal.Signals(number).name)
+            os._exit(128 + number)  # the workers end with their sockets
+        self._asked.set()
+
+    # ------------------------------------------------------------ what the others are told
+
+    _name: NodeName | None = None
+
+    def _record(self, enrolment: Enrolment) -> ReplicaRecord:
+        config = self._config
+        self._name = NodeName(f"serving-{config.serve.group}", config.job.node)
+        host = config.job.host or config.serve.host
+        if host in _ANY:
+            host = address_towards(enrolment.coordinator.targets)
+        name = f"{self._name.name}.{uuid.uuid4().hex[:12]}"
+        log.info("this is %s of the serving group %s", name, config.serve.group)
+        return ReplicaRecord(name, host, self._front.http_port, self._front.grpc_port, 0)
+
+    async def _watch(self) -> None:
+        """Keeps the record as things are."""
+        changed = asyncio.Event()
+        catalog = self._front.catalog
+        cancel = catalog.watch(changed.set)
+        most = self._config.serve.memory_used_max
+        try:
+            while True:
+                used = memory.used_share()
+                degraded = used > most - (_ENOUGH if self._degraded else 0.0)
+                if degraded != self._degraded:
+                    self._degraded = degraded
+                    log.warning("%.0f %% of the memory are used", 100 * used)
+                self._tell(catalog)
+                with suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(changed.wait(), LOOK_S)
+                changed.clear()
+        finally:
+            cancel()
+
+    def _tell(self, catalog: Catalog) -> None:
+        if self._enrolment is not None:
+            now = condition(catalog.ready(), self._draining, self._degraded)
+            self._enrolment.tell(condition=now, models=catalog.served)
+
+
+def models_of(config: Config) -> Sequence[Wanted]:
+    """What is to be served; raises ConfigError."""
+    models = [wanted(text) for text in config.serve.models]
+    if not models:
+        raise ConfigError("no model is named: give --model NAME, as paddle-ft models lists them")
+    names = [each.name for each in models]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"--model {name} is given twice: one version is served at a time")
+    return models
+
+
+def _store(config: Config) -> Store:
+    url = config.checkpoint.url
+    if not url:
+        raise ConfigError("there is no store to load models from: give --store URL")
+    # Files of models have a cache of their own.
+    store = open_store(url, config.checkpoint.model_copy(update={"cache": ""}))
+    if isinstance(store, DirectoryStore) and not os.path.isdir(store.url):
+        raise StoreMissing(f"there is no directory {store.url}; correct --store.")
+    return store
+
+
+def _cache(given: str) -> Path:
+    """Where files of models are kept; made if it is not there. Raises ConfigError."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    place = Path(given or os.path.join(home, "paddle_ft", "models"))
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--cache {place} cannot be used: {error.strerror}") from error
+    return place.absolute()
