@@ -12,7 +12,6 @@ import os
 import signal
 import uuid
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from paddle_ft.agent.net import NodeName, address_towards
@@ -146,9 +145,14 @@ class Replica:
 
     async def _watch(self) -> None:
         """Keeps the record as things are."""
-        changed = asyncio.Event()
-        catalog = self._front.catalog
-        cancel = catalog.watch(changed.set)
+        loop, catalog = asyncio.get_running_loop(), self._front.catalog
+        changed: asyncio.Future[None] = loop.create_future()
+
+        def change() -> None:
+            if not changed.done():
+                changed.set_result(None)
+
+        cancel = catalog.watch(change)
         most = self._config.serve.memory_used_max
         try:
             while True:
@@ -158,9 +162,10 @@ class Replica:
                     self._degraded = degraded
                     log.warning("%.0f %% of the memory are used", 100 * used)
                 self._tell(catalog)
-                with suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(changed.wait(), LOOK_S)
-                changed.clear()
+                # Not wait_for, which swallows a cancellation that comes with a change.
+                await asyncio.wait([changed], timeout=LOOK_S)
+                if changed.done():
+                    changed = loop.create_future()
         finally:
             cancel()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -15,10 +16,11 @@ import pytest
 from typer.testing import CliRunner
 
 from paddle_ft.cli import app
+from paddle_ft.config import load
 from paddle_ft.serve.__main__ import main
 from paddle_ft.serve.memory import _groups, used_share
 from paddle_ft.serve.publish import publish
-from paddle_ft.serve.replica import condition
+from paddle_ft.serve.replica import Replica, condition
 from tests.integration.etcd_cluster import EtcdCluster
 from tests.integration.replica_world import ADMIN, Clients, publish_times, replica
 
@@ -125,7 +127,7 @@ def test_no_request_fails_when_workers_are_killed(
 def test_a_replica_that_is_asked_to_stop_answers_what_it_has(
     tmp_path: Path, wait_for: Callable[..., None]
 ) -> None:
-    publish_times(tmp_path, 2, seconds=0.5)
+    publish_times(tmp_path, 2, seconds=0.2)
     with replica(tmp_path, "--spares", "0") as made, ThreadPoolExecutor(3) as pool:
         wait_for(made.is_ready)
         asked = [pool.submit(made.infer, value) for value in (1, 2, 3)]
@@ -141,6 +143,24 @@ def test_a_stop_ends_a_replica_that_still_loads(
     publish_times(tmp_path, 2, gate=tmp_path / "never")
     with replica(tmp_path) as made:
         wait_for(lambda: made.infer()[1].endswith("50% done"))
+
+
+def test_a_stop_that_comes_with_a_change_is_not_lost(tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir()
+    values = {"serve.models": ("times",), "serve.cache": str(tmp_path / "cache")}
+    made = Replica(load(values | {"checkpoint.url": str(tmp_path / "store")}, {}).config)
+
+    async def story() -> None:
+        for ticks in range(4):
+            watch = asyncio.create_task(made._watch())
+            await asyncio.sleep(0.02)
+            made._front.catalog.forget("times")
+            for _ in range(ticks):
+                await asyncio.sleep(0)
+            watch.cancel()
+            assert await asyncio.wait([watch], timeout=10) == ({watch}, set())
+
+    asyncio.run(story())
 
 
 @pytest.mark.etcd
