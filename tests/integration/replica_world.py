@@ -84,6 +84,10 @@ class ReplicaProcess:
         self.http, self.grpc = (f"127.0.0.1:{port}" for port in found.groups())
 
     @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
     def text(self) -> str:
         return "".join(self._lines)
 
