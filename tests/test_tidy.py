@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[1]
 
 LAYERS = (
     ("values", ["types", "errors"]),
-    ("settings", ["config", "gateway_config", "failpoints"]),
+    ("settings", ["config", "gateway_config", "serve_config", "failpoints"]),
     (
         "pure",
         [

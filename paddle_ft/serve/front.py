@@ -20,12 +20,12 @@ from typing import Any
 
 import uvicorn
 
-from paddle_ft.config import ServeConfig
 from paddle_ft.errors import ConfigError, MachineError
 from paddle_ft.serve import grpc_api
 from paddle_ft.serve.batching import Limits
 from paddle_ft.serve.catalog import Catalog, Control
 from paddle_ft.serve.http import Access, HttpApi
+from paddle_ft.serve_config import ServeConfig
 
 LOG = logging.getLogger(__name__)
 

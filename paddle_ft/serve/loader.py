@@ -21,7 +21,6 @@ from typing import Any, TypeVar
 
 from paddle_ft.checkpoint.sign import Trust
 from paddle_ft.checkpoint.store import Store
-from paddle_ft.config import ServeConfig
 from paddle_ft.errors import ConfigError, PaddleFTError, StoreMissing, StoreUnavailable
 from paddle_ft.serve.catalog import Catalog
 from paddle_ft.serve.folder import load
@@ -30,6 +29,7 @@ from paddle_ft.serve.pool import Pool, PoolSettings, Progress
 from paddle_ft.serve.predictor import Settings
 from paddle_ft.serve.tensors import BadRequest
 from paddle_ft.serve.types import ServeError, Unavailable
+from paddle_ft.serve_config import ServeConfig
 
 log = logging.getLogger("paddle_ft")
 T = TypeVar("T")

@@ -10,7 +10,6 @@ import asyncio
 import logging
 import os
 import signal
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,13 +18,15 @@ from paddle_ft.checkpoint.sign import Trust
 from paddle_ft.checkpoint.store import Store, open_store
 from paddle_ft.checkpoint.store_directory import DirectoryStore
 from paddle_ft.config import Config
+from paddle_ft.coordination.etcd import EtcdCoordinator
 from paddle_ft.errors import ConfigError, StoreMissing
 from paddle_ft.serve import memory
 from paddle_ft.serve.catalog import Catalog
-from paddle_ft.serve.enrol import Enrolment
 from paddle_ft.serve.front import Front
-from paddle_ft.serve.loader import Loader, Wanted, beside, pool_settings, wanted
-from paddle_ft.serve.registry import Condition, ReplicaRecord
+from paddle_ft.serve.loader import Loader, Wanted, pool_settings, wanted
+from paddle_ft.serve.registry import Condition
+from paddle_ft.serve.replicated import GroupSettings, Replicated
+from paddle_ft.serve.stream import PeerTls
 
 log = logging.getLogger("paddle_ft")
 
@@ -59,9 +60,8 @@ class Replica:
         )
         self._front = Front(settings, self._loader)
         self._loader.fill(self._front.catalog)
-        self._enrolment: Enrolment | None = None
-        if config.etcd.endpoints:
-            self._enrolment = Enrolment(config.etcd, settings.group)
+        self._group: Replicated | None = None
+        self._name: NodeName | None = None
         self._draining = False
         self._degraded = False
         self._asked: asyncio.Event
@@ -75,13 +75,11 @@ class Replica:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop, number)
-        enrolment, clean = self._enrolment, False
+        clean = False
         try:
-            if enrolment is not None:
-                await beside(enrolment.coordinator.ping)
             await self._front.start()
-            if enrolment is not None:
-                await beside(lambda: enrolment.start(self._record(enrolment)))
+            if self._config.etcd.endpoints:
+                await self._join()
             clean = await self._serve()
         finally:
             await self._leave(clean)
@@ -108,18 +106,18 @@ class Replica:
 
     async def _leave(self, clean: bool) -> None:
         """Tells that it goes, and goes; at once, if it has not begun well."""
-        config, enrolment = self._config.serve, self._enrolment
+        config, group = self._config.serve, self._group
         self._draining = True
         self._front.catalog.drain()
         if clean:
             log.info("asked to stop: finishing what was taken, for up to %g s", config.drain_s)
         await self._loader.stop()
-        if enrolment is not None and clean:
-            enrolment.tell(condition="draining")
+        if group is not None and clean:
+            group.tell(condition="draining")
             await asyncio.sleep(config.notice_s)
         await self._front.stop()
-        if enrolment is not None:
-            await beside(enrolment.close)
+        if group is not None:
+            await group.close()
         if self._name is not None:
             self._name.release()
 
@@ -131,17 +129,36 @@ class Replica:
 
     # ------------------------------------------------------------ what the others are told
 
-    _name: NodeName | None = None
-
-    def _record(self, enrolment: Enrolment) -> ReplicaRecord:
-        config = self._config
-        self._name = NodeName(f"serving-{config.serve.group}", config.job.node)
-        host = config.job.host or config.serve.host
+    async def _join(self) -> None:
+        """Becomes one of its serving group; raises CoordinationError, ConfigError."""
+        config, serve = self._config, self._config.serve
+        self._name = NodeName(f"serving-{serve.group}", config.job.node)
+        host = config.job.host or serve.host
         if host in _ANY:
-            host = address_towards(enrolment.coordinator.targets)
-        name = f"{self._name.name}.{uuid.uuid4().hex[:12]}"
-        log.info("this is %s of the serving group %s", name, config.serve.group)
-        return ReplicaRecord(name, host, self._front.http_port, self._front.grpc_port, 0)
+            host = address_towards(EtcdCoordinator(config.etcd).targets)
+        tls = None
+        if serve.peer_ca_file:
+            tls = PeerTls(serve.peer_ca_file, serve.peer_cert_file, serve.peer_key_file)
+        group = Replicated(
+            GroupSettings(
+                config.etcd,
+                serve.group,
+                self._name.name,
+                host,
+                self._front.http_port,
+                self._front.grpc_port,
+                serve.in_sync_min,
+                tls=tls,
+                plain=serve.peer_plain,
+            )
+        )
+        try:
+            await group.start()
+        except BaseException:
+            await group.close()
+            raise
+        self._group = group
+        log.info("this is %s of the serving group %s", group.name, serve.group)
 
     async def _watch(self) -> None:
         """Keeps the record as things are."""
@@ -170,9 +187,9 @@ class Replica:
             cancel()
 
     def _tell(self, catalog: Catalog) -> None:
-        if self._enrolment is not None:
+        if self._group is not None:
             now = condition(catalog.ready(), self._draining, self._degraded)
-            self._enrolment.tell(condition=now, models=catalog.served)
+            self._group.tell(condition=now, models=catalog.served)
 
 
 def models_of(config: Config) -> Sequence[Wanted]:

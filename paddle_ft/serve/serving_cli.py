@@ -34,7 +34,7 @@ def serving(
     from rich.console import Console
 
     from paddle_ft.config import load
-    from paddle_ft.serve.enrol import read_group
+    from paddle_ft.serve.gateway import read_group
 
     endpoints = tuple(filter(None, etcd.removeprefix("etcd://").split(",")))
     config = load({"etcd.endpoints": endpoints, "serve.group": group}, os.environ).config

@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from paddle_ft.config import ServeConfig
 from paddle_ft.serve.catalog import Catalog
 from paddle_ft.serve.front import Front
 from paddle_ft.serve.tensors import BadRequest
 from paddle_ft.serve.types import Feature, ModelError, ModelInfo, Tensors
+from paddle_ft.serve_config import ServeConfig
 
 TOKEN = "let me in"
 

@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from paddle_ft.config import ServeConfig
 from paddle_ft.coordination.etcd_grpc import grpc
 from paddle_ft.errors import ConfigError
 from paddle_ft.serve import grpc_messages, openapi
@@ -26,6 +25,7 @@ from paddle_ft.serve.bodies import unpack
 from paddle_ft.serve.front import Front
 from paddle_ft.serve.http_paths import ROUTES
 from paddle_ft.serve.tensors import BadRequest
+from paddle_ft.serve_config import ServeConfig
 from tests.integration.serve_world import (
     DOUBLE,
     ECHO,

@@ -4,9 +4,9 @@ import asyncio
 import json
 import sys
 
-from paddle_ft.config import ServeConfig
 from paddle_ft.serve.front import Front
 from paddle_ft.serve.types import Tensors
+from paddle_ft.serve_config import ServeConfig
 from tests.integration.serve_world import DOUBLE, NumpyRunner, doubled
 
 
