@@ -22,6 +22,7 @@ from paddle_ft.coordination.etcd import EtcdCoordinator
 from paddle_ft.errors import ConfigError, StoreMissing
 from paddle_ft.serve import memory
 from paddle_ft.serve.catalog import Catalog
+from paddle_ft.serve.follow import Following
 from paddle_ft.serve.front import Front
 from paddle_ft.serve.loader import Loader, Wanted, pool_settings, wanted
 from paddle_ft.serve.registry import Condition
@@ -58,7 +59,8 @@ class Replica:
         self._loader = Loader(
             _store(config), trust, _cache(settings.cache), pool_settings(settings)
         )
-        self._front = Front(settings, self._loader)
+        self._following = Following(self._loader)
+        self._front = Front(settings, self._following)
         self._loader.fill(self._front.catalog)
         self._group: Replicated | None = None
         self._name: NodeName | None = None
@@ -111,6 +113,7 @@ class Replica:
         self._front.catalog.drain()
         if clean:
             log.info("asked to stop: finishing what was taken, for up to %g s", config.drain_s)
+        await self._following.stop()
         await self._loader.stop()
         if group is not None and clean:
             group.tell(condition="draining")
@@ -152,6 +155,7 @@ class Replica:
                 plain=serve.peer_plain,
             )
         )
+        self._following.join(group)
         try:
             await group.start()
         except BaseException:

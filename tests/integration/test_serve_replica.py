@@ -164,7 +164,8 @@ def test_a_stop_that_comes_with_a_change_is_not_lost(tmp_path: Path) -> None:
 
 
 @pytest.mark.etcd
-def test_a_replica_is_registered_while_it_is_there(
+@pytest.mark.slow
+def test_replicas_of_a_group_follow_their_primary(
     tmp_path: Path, wait_for: Callable[..., None]
 ) -> None:
     gate = tmp_path / "gate"
@@ -176,31 +177,60 @@ def test_a_replica_is_registered_while_it_is_there(
         assert done.exit_code == 0, done.output
         return done.output
 
-    def record() -> Any:
-        (found,) = json.loads(told("--json"))["replicas"].values()
+    def group() -> Any:
+        found = json.loads(told("--json"))
+        for name, record in list(found["replicas"].items()):
+            found[name.partition(".")[0]] = record
         return found
+
+    def conditions() -> list[str]:
+        return [record["condition"] for record in group()["replicas"].values()]
+
+    def flags(node: str) -> list[str]:
+        return ["--etcd", etcd.endpoints[0], "--group", "readers", "--node", node, "--spares", "0"]
 
     with EtcdCluster(1) as etcd:
         assert "no replica" in told()
-        flags = ["--etcd", etcd.endpoints[0], "--group", "readers", "--node", "left"]
-        with replica(tmp_path, *flags) as made:
-            wait_for(lambda: '"loading"' in told("--json"))
-            assert record()["models"] == {}
+        with replica(tmp_path, *flags("left")) as left:
+            wait_for(lambda: conditions() == ["loading"])
+            assert group()["left"]["models"] == {}
             gate.touch()
-            wait_for(lambda: record()["condition"] == "ready")
-            found = record()
-            assert (found["models"], found["host"]) == ({"times": "1"}, "127.0.0.1")
-            assert f"127.0.0.1:{found['http_port']}" == made.http
-            assert found["name"].startswith("left.")
-            lines = told().splitlines()
-            assert lines[0] == "serving group readers: 1 replica, no primary"
-            assert lines[2].split()[-3:] == ["ready", "times", "1"]
+            wait_for(lambda: conditions() == ["ready"])
+            record = group()["left"]
+            assert (record["models"], record["host"]) == ({"times": "1"}, "127.0.0.1")
+            assert f"127.0.0.1:{record['http_port']}" == left.http
+            wait_for(lambda: "1 replica, primary left." in told())
 
-            made.stop()
-            wait_for(lambda: record()["condition"] == "draining")
-            assert made.infer()[0] == 200  # until all have heard of it
-            assert not made.is_ready()
-            wait_for(lambda: "no replica" in told())
+            with replica(tmp_path, *flags("right")) as right:
+                wait_for(lambda: conditions() == ["ready", "ready"])
+                publish_times(tmp_path, 3)
+                status, answer = right.load("times")
+                assert (status, left.http in answer["error"]) == (421, True)
+                with Clients(right) as clients:  # it follows without dropping one
+                    wait_for(lambda: clients.answers[2] > 2)
+                    assert left.load("times") == (200, None)
+                    wait_for(lambda: clients.answers[3] > 2)
+                assert not clients.failures
+                wait_for(lambda: group()["right"]["models"] == {"times": "2"})
+                wait_for(lambda: "in sync" in told())
+                lines = told().splitlines()
+                assert [line.split()[3:] for line in lines[2:]] == [
+                    ["ready", "times", "2", "primary"],
+                    ["ready", "times", "2", "in", "sync"],
+                ]
+                left.stop()
+                wait_for(lambda: group()["left"]["condition"] == "draining")
+                assert left.infer()[0] == 200  # until all have heard of it
+                assert not left.is_ready()
+                wait_for(lambda: "1 replica, primary right." in told())
+                assert left.wait() == 0
+                publish_times(tmp_path, 4)
+                assert right.load("times", version="1") == (200, None)
+
+                with replica(tmp_path, *flags("late")) as late:  # not the newest: the group's
+                    wait_for(lambda: group().get("late", {}).get("models") == {"times": "1"}, 60)
+                    assert late.infer()[1][0] == 2
+        wait_for(lambda: "no replica" in told())
 
 
 @pytest.fixture
