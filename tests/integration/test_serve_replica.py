@@ -18,9 +18,11 @@ from typer.testing import CliRunner
 from paddle_ft.cli import app
 from paddle_ft.config import load
 from paddle_ft.serve.__main__ import main
+from paddle_ft.serve.loader import version_of
 from paddle_ft.serve.memory import _groups, used_share
 from paddle_ft.serve.publish import publish
 from paddle_ft.serve.replica import Replica, condition
+from paddle_ft.serve.tensors import BadRequest
 from tests.integration.etcd_cluster import EtcdCluster
 from tests.integration.replica_world import ADMIN, Clients, publish_times, replica
 
@@ -36,7 +38,7 @@ def test_a_replica_says_how_far_it_is_and_then_swaps_versions_under_requests(
 ) -> None:
     gate = tmp_path / "gate"
     publish_times(tmp_path, 2, gate=gate)
-    with replica(tmp_path) as made:
+    with replica(tmp_path, "--spares", "0") as made:
         wait_for(lambda: ("times", "1", "LOADING") in states(made))
         wait_for(lambda: made.infer()[1] == "times 1 is being loaded: 50% done")
         status, headers, answer = made.ask("GET", "/v2/models/times")
@@ -60,11 +62,9 @@ def test_a_replica_says_how_far_it_is_and_then_swaps_versions_under_requests(
 
         assert made.load("times", version="1") == (200, None)  # back again
         assert made.infer()[1][0] == 2
-        policy = json.dumps({"version_policy": {"specific": {"versions": [2]}}})
-        assert made.load("times", config=policy) == (200, None)  # as tritonclient can ask for it
-        assert made.infer()[1][0] == 3
 
 
+@pytest.mark.slow
 def test_what_cannot_be_loaded_leaves_the_replica_as_it_is(
     tmp_path: Path, wait_for: Callable[..., None]
 ) -> None:
@@ -114,7 +114,7 @@ def test_no_request_fails_when_workers_are_killed(
     with replica(tmp_path, "--workers", "2") as made:
         wait_for(made.is_ready)
         with Clients(made) as clients:
-            for _ in range(3):
+            for _ in range(2):
                 seen = len(clients.pids)
                 wait_for(lambda seen=seen: len(clients.pids) > seen + 5)
                 victim = clients.pids[-1]
@@ -282,6 +282,40 @@ def test_a_damaged_model_is_not_served(tmp_path: Path, capsys: pytest.CaptureFix
     own = ["--store", str(tmp_path / "store"), "--cache", str(tmp_path / "cache")]
     assert main([*own, "--http_port", "0", "--grpc_port", "0", "--model", "times"]) == 5
     assert "A block of times 1 has been altered" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("parameters", "version"),
+    [
+        ({}, None),
+        ({"version": "3"}, 3),
+        ({"version": 3}, 3),
+        ({"config": '{"version_policy": {"specific": {"versions": [2]}}}'}, 2),
+        ({"config": '{"version_policy": {"latest": {"num_versions": 1}}}'}, None),
+    ],
+)
+def test_which_version_a_load_asks_for(parameters: dict[str, Any], version: int | None) -> None:
+    assert version_of(parameters) == version
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"version": 0},
+        {"version": True},
+        {"version": "1" * 30},
+        {"version": "²"},
+        {"other": 1},
+        {"config": "["},
+        {"config": 7},
+        {"config": "[" * 100_000},
+        {"config": '{"version_policy": {"specific": {"versions": [1, 2]}}}'},
+        {"config": '{"version_policy": {"specific": {"versions": ["x"]}}}'},
+    ],
+)
+def test_a_load_that_asks_for_what_is_none(parameters: dict[str, Any]) -> None:
+    with pytest.raises(BadRequest):
+        version_of(parameters)
 
 
 def test_help_tells_of_every_flag(capsys: pytest.CaptureFixture[str]) -> None:

@@ -46,7 +46,8 @@ def test_the_readmes_have_the_same_parts() -> None:
 def test_settings_named_in_documents_exist() -> None:
     known = {f"{group}.{key}" for group, table in Config() for key in type(table).model_fields}
     for document in DOCUMENTS:
-        named = re.findall(r"`((?:job|etcd|checkpoint|health)\.[a-z_0-9]+)`", document.read_text())
+        pattern = r"`((?:job|etcd|checkpoint|health|serve)\.[a-z_0-9]+)`"
+        named = re.findall(pattern, document.read_text())
         assert set(named) <= known, document.name
 
 
