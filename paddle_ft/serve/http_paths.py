@@ -26,7 +26,7 @@ class Route:
 
 _MODEL = (400, 404, 503)
 _INFER = (400, 401, 404, 408, 413, 415, 429, 503)
-_ADMIN = (400, 401, 403, 404, 408, 413, 415, 503)
+_ADMIN = (400, 401, 403, 404, 408, 413, 415, 421, 500, 503)
 
 
 def _model(path: str, operation: str, summary: str, answer: str, **more: str) -> list[Route]:
