@@ -27,6 +27,7 @@ from paddle_ft.errors import ConfigError, MembersMissing, PaddleFTError
 from paddle_ft.health.cli import health
 from paddle_ft.health.probe_cli import probe
 from paddle_ft.serve.gateway_cli import gateway
+from paddle_ft.serve.group_cli import promote
 from paddle_ft.serve.publish_cli import models, publish
 from paddle_ft.serve.serving_cli import serve, serving
 
@@ -69,6 +70,7 @@ app.command()(publish)
 app.command()(models)
 app.command()(gateway)
 app.command()(serving)
+app.command()(promote)
 app.add_typer(chaos_app, name="chaos")
 
 

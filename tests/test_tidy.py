@@ -154,6 +154,7 @@ LAYERS = (
             "chaos.cli",
             "chaos.run",
             "serve.gateway_cli",
+            "serve.group_cli",
             "",
         ],
     ),

@@ -183,6 +183,20 @@ def _level(kv: KeyValue | None) -> Level:
     return "active-active"
 
 
+def named(group: Group, target: str) -> str | None:
+    """The replica of that name, or the newest one of that node."""
+    names = [n for n, record in group.replicas.items() if target in (n, record.node)]
+    return max(names, key=lambda n: group.since.get(n, 0), default=None)
+
+
+def next_primary(group: Group) -> str | None:
+    """Who would lose least, of those in sync that are not the primary."""
+    in_sync = group.in_sync.names if group.in_sync else ()
+    others = [r for n, r in group.replicas.items() if n in in_sync and n != group.primary]
+    best = max(others, key=lambda r: (r.condition == "ready", r.term, r.sequence), default=None)
+    return best.name if best is not None else None
+
+
 @lru_cache(maxsize=1024)
 def _value(kind: type[Any], data: bytes) -> Any:
     """Most values are as they were at the last look."""

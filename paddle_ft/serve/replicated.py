@@ -303,11 +303,10 @@ class Replicated:
         Raises NotPromoted, Unavailable.
         """
         until_s = time.monotonic() + timeout_s
-        replicas = self.group.replicas
-        names = [n for n, r in replicas.items() if target in (n, r.node)]
-        if not names:
-            raise NotPromoted(f"there is no replica {target}: there are {', '.join(replicas)}")
-        name = max(names, key=lambda n: self.group.since[n])
+        name = registry.named(self.group, target)
+        if name is None:
+            there = ", ".join(self.group.replicas)
+            raise NotPromoted(f"there is no replica {target}: there are {there}")
         if self.group.primary == name:
             return name
         member = self._party.member

@@ -8,12 +8,15 @@ import time
 from collections.abc import Iterator
 
 import pytest
+from typer.testing import CliRunner
 
+from paddle_ft.cli import app
 from tests.integration.etcd_cluster import EtcdCluster, wait_until
 from tests.integration.serving_group import Refused, ReplicaProcess, ServingGroup
 
 pytestmark = pytest.mark.etcd
 
+TELL_S = 1.0
 KILLS = int(os.environ.get("PADDLE_FT_SERVE_KILLS", "20"))
 PAUSE_S = 0.02
 """Of a writer, between two changes: four make 200 a second at most."""
@@ -172,6 +175,28 @@ def test_a_planned_promotion_refuses_nobody(group: ServingGroup) -> None:
         thread.join(20)
     assert [error.args[0] for error in refused] == ["NotPrimary"] * 4  # said, not lost
     assert target.node in str(refused[0])
+
+
+def test_a_person_promotes(group: ServingGroup, etcd: EtcdCluster) -> None:
+    where = ["--etcd", etcd.endpoints[0], "--group", "g"]
+
+    def command(*words: str) -> tuple[int, str]:
+        run = CliRunner().invoke(app, [*words, *where])
+        return run.exit_code, run.output or str(run.exception)
+
+    primary = group.primary()
+    others = [r for r in group.replicas.values() if r is not primary]
+    code, told = command("promote", others[0].node)
+    assert code == 0 and "is the primary of g" in told
+    assert group.primary() is others[0]
+    assert "nobody" in command("promote", "nobody")[1]
+    others[1].ask("tell", condition="loading")
+    group.settle()
+    time.sleep(TELL_S)  # the others have to see it
+    assert "is loading" in command("promote", others[1].node)[1]
+    others[1].ask("tell", condition="ready")
+    assert command("promote")[0] == 0  # the furthest of the others
+    assert group.primary() is not others[0]
 
 
 def test_without_etcd_changes_go_on_and_nobody_is_promoted(
