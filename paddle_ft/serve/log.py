@@ -117,7 +117,7 @@ class Log:
         if not self.base.sequence <= sequence <= self.last.sequence:
             return None
         start = sequence - self.base.sequence
-        entries = self.entries[start : start + most]
+        entries = self.entries[start : start + max(0, most)]
         if bytes_max is None:
             return entries
         size_bytes = 0

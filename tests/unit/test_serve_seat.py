@@ -188,6 +188,17 @@ def test_what_has_changed_is_told_also_where_an_image_came() -> None:
     assert changed == {"k1": None, "k3": b"v", "k4": b"v", "k5": b"v", "k6": b"v"}
 
 
+def test_a_late_message_from_below_the_base_acknowledges_nothing() -> None:
+    """It acknowledges less than the state holds; seed 3062 of the simulator."""
+    replica = follower(20, kept=2)
+    assert replica.log.base.sequence == 18
+    entries = tuple(Entry(Position(1, n), "state", "new", b"") for n in (21, 22, 23))
+    replica.hear(Append(1, "a.1", Position(1, 20), entries, 20))
+    late = Entry(Position(1, 17), "state", "k17", b"v")
+    replica.hear(Append(1, "a.1", Position(1, 16), (late,), 17))
+    assert replica.state.at.sequence == 20
+
+
 def test_messages_are_bounded_and_a_log_is_kept_short() -> None:
     replica = Replica("a.1", kept=10)
     primary = Primary(replica, 3, ["a.1"], 1, 0.0)
