@@ -145,6 +145,20 @@ def test_a_stop_ends_a_replica_that_still_loads(
         wait_for(lambda: made.infer()[1].endswith("50% done"))
 
 
+def test_a_replica_waits_for_its_store(
+    tmp_path: Path, wait_for: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "none")
+    monkeypatch.setenv("PADDLE_FT_CHECKPOINT__ENDPOINT_URL", "http://127.0.0.1:1")
+    monkeypatch.setenv("PADDLE_FT_CHECKPOINT__ATTEMPTS", "1")
+    with replica(tmp_path, "--store", "s3://bucket/models") as made:
+        wait_for(lambda: "cannot be reached" in made.infer()[1])
+        assert made.infer()[0] == 503
+        assert not made.is_ready()
+        assert made.text.count("is not there yet, and tried again") == 1
+
+
 def test_a_stop_that_comes_with_a_change_is_not_lost(tmp_path: Path) -> None:
     (tmp_path / "store").mkdir()
     values = {"serve.models": ("times",), "serve.cache": str(tmp_path / "cache")}
