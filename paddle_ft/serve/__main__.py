@@ -16,6 +16,11 @@ from paddle_ft.launch import one_sentence_for_shortages, stop_before_it_runs
 from paddle_ft.serve.command import parse
 
 
+def _is_news(record: logging.LogRecord) -> bool:
+    """False for what grpc says of calls under way when a server is stopped."""
+    return not (record.exc_info and record.exc_info[0] is asyncio.CancelledError)
+
+
 def run(config: Config) -> int:
     """Runs a replica until it is asked to stop; gives the exit code. Raises PaddleFTError."""
     # Heavy imports (grpc, boto3, uvicorn) come after the command line was found good.
@@ -31,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if getattr(sys, name) is None:  # closed by whoever started us
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  as long as the process
     logging.basicConfig(format="[paddle_ft] %(message)s", level=logging.WARNING)
+    logging.getLogger("grpc._cython.cygrpc").addFilter(_is_news)
     before = signal.signal(signal.SIGTERM, stop_before_it_runs)
     try:
         command = parse(sys.argv[1:] if arguments is None else arguments, dict(os.environ))

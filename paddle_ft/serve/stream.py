@@ -286,11 +286,19 @@ class Link:
         """One message, its answer, and the wait for the next."""
         self._more.clear()
         message = self._message()
-        answer = await asyncio.wait_for(_exchange(call, message), ANSWER_S)
+        exchange = asyncio.ensure_future(_exchange(call, message))
+        exchange.add_done_callback(_seen)
+        answer = await asyncio.wait_for(exchange, ANSWER_S)
         if self._on_answer(message, answer):
             return
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._more.wait(), HEARTBEAT_S)
+
+
+def _seen(future: asyncio.Future[Answer]) -> None:
+    """Its error is no news to who waits for it no longer."""
+    if not future.cancelled():
+        future.exception()
 
 
 async def _exchange(call: Any, message: Append | Install) -> Answer:
