@@ -152,7 +152,9 @@ def replica(place: Path, *flags: str, models: Sequence[str] = ("times",)) -> Ite
         yield made
         made.stop()
         assert made.wait() == 0, made.text
-        assert "Traceback" not in made.text, made.text
+        # grpc itself prints a traceback for a call of another replica that ends with its server.
+        assert "paddle_ft/serve/" not in made.text, made.text
+        assert "a defect of" not in made.text, made.text
     finally:
         made.kill()
 
