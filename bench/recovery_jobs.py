@@ -308,6 +308,7 @@ class Torchrun(Job):
                      "--local-addr", "127.0.0.1"]  # fmt: skip
         return [
             str(TORCH_PYTHON), "-m", "torch.distributed.run", "--max-restarts", "1000000", *where,
+            "--log-dir", str(self.folder / "torchrun"),  # else one in /tmp, which stays
             *self.flags, *self.script("with_torch.py", "--state", str(self.state)),
         ]  # fmt: skip
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -192,6 +193,18 @@ def finish(process: subprocess.Popen[bytes]) -> tuple[int, str]:
 def test_a_script_that_ends_has_its_last_save_written(url: str) -> None:
     assert finish(other(url, 1, 1)) == (0, "")
     assert checkpoint.load(url)["w"][0] == 1
+
+
+def test_a_directory_that_was_removed_is_not_made_again_at_the_end(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(standalone, "_writers", {})
+    checkpoint.save(url, state_of(1), step=1).wait(20)
+    standalone._say_that_it_is_over()
+    assert len(list(Path(url).glob("owners/*.over.json"))) == 1
+    shutil.rmtree(url)
+    standalone._say_that_it_is_over()
+    assert not Path(url).exists()
 
 
 def test_a_process_goes_on_where_another_has_ended(url: str) -> None:
