@@ -28,6 +28,7 @@ from paddle_ft import sampling
 from paddle_ft.checkpoint.snapshot import dtype_name, write_tensor
 from paddle_ft.collective import Collective
 from paddle_ft.errors import ConfigError
+from paddle_ft.gradients import Words
 from paddle_ft.health.phases import REDUCE
 from paddle_ft.nested import Entry
 from paddle_ft.sampling import Item
@@ -127,16 +128,19 @@ class ReproducibleUpdate(Update):
         self._gradients.clear()
         return item.last
 
-    def reduce(self, weight: float) -> list[int]:
+    def gather(self, weight: float) -> list[int]:
+        """Gives on how many shards of this rank each trainable parameter has a gradient."""
+        self._weight = weight
+        self._collective.board.enter(REDUCE)
+        return self._present
+
+    def sum(self, words: Words) -> Words:
         """Sums over the shards of all ranks; the buffers have their new values then.
 
-        Gives on how many shards of this rank each trainable parameter has a gradient. Raises
-        CollectiveFailed.
+        Raises CollectiveFailed.
         """
         import paddle
 
-        self._weight = weight
-        self._collective.board.enter(REDUCE)
         sums, flats = self._terms.sums, []
         with paddle.no_grad():
             for number, (shape, dtype) in enumerate(self._forms):
@@ -146,7 +150,7 @@ class ReproducibleUpdate(Update):
                 flats.append(whole.reshape(shape).astype(dtype))
             self._gradients.flats = flats
             self._average_buffers({span: values[-1] for span, values in sums.items()})
-        return self._present
+        return self._collective.sum_words(words)
 
     def _average_buffers(self, sums: Mapping[Span, Floats]) -> None:
         import paddle
