@@ -22,6 +22,10 @@ from bench.recovery_analysis import (
 from bench.recovery_jobs import Job, PaddleFT, Stuck
 
 Say = Callable[[str], None]
+LINES_MAX = 2000
+"""Steps of all ranks that are kept when the next fault comes: all are gone through again and again,
+which must not become a load on what is measured.
+"""
 FULL_TIMEOUT_S = 25.0
 """How long the world may take to be whole again before the job is given up for further trials."""
 
@@ -185,6 +189,7 @@ def start(make: Callable[[], Job], outcome: Outcome) -> Job | None:
 
 def one(job: Job, outcome: Outcome, fault: Fault, timeout_s: float) -> bool:
     """One fault; gives whether the job is fit for another one."""
+    del job.lines[:-LINES_MAX]
     time.sleep(random.uniform(0.0, 0.06))  # at any moment of a step
     at_s = fault(job)
     resumed = job.wait(lambda: resumption(job.lines, at_s) is not None, timeout_s)
