@@ -217,12 +217,8 @@ class _Writer:
         part = write.write_part(
             self.store,
             [image],
-            owner=self.owner,
-            sequence=(head.newest.sequence if head else 0) + 1,
-            generation=0,
-            member="alone",
-            parent=parent,
-            config=self.config,
+            write.Share(self.owner, (head.newest.sequence if head else 0) + 1, 0, "alone", parent),
+            self.config,
             prints=self.prints,
         )
         listing = write.read_part(self.store, part)

@@ -14,7 +14,8 @@ from paddle_ft.health.judge import HealthRecord, Row, Verdict, Waiting
 from paddle_ft.health.pace import Pace
 from paddle_ft.health.phases import COMPUTE
 from paddle_ft.health.quarantine import due
-from paddle_ft.types import Member, NodeRecord, Versioned, encode
+from paddle_ft.types import NodeRecord, Versioned, encode
+from tests.unit.members import member
 
 CONFIG = HealthConfig(quarantine_after=3, quarantine_window_s=100)
 NOW_S = 1000.0
@@ -24,7 +25,7 @@ def job(**blamed: tuple[float, ...]) -> JobState:
     """Nodes and when workers of theirs were ended."""
     nodes, health = {}, {}
     for revision, (name, times) in enumerate(blamed.items(), 1):
-        record = NodeRecord(Member(name, "1", "127.0.0.1", 1, (1, 2)))
+        record = NodeRecord(member(name))
         nodes[record.member.id] = Versioned(record, revision, revision)
         told = HealthRecord(1, blamed=times)
         health[record.member.id] = Versioned(told, revision, revision)
