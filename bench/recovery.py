@@ -15,7 +15,7 @@ import time
 from importlib import metadata
 from pathlib import Path
 
-from bench import recovery_kinds, recovery_more, recovery_report, report
+from bench import recovery_health, recovery_kinds, recovery_more, recovery_report, report
 from bench.drive import HERE, TORCH_PYTHON
 from bench.recovery_jobs import has_torchft
 from bench.recovery_kinds import Kind
@@ -27,6 +27,7 @@ PARTS = {
     "node": recovery_kinds.NODE,
     "hang": recovery_kinds.HANG,
     "restart": recovery_kinds.RESTART,
+    "health": "",
     "join": "",
     "overhead": "",
 }
@@ -96,6 +97,9 @@ def more(
     """The rows that are not of one fault."""
     torch = has_torchft() and not args.ours
     work = {
+        "health": lambda: recovery_health.health(
+            folder, args.stragglers, args.undisturbed_steps, say
+        ),
         "join": lambda: recovery_more.joining(folder, args.joins, say),
         "overhead": lambda: recovery_more.overhead(folder, args.rounds, 10.0, say),
         "many": lambda: recovery_more.many_faults(folder, args.faults, say),
@@ -114,6 +118,12 @@ def main() -> int:
     parser.add_argument("--slow_trials", type=int, default=2, help="of rows that take minutes")
     parser.add_argument("--faults", type=int, default=30, help="in the one job of many (500)")
     parser.add_argument("--goodput_s", type=float, default=60.0, help="of each system (600)")
+    parser.add_argument(
+        "--stragglers", type=int, default=10, help="ranks that are made slower (20)"
+    )
+    parser.add_argument(
+        "--undisturbed_steps", type=int, default=500, help="in which nobody is to be named (10000)"
+    )
     parser.add_argument("--joins", type=int, default=3, help="nodes that join, one after another")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each loop for the overhead")
     parser.add_argument("--ranks", default="2,3", help="sizes of the jobs that are hurt")

@@ -52,6 +52,8 @@ class Job:
     lines: list[Applied] = field(default_factory=list)
     victim: int = 0
     """The process that was signalled last."""
+    disturbed: list[tuple[float, float]] = field(default_factory=list)
+    """From each signal until all ranks stepped again."""
     _read: dict[Path, int] = field(default_factory=dict)
 
     def command(self, unit: int) -> list[str]:
@@ -231,6 +233,13 @@ class PaddleFT(Job):
         folders = [self.folder / f"unit-{unit}" / "log" for unit in self.units]
         told = [e for e in read(folders) if e.kind == "hung" and e.at_s > after_s]
         return [(int(e.fields["pid"]), e.at_s) for e in told]
+
+    def paces(self, after_s: float) -> list[tuple[int, float, float]]:
+        """(rank or -1 for the links, by how much slower or 0.0, when) of each naming and clearing
+        since ``after_s``."""
+        folders = [self.folder / f"unit-{unit}" / "log" for unit in self.units]
+        told = [e for e in read(folders) if e.kind == "pace" and e.at_s > after_s]
+        return [(int(e.fields["rank"]), float(e.fields["slower"]), e.at_s) for e in told]
 
     def leader(self) -> int:
         """The unit that leads."""
