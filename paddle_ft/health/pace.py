@@ -51,7 +51,7 @@ LINK_SHARE = 0.05
 """Of a step: by less than this a slower link is nobody's business."""
 SNAPSHOT_NOISE_S = 0.0005
 PACE_CHANGE = 0.05
-REDUCE_CHANGE = math.log(1.5)
+REDUCE_CHANGE = SLOW_LINK
 
 
 @dataclass(frozen=True, slots=True)

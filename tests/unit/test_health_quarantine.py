@@ -78,7 +78,7 @@ def test_figures_that_always_change_are_no_news() -> None:
         rows=(),
         waiting=Waiting(4, 1.7),
         verdicts=(replace(RECORD.verdicts[0], since_s=2.5),),
-        paces=(Pace(0, 0.051, 0.5, 0.02),),
+        paces=(Pace(0, 0.051, 0.5, 0.015),),
     )
     assert RECORD.says_as(later)
     for news in (
