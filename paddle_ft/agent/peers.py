@@ -36,6 +36,12 @@ RETRY_S = 0.5
 AGAIN_S = 0.01
 """Before a look whether somebody listens where a connection has just ended."""
 _NAME_BYTES_MAX = 512
+_KEEP_ALIVE = (
+    ((socket.SOL_SOCKET, socket.SO_KEEPALIVE), 1),
+    ((socket.IPPROTO_TCP, socket.TCP_KEEPIDLE), 60),
+    ((socket.IPPROTO_TCP, socket.TCP_KEEPINTVL), 10),
+    ((socket.IPPROTO_TCP, socket.TCP_KEEPCNT), 6),
+)
 
 
 def watched(me: str, members: Iterable[str], count: int = WATCHED) -> tuple[str, ...]:
@@ -116,6 +122,8 @@ class PeerLinks:
     def _attend(self, connection: socket.socket) -> None:
         """Until the other end closes it: that this one does not is all that a watcher is told."""
         with contextlib.suppress(OSError), connection:
+            for option, value in _KEEP_ALIVE:  # or who has gone without a word stays for ever
+                connection.setsockopt(*option, value)
             connection.sendall(self._me.encode() + b"\n")
             echo(connection)
         self._accepted.discard(connection)
