@@ -113,11 +113,18 @@ class Gauge:
     def mean(self) -> float:
         return trimmed_mean(self._last) if self._last else 0.0
 
-    def add(self, value: float, counts: bool = True) -> None:
-        """``counts``: the difference is large enough to matter in seconds."""
+    def note(self, value: float) -> None:
+        """Takes ``value`` into account, without judging."""
         if self._last:
             self._jumps.append(abs(value - self._last[-1]))
         self._last.append(value)
+
+    def add(self, value: float, counts: bool = True) -> None:
+        """``counts``: the difference is large enough to matter in seconds."""
+        self.note(value)
+        self.judge(counts)
+
+    def judge(self, counts: bool = True) -> None:
         if len(self._last) < WINDOW:
             return
         self._count += 1
@@ -241,7 +248,10 @@ class PaceJudge:
             rest_own = [_ratio(s.busy_s, s.own_s) for o, s in samples.items() if o != rank]
             less = median(rest_own) if rest_own else 0.0
             ratio -= _ratio(sample.busy_s, sample.own_s) - less
-            own.add(ratio, math.expm1(own.mean) * usual_s > MIN_EXCESS_S)
+            own.note(ratio)
+            own.named = own.named and gauge.named
+            if gauge.named:
+                own.judge(math.expm1(own.mean) * usual_s > MIN_EXCESS_S)
             self._lasts(self._noticed_s, rank, sample, gauge.named)
             self._lasts(self._own_s, rank, sample, gauge.named and own.named)
 
