@@ -126,7 +126,7 @@ def slowest_calm(lines: Iterable[Applied], faults: Sequence[tuple[float, float]]
     by_pid: dict[int, list[Applied]] = {}
     for line in sorted(lines, key=lambda x: x.at_s):
         by_pid.setdefault(line.pid, []).append(line)
-    cold = {x.step for own in by_pid.values() for x in own[: WARM_STEPS + 1]}
+    cold = {x.step for own in by_pid.values() for x in own[:WARM_STEPS]}
     slowest_s = 0.0
     for own in by_pid.values():
         for a, b in pairwise(own):

@@ -177,5 +177,5 @@ def test_the_slowest_step_is_that_of_all_undisturbed_ones() -> None:
     hurt = calm + [Applied(1.5, r, 2, 12, 10 + r) for r in (0, 1)]
     assert slowest_calm(hurt, ()) == pytest.approx(0.9)
     assert slowest_calm(hurt, [(0.7, 1.4)]) == pytest.approx(0.15)
-    newcomer = [Applied(1.5 + 0.3 * i, r, 2, 12 + i, 10 + 5 * r) for i in (0, 1, 2) for r in (0, 1)]
+    newcomer = [Applied(1.5 + 0.3 * i, r, 2, 12 + i, 10 + 5 * r) for i in (0, 1) for r in (0, 1)]
     assert slowest_calm(calm + newcomer, [(0.7, 1.4)]) == pytest.approx(0.15), "it warms up"
