@@ -111,7 +111,12 @@ class Membership:
     def first(self) -> None:
         """Joins the first group; the state is in model and optimizer then. Raises PaddleFTError."""
         env = self._context.env
-        if env is not None and env.waits:
+        waits = env is not None and env.waits
+        if self._can_change:  # others will wait for this
+            if waits:
+                self._state.prepare()
+            transfer.rehearse(self._state.entries(), self._state.places)
+        if waits:
             use_kernels_once()
             self.keeper.join(-1, 0, 0, "")
             self._take_order()
@@ -213,6 +218,8 @@ class Membership:
         image = self.keeper.restore()
         if image is not None:
             self._put(image)
+        else:
+            self._state.start_afresh()
         self._context.board.enter(before)
 
     def _put(self, image: Image, there: Container[str] = ()) -> None:
