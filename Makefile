@@ -65,8 +65,8 @@ bench-checkpoint: setup ## checkpoints against dd, boto3, memcpy, paddle.save an
 bench-recovery: setup ## recovery against paddle.distributed.launch, torchrun and torchft, into docs/
 	@$(BIN)/python -m bench.recovery --trials $(TRIALS) --peer_trials $(PEER_TRIALS) --slow_trials $(SLOW_TRIALS)
 
-soak: setup ## jobs that are hurt for a long time: 500 kills in one, a kill every 30 s; an hour; into docs/
-	@$(BIN)/python -m bench.recovery --soak --faults 500 --goodput_s 600
+soak: setup ## long jobs: 10,000 steps in which nobody is slow, 500 kills, a kill every 30 s; an hour; into docs/
+	@$(BIN)/python -m bench.recovery --soak --stragglers 20 --undisturbed_steps 10000 --faults 500 --goodput_s 600
 
 demo: setup ## train digits on two ranks, kill one worker, compare the weights
 	@$(BIN)/python examples/demo.py

@@ -31,7 +31,7 @@ PARTS = {
     "join": "",
     "overhead": "",
 }
-SOAK = {"many": "", "goodput": ""}
+SOAK = {"health": "", "many": "", "goodput": ""}
 """Those of jobs that last for a quarter of an hour each."""
 
 
