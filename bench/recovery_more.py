@@ -260,7 +260,7 @@ def many_faults(parent: Path, kills: int, say: Say) -> list[Row]:
 
 
 def goodput(parent: Path, seconds: float, every_s: float, torch: bool, say: Say) -> Row:
-    """Share of useful time with a worker killed every ``every_s``; the peers for half the time."""
+    """Share of useful time with a worker killed every ``every_s``; the peers for a quarter of the time."""
     say(f"goodput, {seconds:g} s")
     makes: list[tuple[str, Callable[[], Job]]] = [
         ("paddle_ft", lambda: PaddleFT(fresh(parent), 2, spares=1, flags=EVERY))
@@ -274,7 +274,7 @@ def goodput(parent: Path, seconds: float, every_s: float, torch: bool, say: Say)
     found: dict[str, list[float]] = {}
     for name, make in makes:
         try:
-            lasts_s = seconds if name == "paddle_ft" else seconds / 2
+            lasts_s = seconds if name == "paddle_ft" else seconds / 4
             found[name] = [100 * _goodput(make(), lasts_s, every_s)]
         except Stuck as stuck:
             found[name] = [0.0]
