@@ -260,7 +260,7 @@ def many_faults(parent: Path, kills: int, say: Say) -> list[Row]:
 
 
 def goodput(parent: Path, seconds: float, every_s: float, torch: bool, say: Say) -> Row:
-    """Share of useful time with a worker killed every ``every_s``; the peers for a quarter of the time."""
+    """Share of useful time with a worker killed every ``every_s``; peers for a quarter of it."""
     say(f"goodput, {seconds:g} s")
     makes: list[tuple[str, Callable[[], Job]]] = [
         ("paddle_ft", lambda: PaddleFT(fresh(parent), 2, spares=1, flags=EVERY))
