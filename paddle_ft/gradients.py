@@ -35,7 +35,8 @@ Words = npt.NDArray[np.int64]
 SPARE_WORDS = 256
 """Room that a bucket has for words, beside one for each parameter."""
 PIECE_BITS = 12
-"""Of a word; so the pieces of 4096 ranks add up to what a float32 still holds exactly."""
+RANKS_MAX = 2 ** (24 - PIECE_BITS)
+"""So many ranks' pieces of a word add up to what a float32 still holds exactly."""
 _PIECES = -(-64 // PIECE_BITS)
 _SHIFTS = np.arange(_PIECES, dtype=np.uint64) * np.uint64(PIECE_BITS)
 _MASK = np.uint64(2**PIECE_BITS - 1)
@@ -113,7 +114,8 @@ class Gradients:
             for flat in self.flats:
                 self._collective.all_reduce(flat)
             return self._collective.sum_words(words)
-        rides = words.size <= room  # the room is there in any case, see the head of this module
+        # The room is there in any case: buckets, and so every bit, depend on the model alone.
+        rides = words.size <= room and self._collective.world_size <= RANKS_MAX
         place = _make_room(carrier, room)
         place[:] = 0
         if rides:

@@ -56,8 +56,9 @@ def _tiny() -> tuple[Any, Any]:
     import paddle
 
     model = paddle.nn.Layer()
-    constant = paddle.nn.initializer.Constant(1.0)  # of another one the random state would move
-    weight = paddle.create_parameter([2, 2], "float32", default_initializer=constant)
+    # Of another initializer, also of a global one of the script, the random state would move.
+    constant = paddle.ParamAttr(initializer=paddle.nn.initializer.Constant(1.0))
+    weight = paddle.create_parameter([2, 2], "float32", attr=constant)
     model.add_parameter("weight", weight)
     return model, paddle.optimizer.Adam(parameters=model.parameters())
 

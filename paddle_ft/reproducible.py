@@ -129,18 +129,15 @@ class ReproducibleUpdate(Update):
         return item.last
 
     def gather(self, weight: float) -> list[int]:
-        """Gives on how many shards of this rank each trainable parameter has a gradient."""
-        self._weight = weight
-        self._collective.board.enter(REDUCE)
-        return self._present
-
-    def sum(self, words: Words) -> Words:
         """Sums over the shards of all ranks; the buffers have their new values then.
 
-        Raises CollectiveFailed.
+        That is before the vote, which tells the others of these buffers. Gives on how many shards
+        of this rank each trainable parameter has a gradient. Raises CollectiveFailed.
         """
         import paddle
 
+        self._weight = weight
+        self._collective.board.enter(REDUCE)
         sums, flats = self._terms.sums, []
         with paddle.no_grad():
             for number, (shape, dtype) in enumerate(self._forms):
@@ -150,6 +147,10 @@ class ReproducibleUpdate(Update):
                 flats.append(whole.reshape(shape).astype(dtype))
             self._gradients.flats = flats
             self._average_buffers({span: values[-1] for span, values in sums.items()})
+        return self._present
+
+    def sum(self, words: Words) -> Words:
+        """Of ``words`` alone: the gradients are summed already."""
         return self._collective.sum_words(words)
 
     def _average_buffers(self, sums: Mapping[Span, Floats]) -> None:

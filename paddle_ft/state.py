@@ -153,10 +153,11 @@ class TrainingState:
             yield self._divided.entry(entry, key)
 
     def _optimizer_entries(self) -> Iterator[Entry]:
-        for name, tensor in self._slots().items():
+        # Sorted: who has trained from the start has them in another order than who took them over.
+        for name, tensor in sorted(self._slots().items()):
             entry = Entry(name, tensor, "replicated", "in step")
             yield self._divided.entry(entry, name.split("/", 1)[1].rpartition("/")[0])
-        for key, value in self._other_entries().items():
+        for key, value in sorted(self._other_entries().items()):
             if is_tensor(value):
                 yield Entry(f"optimizer/other/{key}", value, "replicated", "any time")
 
@@ -365,6 +366,11 @@ class TrainingState:
             self.optimizer.set_lr(lr[1])
 
     def _check_optimizer(self) -> None:
+        if getattr(self.optimizer, "inner_optimizer", None) is not None:
+            raise ConfigError(
+                f"{type(self.optimizer).__name__} does not give out the state of the optimizer in "
+                f"it, so that could not be saved; give ft.session the inner optimizer itself."
+            )
         foreign = [p.name for p in trained_by(self.optimizer) if p.name not in self._key_of]
         if foreign:
             raise ConfigError(

@@ -153,19 +153,24 @@ def _remove_leftovers() -> None:
     """
     for path in Path(tempfile.gettempdir()).glob(f"{_own_locks()}*.lock"):
         with contextlib.suppress(OSError):
-            if time.time() - path.stat().st_mtime > YOUNG_S and (lock := _try_lock(path.name)):
+            young = time.time() - path.lstat().st_mtime <= YOUNG_S
+            if not young and (lock := _try_lock(path.name, create=False)):
                 path.unlink()
                 lock.close()
 
 
-def _try_lock(file_name: str) -> IO[str] | None:
+def _try_lock(file_name: str, create: bool = True) -> IO[str] | None:
+    """The file, open and locked; None if somebody else has it, or is meant by the name."""
     path = os.path.join(tempfile.gettempdir(), file_name)
+    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | (os.O_CREAT if create else 0)
     try:
-        lock = open(path, "w", encoding="ascii")  # noqa: SIM115  held as long as the name is
-    except PermissionError:
-        return None  # somebody else's
+        lock = open(path, "r+", opener=lambda name, _: os.open(name, flags, 0o600))  # noqa: SIM115
+    except OSError:
+        return None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if create:
+            os.utime(lock.fileno())  # so that it is not taken for a leftover
         if os.stat(path).st_ino == os.fstat(lock.fileno()).st_ino:
             return lock
     except OSError:

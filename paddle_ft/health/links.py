@@ -41,27 +41,39 @@ def echo(connection: socket.socket) -> None:
         left -= len(data)
 
 
-def measure(address: str, member: str) -> float:
+def measure(address: str, member: str) -> float | None:
     """Seconds that ``BYTES`` take to ``member`` and back, the best of some times; -1.0: it failed.
 
-    Of what is not back within ``LIMIT_S`` it is worked out from the part that is.
+    Of what is not back within ``LIMIT_S`` it is worked out from the part that is. None if it does
+    not answer there at all, which says nothing of the link: a firewall, another node by now.
     """
     host, _, port = address.rpartition(":")
     try:
-        with socket.create_connection((host, int(port)), LIMIT_S) as connection:
+        connection = socket.create_connection((host, int(port)), LIMIT_S)
+    except (OSError, ValueError):
+        return None
+    with connection:
+        try:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if _line(connection) != member.encode() + b"\n":
-                raise ConnectionError("somebody else has the port")
-            connection.sendall(ASK)
-            best_s, until_s = float("inf"), time.monotonic() + LIMIT_S
-            for _ in range(REPEATS):
-                took_s, got = _there_and_back(connection, until_s)
-                best_s = min(best_s, took_s * BYTES / got)
-                if got < BYTES:
-                    break
-            return best_s
-    except (OSError, ValueError):
+                return None
+        except OSError:
+            return None
+        return _best_s(connection)
+
+
+def _best_s(connection: socket.socket) -> float:
+    best_s, until_s = float("inf"), time.monotonic() + LIMIT_S
+    try:
+        connection.sendall(ASK)
+        for _ in range(REPEATS):
+            took_s, got = _there_and_back(connection, until_s)
+            best_s = min(best_s, took_s * BYTES / got)
+            if got < BYTES:
+                break
+    except OSError:
         return -1.0
+    return best_s
 
 
 def _there_and_back(connection: socket.socket, until_s: float) -> tuple[float, int]:
@@ -110,28 +122,27 @@ class LinkWatch:
 
     def look(self, state: JobState, me: str, generation: int, slow_here: bool) -> None:
         """Measures if anybody finds reductions slow; concludes once all have measured."""
+        if generation != self._generation:
+            self._generation, self._began_s, self.times = generation, float("-inf"), ()
+        self.findings = ()
         if state.generation is None or state.generation.value.number != generation:
-            self._over(generation)
             return
         members = state.generation.value.member_ids()
         told = {m: v.value for m, v in state.health.items() if v.value.generation == generation}
         slow = slow_here or any(
             v.kind == "slow_link" for m, r in told.items() if m in members for v in r.verdicts
         )
-        if generation != self._generation or not slow or me not in members or len(members) < 2:
-            self._over(generation)
+        due = time.monotonic() - self._began_s > AGAIN_S
+        if not slow or me not in members or len(members) < 2:
+            if due:  # sooner, it may be slow again for the same cause
+                self.times = ()
             return
-        now_s = time.monotonic()
-        if now_s - self._began_s > AGAIN_S:
-            self._began_s = now_s
+        if due:
+            self._began_s = time.monotonic()
             self._start(state, members[(members.index(me) + 1) % len(members)])
         every = {m: r.links for m, r in told.items() if m in members} | {me: self.times}
         if len(every) == len(members) and all(every.values()):
             self.findings = tuple(bad_links({_node(m): links for m, links in every.items()}))
-
-    def _over(self, generation: int) -> None:
-        self._generation, self.times, self.findings = generation, (), ()
-        self._began_s = float("-inf")
 
     def _start(self, state: JobState, member: str) -> None:
         record, generation = state.nodes.get(member), self._generation
@@ -140,7 +151,7 @@ class LinkWatch:
 
         def work() -> None:
             taken_s = measure(record.value.link, member)
-            if generation == self._generation:
+            if generation == self._generation and taken_s is not None:
                 self.times = (PairTime(_node(member), round(taken_s, 6)),)
                 self._wake()
 

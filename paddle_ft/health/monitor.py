@@ -348,7 +348,9 @@ class _GroupWatch:
 
     def changes(self) -> list[tuple[str, dict[str, Any]]]:
         """What has been named or cleared since the last look, in words and in fields."""
-        slow, found = self.pace.slow, list[tuple[str, dict[str, Any]]]()
+        slow, found = dict(self.pace.slow), list[tuple[str, dict[str, Any]]]()
+        # Who was named, and now waits for a processor besides, does not keep up for that.
+        slow |= {r: by for r, by in self.pace.starved.items() if r in self._named}
         for rank in sorted({*slow, *self._named}):
             if (rank in slow) != (rank in self._named):
                 by = slow.get(rank, 0.0)

@@ -7,9 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from paddle_ft.gradients import of_pieces, to_pieces
+from paddle_ft.gradients import RANKS_MAX, of_pieces, to_pieces
 
-RANKS_MAX = 4096
 WORDS = st.integers(-(2**63), 2**63 - 1)
 
 

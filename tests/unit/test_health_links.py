@@ -78,10 +78,10 @@ def agents() -> Iterator[Agents]:
 
 def test_a_link_is_measured_only_to_who_is_meant(agents: Agents) -> None:
     assert 0 < measure(agents.peers[1].address, "b.1") < links.LIMIT_S
-    assert measure(agents.peers[1].address, "c.1") == -1.0
+    assert measure(agents.peers[1].address, "c.1") is None
     with socket.create_server(("127.0.0.1", 0)) as gone:
         port = gone.getsockname()[1]
-    assert measure(f"127.0.0.1:{port}", "b.1") == -1.0
+    assert measure(f"127.0.0.1:{port}", "b.1") is None
 
 
 def test_what_takes_too_long_is_worked_out_from_a_part(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,7 +103,7 @@ def test_what_takes_too_long_is_worked_out_from_a_part(monkeypatch: pytest.Monke
         thread.start()
         taken_s = measure(f"127.0.0.1:{server.getsockname()[1]}", "b.1")
         thread.join(10)
-    assert taken_s > 1.0, "it would have taken 4 s"
+    assert taken_s is not None and taken_s > 1.0, "it would have taken 4 s"
 
 
 def test_a_node_measures_its_own_link_when_anybody_finds_reductions_slow(agents: Agents) -> None:
@@ -124,4 +124,4 @@ def test_a_node_measures_its_own_link_when_anybody_finds_reductions_slow(agents:
     watch.look(agents.told(**told), "a.1", 3, False)
     assert [finding.nodes for finding in watch.findings] == [("b", "c")]
     watch.look(calm, "a.1", 3, False)
-    assert not watch.times and not watch.findings
+    assert not watch.findings
