@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from paddle_ft.errors import ConfigError
+
 
 def make_slots(optimizer: Any, parameters: list[Any]) -> None:
     """Lets ``optimizer`` create them, as its first step would; those that are there stay."""
@@ -30,6 +32,15 @@ def trained_by(optimizer: Any) -> list[Any]:
     listed = getattr(optimizer, "_parameter_list", None) or []
     groups = [item["params"] if isinstance(item, dict) else [item] for item in listed]
     return [p for group in groups for p in group if not p.stop_gradient]
+
+
+def check_gives_out_all(optimizer: Any) -> None:
+    """Raises ConfigError if ``optimizer`` has slots that its state_dict does not give."""
+    if getattr(optimizer, "inner_optimizer", None) is not None:
+        raise ConfigError(
+            f"{type(optimizer).__name__} does not give out the state of the optimizer in it, so "
+            f"that could not be saved; give ft.session the inner optimizer itself."
+        )
 
 
 class SlotsAhead:

@@ -35,7 +35,7 @@ from paddle_ft.nested import (
     tensor_of,
 )
 from paddle_ft.plain import from_plain, to_plain
-from paddle_ft.slots import SlotsAhead, trained_by
+from paddle_ft.slots import SlotsAhead, check_gives_out_all, trained_by
 from paddle_ft.types import Changes, Scope, ShardOf
 
 _STATISTICS = ("_mean", "_variance")
@@ -366,11 +366,7 @@ class TrainingState:
             self.optimizer.set_lr(lr[1])
 
     def _check_optimizer(self) -> None:
-        if getattr(self.optimizer, "inner_optimizer", None) is not None:
-            raise ConfigError(
-                f"{type(self.optimizer).__name__} does not give out the state of the optimizer in "
-                f"it, so that could not be saved; give ft.session the inner optimizer itself."
-            )
+        check_gives_out_all(self.optimizer)
         foreign = [p.name for p in trained_by(self.optimizer) if p.name not in self._key_of]
         if foreign:
             raise ConfigError(

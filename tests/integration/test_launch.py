@@ -370,7 +370,7 @@ def test_a_signal_saves_now_and_a_terminal_that_closes_saves_and_ends(
     start: Start, tmp_path: Path
 ) -> None:
     launcher = start(
-        "job", "--checkpoint", str(tmp_path / "store"), "--checkpoint_every", "SIGUSR1", delay=0.1
+        "job", "--checkpoint", str(tmp_path / "store"), "--checkpoint_every", "SIGUSR1", delay=0.25
     )
     wait_until(lambda: steps_done(tmp_path / "record") >= 3)
     assert not list((tmp_path / "store" / "commits").glob("*"))
