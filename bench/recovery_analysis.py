@@ -114,6 +114,28 @@ def intervals(lines: Iterable[Applied]) -> list[float]:
     return found
 
 
+WARM_STEPS = 2
+"""Of a process, or of a group that a process came to: they are not normal."""
+
+
+def slowest_calm(lines: Iterable[Applied], faults: Sequence[tuple[float, float]]) -> float:
+    """The slowest step outside of ``faults`` (from the signal until all ranks stepped again), s.
+
+    Neither the first ``WARM_STEPS`` of a process count nor those of the ranks that waited for it.
+    """
+    by_pid: dict[int, list[Applied]] = {}
+    for line in sorted(lines, key=lambda x: x.at_s):
+        by_pid.setdefault(line.pid, []).append(line)
+    cold = {x.step for own in by_pid.values() for x in own[:WARM_STEPS]}
+    slowest_s = 0.0
+    for own in by_pid.values():
+        for a, b in pairwise(own):
+            hurt = any(a.at_s <= until_s and b.at_s >= at_s for at_s, until_s in faults)
+            if b.step == a.step + 1 and b.step not in cold and not hurt:
+                slowest_s = max(slowest_s, b.at_s - a.at_s)
+    return slowest_s
+
+
 def longest_pause(lines: Iterable[Applied], pids: Iterable[int], since_s: float) -> float:
     """The longest time between two steps on any of ``pids``, after ``since_s``; 0.0 if none."""
     wanted = set(pids)

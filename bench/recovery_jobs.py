@@ -52,6 +52,8 @@ class Job:
     lines: list[Applied] = field(default_factory=list)
     victim: int = 0
     """The process that was signalled last."""
+    disturbed: list[tuple[float, float]] = field(default_factory=list)
+    """From each signal until all ranks stepped again."""
     _read: dict[Path, int] = field(default_factory=dict)
 
     def command(self, unit: int) -> list[str]:
@@ -232,6 +234,13 @@ class PaddleFT(Job):
         told = [e for e in read(folders) if e.kind == "hung" and e.at_s > after_s]
         return [(int(e.fields["pid"]), e.at_s) for e in told]
 
+    def paces(self, after_s: float) -> list[tuple[int, float, float]]:
+        """(rank or -1 for the links, by how much slower or 0.0, when) of each naming and clearing
+        since ``after_s``."""
+        folders = [self.folder / f"unit-{unit}" / "log" for unit in self.units]
+        told = [e for e in read(folders) if e.kind == "pace" and e.at_s > after_s]
+        return [(int(e.fields["rank"]), float(e.fields["slower"]), e.at_s) for e in told]
+
     def leader(self) -> int:
         """The unit that leads."""
         assert self._etcd is not None
@@ -308,6 +317,7 @@ class Torchrun(Job):
                      "--local-addr", "127.0.0.1"]  # fmt: skip
         return [
             str(TORCH_PYTHON), "-m", "torch.distributed.run", "--max-restarts", "1000000", *where,
+            "--log-dir", str(self.folder / "torchrun"),  # else one in /tmp, which stays
             *self.flags, *self.script("with_torch.py", "--state", str(self.state)),
         ]  # fmt: skip
 

@@ -14,11 +14,12 @@ from bench.recovery_analysis import (
     intervals,
     latest,
     median,
+    percentile,
     useful_share,
 )
 from bench.recovery_jobs import Job, PaddleFT, PaddleLaunch, Stuck, TorchFT, Torchrun
 from bench.recovery_kinds import EVERY, TORCHFT_TUNED, fresh
-from bench.recovery_trials import Say
+from bench.recovery_trials import Outcome, Say, kill_worker, one
 from bench.report import Row
 
 GROUP = "Joining, and what it costs when nothing fails"
@@ -208,24 +209,32 @@ def sample(job: Job) -> dict[str, Held]:
 
 
 def many_faults(parent: Path, kills: int, say: Say) -> list[Row]:
-    """``kills`` workers of one job, one after another; what its processes hold before and after."""
+    """``kills`` workers of one job, one after another: how soon it goes on, and what its processes
+    hold before and after.
+    """
     say(f"{kills} faults in one job")
     job = PaddleFT(fresh(parent), 2, spares=1, flags=EVERY)
     _started(job)
-    survived = 0
+    step_s = median(intervals(job.lines))
+    outcome = Outcome(LOST, "paddle_ft", "--spares 1", 2)
     samples = [sample(job)]
     try:
         for number in range(kills):
-            job.hurt_worker()
-            job.await_steady(30.0)
-            survived += 1
+            if not one(job, outcome, kill_worker, 30.0):
+                say(f"  it did not go on after {number + 1} kills")
+                break
             if number % 10 == 9 or number == kills - 1:
                 samples.append(sample(job))
-    except Stuck as stuck:
-        say(f"  after {survived} kills: {stuck}")
     finally:
         job.close()
-    rows = [Row(LOST, "kills survived, of one job", "", [survived], goal=kills, sense=">=")]
+    beyond = [max(found.new_s - step_s, 0.0) for found in outcome.found]
+    rows = [
+        Row(LOST, "kills survived, of one job", "", [len(beyond)], goal=kills, sense=">="),
+        Row(LOST, "steps done again, in all", "", [sum(f.redone for f in outcome.found)], goal=0),
+    ]
+    for share, goal in ((0.5, 0.15), (0.99, 0.5)):
+        name = f"until the first new step, beyond a step, p{100 * share:g}"
+        rows.append(Row(LOST, name, "s", [percentile(beyond, share)], goal=goal))
     for who in ("launcher", "worker"):
         seen = [s[who] for s in samples if who in s]
         if len(seen) < 2:
@@ -251,23 +260,22 @@ def many_faults(parent: Path, kills: int, say: Say) -> list[Row]:
 
 
 def goodput(parent: Path, seconds: float, every_s: float, torch: bool, say: Say) -> Row:
-    """Share of useful time with a worker killed every ``every_s``."""
+    """Share of useful time with a worker killed every ``every_s``; peers for a quarter of it."""
     say(f"goodput, {seconds:g} s")
     makes: list[tuple[str, Callable[[], Job]]] = [
         ("paddle_ft", lambda: PaddleFT(fresh(parent), 2, spares=1, flags=EVERY))
     ]
     if torch:
+        tuned = {"lighthouse_flags": TORCHFT_TUNED, "timeout_s": 1.0}
         makes += [
-            (
-                "torchft tuned",
-                lambda: TorchFT(fresh(parent), 2, lighthouse_flags=TORCHFT_TUNED, timeout_s=1.0),
-            ),
+            ("torchft tuned", lambda: TorchFT(fresh(parent), 2, **tuned)),
             ("torchrun", lambda: Torchrun(fresh(parent), 2)),
         ]
     found: dict[str, list[float]] = {}
     for name, make in makes:
         try:
-            found[name] = [100 * _goodput(make(), seconds, every_s)]
+            lasts_s = seconds if name == "paddle_ft" else seconds / 4
+            found[name] = [100 * _goodput(make(), lasts_s, every_s)]
         except Stuck as stuck:
             found[name] = [0.0]
             say(f"  {name}: {stuck}")

@@ -45,7 +45,7 @@ def row_of(outcome: Outcome) -> str:
 
 
 def document(
-    facts: Mapping[str, Any], outcomes: Sequence[Outcome], rows: Sequence[Row], how: str
+    name: str, facts: Mapping[str, Any], outcomes: Sequence[Outcome], rows: Sequence[Row], how: str
 ) -> str:
     packages = ", ".join(f"{name} {v}" for name, v in facts["packages"].items())
     reached = [o.reached for o in outcomes if o.reached is not None]
@@ -54,7 +54,7 @@ def document(
         "# Recovery, measured",
         "",
         (
-            "Written by `make bench-recovery`; how each figure is taken stands in "
+            f"Written by `make {name}`; how each figure is taken stands in "
             "[bench/README.md](../bench/README.md). Seconds from the signal to the first **new** "
             "step that all ranks of the world there is then have applied; a trial that does not "
             "come to one in time is counted as failed. All rows are of one run."
@@ -99,13 +99,14 @@ def load_told(loads: Sequence[float], cores: int, took_s: float) -> str:
 
 def write(
     folder: Path,
+    name: str,
     facts: Mapping[str, Any],
     outcomes: Sequence[Outcome],
     rows: Sequence[Row],
     loads: Sequence[float],
     took_s: float,
 ) -> None:
-    """``bench-recovery.json`` and ``bench-recovery.md`` in ``folder``."""
+    """``<name>.json`` and ``<name>.md`` in ``folder``."""
     wire = {
         "machine": facts,
         "took_s": round(took_s),
@@ -114,6 +115,6 @@ def write(
         "rows": [r.to_json() for r in rows],
     }
     text = json.dumps(wire, indent=1, ensure_ascii=False)
-    (folder / "bench-recovery.json").write_text(text + "\n")
+    (folder / f"{name}.json").write_text(text + "\n")
     how = load_told(loads, facts["cores"], took_s)
-    (folder / "bench-recovery.md").write_text(document(facts, outcomes, rows, how))
+    (folder / f"{name}.md").write_text(document(name, facts, outcomes, rows, how))

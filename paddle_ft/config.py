@@ -164,9 +164,9 @@ class HealthConfig(_Group):
     """When a worker that stands still is ended, and a node is no longer asked."""
 
     enabled: bool = True
-    hang_floor_s: float = Field(1.0, gt=0)
+    hang_floor_s: float = Field(0.9, gt=0)
     """A worker that the others wait for may take 3 times as long as the slowest normal step, and so
-    much more."""
+    much more; it is named, then, within 1 s of that."""
     hang_cap_s: float = Field(600.0, gt=0)
     """The bound for what has not been seen often enough to know how long it takes (the first steps,
     an evaluation), and the largest one."""

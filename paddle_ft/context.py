@@ -13,8 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
-
 from paddle_ft.agent import door
 from paddle_ft.agent.beacon import Beacon
 from paddle_ft.agent.worker_env import SESSION_VARIABLE, SessionEnv
@@ -26,6 +24,7 @@ from paddle_ft.health.board import Board
 from paddle_ft.keeper import AgentKeeper, Keeper, NullKeeper
 from paddle_ft.policies import Rule, parse
 from paddle_ft.progress import Position, Schedule
+from paddle_ft.types import decode
 
 _LOSS_INTERVAL_S = 0.5
 """How often the loss is read from an accelerator, which has to finish its work for that."""
@@ -38,7 +37,7 @@ class Context:
     url: str | None = None
     save: Rule | None = None
     collective: Collective = field(default_factory=lambda: _collective())
-    env: SessionEnv | None = field(default_factory=lambda: _session_env())
+    env: SessionEnv | None = field(default_factory=lambda: session_env())
     """What the launcher has told; None without a launcher."""
     held_s: float = 0.0
     """For how long checkpoints have held training up in this process."""
@@ -59,7 +58,7 @@ class Context:
         The variables change as well, for the script and for ``paddle.distributed``.
         """
         door.take(env)
-        self.env = _session_env()
+        self.env = session_env()
         if self.env is not None:
             self.board.move(self.env.beacon)
         now = Collective.from_environment()
@@ -162,15 +161,15 @@ def _collective() -> Collective:
     return Collective(0, 1) if door.is_sealed() else Collective.from_environment()
 
 
-def _session_env() -> SessionEnv | None:
+def session_env() -> SessionEnv | None:
+    """What the launcher has told this process. Raises ConfigError if it is another version's."""
     text = os.environ.get(SESSION_VARIABLE)
     if not text:
         return None
     try:
-        env: SessionEnv = TypeAdapter(SessionEnv).validate_json(text)
-    except ValidationError:
+        return decode(SessionEnv, text.encode())
+    except ValueError:
         raise ConfigError(
             f"The variable {SESSION_VARIABLE} is not what paddle_ft.launch of this version sets; "
             f"unset it to run the script alone."
         ) from None
-    return env

@@ -43,6 +43,7 @@ def run(command: Command) -> int:
     # Heavy imports (grpc, boto3) come after the command line was found good.
     from paddle_ft.agent.agent import Agent
     from paddle_ft.agent.console import Console
+    from paddle_ft.agent.membership import Node
     from paddle_ft.agent.net import NodeName
     from paddle_ft.agent.snapshots import own_directory, remove_leftovers, shared_directory
     from paddle_ft.checkpoint.room import CheckpointRoom, alone
@@ -79,15 +80,13 @@ def run(command: Command) -> int:
             f"etcd {','.join(etcd.endpoints)}{' (private)' if embedded else ''}, "
             f"output in {config.job.log_dir}/"
         )
+        host = _own_address(config, coordinator.targets)
         agent = Agent(
             config,
             command.worker,
             coordinator,
             room,
-            node=name.name,
-            host=_own_address(config, coordinator.targets),
-            run_dir=run_dir,
-            shared_dir=shared_directory(config.job.id),
+            node=Node(name.name, host, run_dir, shared_directory(config.job.id)),
             console=console,
             tend=embedded.revive if embedded else lambda: None,
         )

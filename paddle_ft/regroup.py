@@ -28,6 +28,7 @@ from paddle_ft.keeper import Keeper
 from paddle_ft.local_state import LocalState, Words
 from paddle_ft.meeting import NOTHING, meet, standing
 from paddle_ft.progress import Position
+from paddle_ft.rehearsal import rehearse
 from paddle_ft.state import TrainingState
 from paddle_ft.types import Recovery
 
@@ -111,8 +112,13 @@ class Membership:
     def first(self) -> None:
         """Joins the first group; the state is in model and optimizer then. Raises PaddleFTError."""
         env = self._context.env
-        if env is not None and env.waits:
-            use_kernels_once()
+        waits = env is not None and env.waits
+        if self._can_change:  # others will wait for this
+            if waits:
+                self._state.prepare()
+            transfer.rehearse(self._state.entries(), self._state.places)
+        if waits:
+            rehearse()
             self.keeper.join(-1, 0, 0, "")
             self._take_order()
         try:
@@ -213,6 +219,8 @@ class Membership:
         image = self.keeper.restore()
         if image is not None:
             self._put(image)
+        else:
+            self._state.start_afresh()
         self._context.board.enter(before)
 
     def _put(self, image: Image, there: Container[str] = ()) -> None:
@@ -249,19 +257,6 @@ class Membership:
             say(f"rank {rank} has the state of step {met.step} from rank {met.source}")
         elif met.in_need:
             transfer.attend(collective, met.source)
-
-
-def use_kernels_once() -> None:
-    """The first product and its gradient take tens of milliseconds in a process: before it waits.
-
-    Without a layer: the parameters of one would shift the automatic names of the script's.
-    """
-    import paddle
-
-    with paddle.enable_grad(), paddle.amp.auto_cast(enable=False):
-        x = paddle.ones([2, 2])
-        x.stop_gradient = False
-        paddle.nn.functional.linear(x, x).sum().backward()
 
 
 def _nowhere(image: Image) -> dict[str, Any]:

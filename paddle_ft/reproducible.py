@@ -28,6 +28,7 @@ from paddle_ft import sampling
 from paddle_ft.checkpoint.snapshot import dtype_name, write_tensor
 from paddle_ft.collective import Collective
 from paddle_ft.errors import ConfigError
+from paddle_ft.gradients import Words
 from paddle_ft.health.phases import REDUCE
 from paddle_ft.nested import Entry
 from paddle_ft.sampling import Item
@@ -127,11 +128,11 @@ class ReproducibleUpdate(Update):
         self._gradients.clear()
         return item.last
 
-    def reduce(self, weight: float) -> list[int]:
+    def gather(self, weight: float) -> list[int]:
         """Sums over the shards of all ranks; the buffers have their new values then.
 
-        Gives on how many shards of this rank each trainable parameter has a gradient. Raises
-        CollectiveFailed.
+        That is before the vote, which tells the others of these buffers. Gives on how many shards
+        of this rank each trainable parameter has a gradient. Raises CollectiveFailed.
         """
         import paddle
 
@@ -147,6 +148,10 @@ class ReproducibleUpdate(Update):
             self._gradients.flats = flats
             self._average_buffers({span: values[-1] for span, values in sums.items()})
         return self._present
+
+    def sum(self, words: Words) -> Words:
+        """Of ``words`` alone: the gradients are summed already."""
+        return self._collective.sum_words(words)
 
     def _average_buffers(self, sums: Mapping[Span, Floats]) -> None:
         import paddle

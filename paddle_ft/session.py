@@ -271,7 +271,7 @@ class Session(Publishing, Standing):
         try:
             if self._members.ordered_at_once or self._cut_short:
                 raise Superseded(f"Rank {self.rank} is to join another group.")
-            self._verdict = self._vote(self._update.reduce(self._streams.weight))
+            self._verdict = self._vote(self._update.gather(self._streams.weight))
         except CollectiveFailed as error:
             if self._members.recovery != "in_place":
                 raise
@@ -300,7 +300,7 @@ class Session(Publishing, Standing):
             present=tuple(present),
         )
         numbers, own = ballot.to_numbers(), self._members.own_words()
-        sums = self._collective.sum_words(np.concatenate([numbers, own]))
+        sums = self._update.sum(np.concatenate([numbers, own]))
         verdict = Verdict.of(sums[: len(numbers)].tolist(), self.world_size, step)
         self._members.agree(sums[len(numbers) :])
         return verdict

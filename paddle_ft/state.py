@@ -35,7 +35,7 @@ from paddle_ft.nested import (
     tensor_of,
 )
 from paddle_ft.plain import from_plain, to_plain
-from paddle_ft.slots import make_slots
+from paddle_ft.slots import SlotsAhead, check_gives_out_all, trained_by
 from paddle_ft.types import Changes, Scope, ShardOf
 
 _STATISTICS = ("_mean", "_variance")
@@ -69,6 +69,7 @@ class TrainingState:
         """Keys of the model's state_dict; with a tensor if it is found there alone."""
         self._key_of = self._parameter_keys()
         self._check_optimizer()
+        self._slots_ahead = SlotsAhead(optimizer)
         self._divided = Divided(self.model_tensors(), shards or {})
 
     # ------------------------------------------------------------ saving
@@ -152,10 +153,11 @@ class TrainingState:
             yield self._divided.entry(entry, key)
 
     def _optimizer_entries(self) -> Iterator[Entry]:
-        for name, tensor in self._slots().items():
+        # Sorted: who has trained from the start has them in another order than who took them over.
+        for name, tensor in sorted(self._slots().items()):
             entry = Entry(name, tensor, "replicated", "in step")
             yield self._divided.entry(entry, name.split("/", 1)[1].rpartition("/")[0])
-        for key, value in self._other_entries().items():
+        for key, value in sorted(self._other_entries().items()):
             if is_tensor(value):
                 yield Entry(f"optimizer/other/{key}", value, "replicated", "any time")
 
@@ -228,10 +230,20 @@ class TrainingState:
         entries, _, _ = self._fitting(image)
         return {e.name: e.tensor for e in entries if in_place(e.tensor)}
 
+    def prepare(self) -> None:
+        """Makes beforehand what takes long in ``restore``; it or ``start_afresh`` has to follow."""
+        if self._is_paddles_own():
+            own = {p.name for p in trained_by(self.optimizer)}
+            self._slots_ahead.make([t for t in self.model_tensors().values() if t.name in own])
+
+    def start_afresh(self) -> None:
+        """There is nothing to restore."""
+        self._slots_ahead.settle([])
+
     def _fitting(self, image: Image) -> tuple[list[Entry], list[Entry], list[str]]:
         """What is there for ``image``: whole tensors, shards, and names in ``optimizer/other``."""
         other = [n for n in image.names() if n.startswith("optimizer/other/")]
-        make_slots(self.optimizer, self._parameters_with_slots(image))
+        self._slots_ahead.settle(self._parameters_with_slots(image))
         entries = [
             entry
             for entry in [*self.model_entries(), *self._optimizer_entries()]
@@ -354,11 +366,8 @@ class TrainingState:
             self.optimizer.set_lr(lr[1])
 
     def _check_optimizer(self) -> None:
-        parameters = getattr(self.optimizer, "_parameter_list", None) or []
-        flat = [
-            p for item in parameters for p in (item["params"] if isinstance(item, dict) else [item])
-        ]
-        foreign = [p.name for p in flat if p.name not in self._key_of and not p.stop_gradient]
+        check_gives_out_all(self.optimizer)
+        foreign = [p.name for p in trained_by(self.optimizer) if p.name not in self._key_of]
         if foreign:
             raise ConfigError(
                 f"The optimizer trains {len(foreign)} parameters that are not the model's "

@@ -81,6 +81,15 @@ def take(collective: Collective, source: int, rank: int, places: Places) -> tupl
     return Image(replace(info, rank=rank, tensors=placed), memoryview(memory)), there
 
 
+def rehearse(entries: Sequence[Entry], places: Places) -> None:
+    """What takes tens of milliseconds only the first time in a process: before others wait for it.
+
+    Both for who will give and for who will take, of a state of these ``entries``.
+    """
+    info = ImageInfo(0, 0, 1, tuple(entry.spec() for entry in entries), {})
+    places(Image(decode(ImageInfo, encode(info)), memoryview(b"")))
+
+
 def attend(collective: Collective, source: int) -> None:
     """This rank needs nothing. Raises CollectiveFailed."""
     info, _ = _take_head(collective, source)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from paddle_ft.collective import Collective
 from paddle_ft.errors import ConfigError
-from paddle_ft.gradients import Gradients
+from paddle_ft.gradients import Gradients, Words
 from paddle_ft.health.phases import OPTIMIZER, REDUCE
 from paddle_ft.sampling import Item
 from paddle_ft.state import TrainingState
@@ -52,14 +52,18 @@ class Update:
         """The gradients of what was handed out are there; whether a step is due with them."""
         return True
 
-    def reduce(self, weight: float) -> list[int]:
-        """As ``Gradients.reduce``; nothing where there is nobody to sum with."""
+    def gather(self, weight: float) -> list[int]:
+        """As ``Gradients.gather``; nothing where there is nobody to sum with."""
         self._weight = weight
         self._collective.board.enter(REDUCE)
-        return self._gradients.reduce(weight) if self._sums else []
+        return self._gradients.gather(weight) if self._sums else []
+
+    def sum(self, words: Words) -> Words:
+        """As ``Gradients.sum``, of what was gathered."""
+        return self._gradients.sum(words) if self._sums else self._collective.sum_words(words)
 
     def apply(self, present: Sequence[int], scaler: Any, ends_epoch: bool) -> None:
-        """The optimizer's step, with what ``reduce`` gave summed over the ranks."""
+        """The optimizer's step, with what ``gather`` gave summed over the ranks."""
         self._collective.board.enter(OPTIMIZER)
         if self._sums:
             self._gradients.finish(present)

@@ -21,16 +21,19 @@ LEAVE_S = 5.0
 def own_temporary_directory() -> Iterator[Path]:
     """Sends ``tempfile`` of this process and its children to one directory, which goes at the end.
 
-    Its name is short because the path of a Unix socket ends at 107 bytes.
+    Its name is short because the path of a Unix socket ends at 107 bytes. What runs that were
+    killed have left goes first.
     """
+    from paddle_ft.agent.buffers import hold, remove_leftovers
+
+    remove_leftovers(Path(tempfile.gettempdir()), "pft-*", young_s=3600)
     with tempfile.TemporaryDirectory(prefix="pft-", ignore_cleanup_errors=True) as directory:
+        hold(Path(directory))
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("TMPDIR", directory)
             patch.setattr(tempfile, "tempdir", directory)
             yield Path(directory)
         # Launchers that a test killed leave their shared memory to the next one to remove.
-        from paddle_ft.agent.snapshots import remove_leftovers
-
         remove_leftovers(Path("/dev/shm"))
 
 

@@ -8,6 +8,7 @@ takes is measured soon after each change of the group.
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from steplog import HIDDEN, SAMPLES, WIDTH, StepLog, parse
 import paddle_ft as ft
 
 BROADCASTS = 3
+SLOWER = 0.3
+"""By so much a rank is that finds the file ``slower-<rank>`` among the step logs."""
 AFTER_STEPS = 3
 
 
@@ -92,8 +95,11 @@ def main() -> None:
     with ft.session(model=model, optimizer=optimizer) as session:
         broadcasts = Broadcasts(session, given.mbytes, given.record)
         for x in session.batches(rows, batch_size=SAMPLES):
+            begin_s = time.perf_counter()
             time.sleep(given.sleep_s)
             model(x).square().mean().backward()
+            if os.path.exists(f"{given.record}/slower-{session.rank}"):
+                time.sleep(SLOWER * (time.perf_counter() - begin_s))
             if session.step():
                 log.applied(session.rank, session.world_size, session.global_step)
                 broadcasts.applied()

@@ -2,7 +2,7 @@
 
     etcd watch, worker ends, worker messages, timers  ->  events  ->  the loop (main thread)
         view = what is known now
-        decide(view)      cluster-wide, if this node leads     ->  membership, committer
+        decide(view)      cluster-wide, if this node leads     ->  leader: membership, committer
         supervise(view)   this node's workers                  ->  worker group, membership
 
 Only the loop changes the agent's own state. Whatever takes time runs elsewhere, one of a kind at
@@ -14,11 +14,9 @@ from __future__ import annotations
 
 import logging
 import queue
-import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from paddle_ft.agent.chronicle import Chronicle
@@ -26,9 +24,11 @@ from paddle_ft.agent.committer import Committer
 from paddle_ft.agent.console import Console, Progress
 from paddle_ft.agent.events import Changed, CommitDone, Defect, Scanned
 from paddle_ft.agent.group import Said, WorkerGroup
-from paddle_ft.agent.membership import Membership, TransactionDone
+from paddle_ft.agent.leader import Leader
+from paddle_ft.agent.membership import Membership, Node, TransactionDone
 from paddle_ft.agent.peers import PeerLinks
 from paddle_ft.agent.reserve import spares_due
+from paddle_ft.agent.signals import Signals
 from paddle_ft.agent.snapshots import PartWritten, SnapshotKeeper, StateFailed
 from paddle_ft.agent.supervise import (
     Dismiss,
@@ -44,22 +44,19 @@ from paddle_ft.agent.supervise import (
 from paddle_ft.agent.workers import WorkerEnded
 from paddle_ft.checkpoint.room import CheckpointRoom
 from paddle_ft.config import Config
-from paddle_ft.coordination import actions, schema, view
-from paddle_ft.coordination.decide import decide
+from paddle_ft.coordination import schema
 from paddle_ft.coordination.kv import Coordinator
 from paddle_ft.coordination.mirror import JobMirror
 from paddle_ft.coordination.view import who_marks
-from paddle_ft.errors import EXIT_SIGINT, EXIT_SIGTERM, CoordinationError
+from paddle_ft.errors import CoordinationError
 from paddle_ft.health.monitor import HealthMonitor
-from paddle_ft.types import CommitRef, Head
+from paddle_ft.types import Head
 
 log = logging.getLogger("paddle_ft")
 
 TICK_S = 0.2
 """How long the loop sleeps when nothing happens; also how soon a signal is noticed."""
 EVENTS_MAX = 10_000
-ASK_TO_SAVE = (signal.SIGUSR1, signal.SIGUSR2)
-"""Passed on to the workers, whose rules decide what they mean."""
 
 
 class Agent:
@@ -69,9 +66,7 @@ class Agent:
         command: script and arguments, as the bootstrap takes them.
         coordinator: a reachable etcd.
         room: the job's checkpoint store.
-        node: this launcher's own name; host: the address others reach it under.
-        run_dir: private directory for the socket and the beacons.
-        shared_dir: private directory on shared memory for snapshots.
+        node: this launcher itself.
         tend: called now and then on the main thread, to keep a private etcd alive.
     """
 
@@ -82,10 +77,7 @@ class Agent:
         coordinator: Coordinator,
         room: CheckpointRoom,
         *,
-        node: str,
-        host: str,
-        run_dir: Path,
-        shared_dir: Path,
+        node: Node,
         console: Console,
         tend: Callable[[], object] = lambda: None,
     ) -> None:
@@ -98,57 +90,44 @@ class Agent:
         self._events: queue.Queue[Any] = queue.Queue(maxsize=EVENTS_MAX)
         keys = self._keys = schema.Keys(config.job.id)
         self._mirror = JobMirror(coordinator, keys, self._wake)
-        self._peers = PeerLinks(host, coordinator)
-        link, emit = self._peers.address, self._emit
-        self._membership = Membership(
-            config, coordinator, keys, self._mirror, node, host, link, emit, self._wake
-        )
-        self._snapshots = SnapshotKeeper(room, shared_dir, config.checkpoint.buffers, self._emit)
-        self._group = WorkerGroup(config, command, run_dir, self._snapshots, console, self._emit)
-        self._chronicle = Chronicle(config, node, self._group)
-        health = (node, run_dir, self._group, self._chronicle.log, self._wake)
+        self._peers = PeerLinks(node.host, coordinator)
+        link, emit, wake = self._peers.address, self._emit, self._wake
+        self._membership = Membership(config, coordinator, self._mirror, node, link, emit, wake)
+        self._snapshots = SnapshotKeeper(room, node.shared_dir, config.checkpoint.buffers, emit)
+        self._group = WorkerGroup(config, command, node.run_dir, self._snapshots, console, emit)
+        self._chronicle = Chronicle(config, node.name, self._group)
+        health = (node.name, node.run_dir, self._group, self._chronicle.log, wake)
         self._health = HealthMonitor(config, *health)
         self._committer = Committer(coordinator, keys, self._mirror, room, lambda: self._closed)
+        self._leader = Leader(
+            config, self._mirror, room, self._membership, self._committer, self._in_background
+        )
         self._damaged: tuple[str, ...] = ()
-        self._marks = view.Marks()
-        self._found: tuple[CommitRef, ...] | None = None
-        self._scanning = self._commit_running = False
-        self._wrote_revision = 0
-        self._told_manifest = self._told_reason = ""
-        self._signals: list[int] = []
-        self._leaving_since_s: float | None = None
-        self._leaving_code, self._hurried = 0, False
+        self._told_manifest = ""
+        self._signals = Signals(self._group.ask_to_save, console.say, config.job.stop_grace_s)
 
     # ------------------------------------------------------------ life
 
     def run(self) -> int:
         """Runs until the job has ended or this node has left it; gives the exit code."""
-        numbers = [signal.SIGINT, signal.SIGTERM, *ASK_TO_SAVE]
-        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
-            numbers.append(signal.SIGHUP)
-        previous = {number: signal.signal(number, self._on_signal) for number in numbers}
-        try:
-            self._mirror.start()
-            self._await_end_of_run_before()
-            self._room.bind(self._membership.claim_store)
-            self._group.listen()
-            self._membership.join(self._damaged, False)
-            while (end := self._turn()) is None:
-                pass
-            self._chronicle.end(end.exit_code, end.reason, self._console)
-            return end.exit_code
-        finally:
-            self._close()
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-
-    def _on_signal(self, number: int, _frame: object) -> None:
-        self._signals.append(number)  # the loop looks at it: a handler must not take locks
+        with self._signals:
+            try:
+                self._mirror.start()
+                self._await_end_of_run_before()
+                self._room.bind(self._membership.claim_store)
+                self._group.listen()
+                self._membership.join(self._damaged, False)
+                while (end := self._turn()) is None:
+                    pass
+                self._chronicle.end(end.exit_code, end.reason, self._console)
+                return end.exit_code
+            finally:
+                self._close()
 
     def _await_end_of_run_before(self) -> None:
         """A run of the same name that has ended gets a few seconds to go; then another begins."""
         until_s = time.monotonic() + 3 * self._config.etcd.lease_ttl_s
-        while not self._signals:
+        while not self._signals.pending:
             state = self._mirror.state()
             if state.outcome is None:
                 return
@@ -187,22 +166,20 @@ class Agent:
                 event = self._events.get_nowait()
         except queue.Empty:
             pass
-        self._take_signals()
+        self._signals.take()
         self._tend()
         now_s = time.monotonic()
         self._rejoin_if_lost()
         state = self._mirror.state()
         self._peers.follow(self._membership.me, state.nodes)
-        if self._membership.me in state.drain and self._leaving_since_s is None:
-            self._signals.append(signal.SIGTERM)
-            self._take_signals()
-        self._marks = view.observe(self._marks, state, now_s)
+        if self._membership.me in state.drain:
+            self._signals.leave()
         self._follow_head(state)
         end = self._supervise(state, now_s)
         self._chronicle.look(state, self._membership.me)
         self._health.look(state, self._membership)
         if end is None:
-            self._decide(state, now_s)
+            self._leader.decide(state, now_s)
             self._refill(state)
         self._console.progress(self._progress(state))
         return end
@@ -220,34 +197,14 @@ class Agent:
             )
         elif isinstance(event, StateFailed):
             self._restore_failed(event)
-        elif isinstance(event, TransactionDone):
-            if event.succeeded:
-                self._wrote_revision = event.revision
-            self._membership.done(event)
-        elif isinstance(event, CommitDone):
-            self._commit_running = False
-            if event.head is not None:
+        elif isinstance(event, (TransactionDone, CommitDone, Scanned)):
+            self._leader.took(event)
+            if isinstance(event, TransactionDone):
+                self._membership.done(event)
+            elif isinstance(event, CommitDone) and event.head is not None:
                 self._tell_committed(event.head)
-        elif isinstance(event, Scanned):
-            self._found, self._scanning = event.found, False
         elif isinstance(event, Defect):
             raise event.error
-
-    def _take_signals(self) -> None:
-        while self._signals:
-            number = self._signals.pop(0)
-            if number in ASK_TO_SAVE:
-                self._group.ask_to_save(number)
-                continue
-            if self._leaving_since_s is not None:
-                self._hurried = True
-                continue
-            self._leaving_since_s = time.monotonic()
-            self._leaving_code = EXIT_SIGINT if number == signal.SIGINT else EXIT_SIGTERM
-            self._console.say(
-                f"{signal.Signals(number).name}: saving a last checkpoint, then leaving (at "
-                f"most {self._config.job.stop_grace_s:g} s; once more to leave at once)"
-            )
 
     def _rejoin_if_lost(self) -> None:
         """Whose lease has ended is dead to the others and comes back as a newcomer."""
@@ -255,7 +212,7 @@ class Agent:
             return
         self._console.say("the lease of this node has ended: joining again as a newcomer")
         try:
-            self._membership.join(self._damaged, self._leaving_since_s is not None)
+            self._membership.join(self._damaged, self._signals.leaving_since_s is not None)
         except CoordinationError as error:
             log.warning("%s", error)
 
@@ -284,9 +241,9 @@ class Agent:
             damaged=self._damaged,
             restore_failed=self._group.restore_failed,
             restore_fatal=self._group.restore_fatal,
-            leaving_since_s=self._leaving_since_s,
-            leaving_code=self._leaving_code,
-            hurried=self._hurried,
+            leaving_since_s=self._signals.leaving_since_s,
+            leaving_code=self._signals.leaving_code,
+            hurried=self._signals.hurried,
             at_the_door=self._group.at_the_door,
         )
 
@@ -323,50 +280,7 @@ class Agent:
         if event.damaged and event.manifest not in self._damaged:
             self._damaged = (*self._damaged, event.manifest)
 
-    # ------------------------------------------------------------ the leader's part
-
-    def _decide(self, state: schema.JobState, now_s: float) -> None:
-        if self._mirror.revision < max(self._wrote_revision, self._committer.moved_revision):
-            return  # what was done last is not to be seen yet, and would be done again
-        seen = view.View(
-            me=self._membership.me,
-            state=state,
-            marks=self._marks,
-            acting_until_s=self._membership.acting_until_s(),
-            wall_s=time.time(),
-            commit_running=self._commit_running,
-            commit_failed=self._committer.failed,
-            found=self._found,
-            store=self._room.identity,
-        )
-        decision = decide(seen, now_s, self._config)
-        if decision.reason != self._told_reason:
-            self._told_reason = decision.reason
-            log.info("%s", decision.reason)
-        if decision.action is not None:
-            self._act_cluster(decision.action)
-
-    def _act_cluster(self, action: actions.Action) -> None:
-        keys, send, lease = self._keys, self._membership.send, self._membership.lease
-        if isinstance(action, actions.Campaign):
-            send("campaign", schema.campaign(keys, self._membership.me, lease))
-        elif isinstance(action, actions.ScanStore):
-            if not self._scanning:
-                self._scanning = True
-                self._in_background(lambda: Scanned(self._committer.scan()), "scan")
-        elif isinstance(action, actions.ImportHead):
-            send("import", schema.commit(keys, action.head, (), action.fences))
-        elif isinstance(action, actions.Propose):
-            send("propose", schema.propose(keys, action.generation, action.fences))
-        elif isinstance(action, actions.RequestPause):
-            send("pause", schema.request_pause(keys, action.pause, action.fences))
-        elif isinstance(action, actions.Finish):
-            send("finish", schema.finish(keys, action.outcome, action.fences))
-        elif isinstance(action, actions.Bar):
-            send("bar", schema.quarantine(keys, action.node, action.reason, action.fences))
-        elif not self._commit_running:
-            self._commit_running = True
-            self._in_background(lambda: CommitDone(self._committer.commit(action)), "commit")
+    # ------------------------------------------------------------ what is committed
 
     def _follow_head(self, state: schema.JobState) -> None:
         """Lets the workers know of a commit; the leader's own after the marker is written."""
@@ -376,9 +290,8 @@ class Agent:
             return
         if who == "another":
             self._tell_committed(head)
-        elif self._committer.acknowledged != head.newest.manifest and not self._commit_running:
-            self._commit_running = True  # the leader before may have died before its marker
-            self._in_background(lambda: CommitDone(self._committer.acknowledge(head)), "marker")
+        else:
+            self._leader.acknowledge(head)
 
     def _tell_committed(self, head: Head) -> None:
         self._told_manifest = head.newest.manifest
@@ -393,5 +306,5 @@ class Agent:
             world_size=generation.world_size if generation else 0,
             committed_step=state.head.value.newest.step if state.head else -1,
             store_trouble=self._snapshots.trouble,
-            doing=self._told_reason,
+            doing=self._leader.reason,
         )

@@ -144,25 +144,33 @@ _locks: list[int] = []
 def own_directory(name: str, parent: Path) -> Path:
     """A new private directory, locked for as long as this process lives."""
     path = Path(tempfile.mkdtemp(prefix=f"paddle_ft-{os.getpid()}-{name}-", dir=parent))
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
-    _locks.append(descriptor)
+    hold(path)
     return path
 
 
-def remove_leftovers(parent: Path) -> None:
-    """Removes what launchers left there that were killed: nobody holds the lock on it.
+def hold(path: Path) -> None:
+    """Locks the directory ``path`` for as long as this process lives: it is no leftover."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    _locks.append(descriptor)
 
-    A pid would not do: the owner may live in another PID namespace.
+
+def remove_leftovers(
+    parent: Path, names: str = "paddle_ft-[0-9]*-*", young_s: float = YOUNG_S
+) -> None:
+    """Removes the directories there that nobody holds, as those of launchers that were killed.
+
+    One in which something came or went less than ``young_s`` ago stays. A pid would not
+    do: the owner may live in another PID namespace.
     """
-    for path in parent.glob("paddle_ft-[0-9]*-*"):
+    for path in parent.glob(names):
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError:
             continue
         try:
-            young = time.time() - os.fstat(descriptor).st_mtime < YOUNG_S
-            if not young and os.fstat(descriptor).st_uid == os.getuid():
+            age_s = time.time() - os.fstat(descriptor).st_mtime
+            if age_s >= young_s and os.fstat(descriptor).st_uid == os.getuid():
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(path, ignore_errors=True)
         except OSError:

@@ -141,7 +141,9 @@ def _prepare() -> None:
     paddle = sys.modules.get("paddle")
     if paddle is None or not getattr(paddle, "in_dynamic_mode", lambda: False)():
         return
-    from paddle_ft.regroup import use_kernels_once
+    from paddle_ft.context import session_env
+    from paddle_ft.rehearsal import rehearse
 
     importlib.import_module("paddle_ft.session")
-    use_kernels_once()
+    session_env()
+    rehearse()

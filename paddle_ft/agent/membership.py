@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from paddle_ft.agent.net import free_ports
 from paddle_ft.agent.supervise import Publish
@@ -30,6 +31,20 @@ REFUSED_PAUSE_S = 0.02
 
 
 @dataclass(frozen=True, slots=True)
+class Node:
+    """One launcher, under a name that no other of the job has.
+
+    host: the address others reach it under; run_dir: private directory for the socket and the
+    beacons; shared_dir: another on shared memory, for snapshots.
+    """
+
+    name: str
+    host: str
+    run_dir: Path
+    shared_dir: Path
+
+
+@dataclass(frozen=True, slots=True)
 class TransactionDone:
     """Event: a transaction has come back."""
 
@@ -43,6 +58,7 @@ class Membership:
     """Used by the loop alone; only the sending of a transaction runs on another thread.
 
     Args:
+        link: where the others hold a connection to this node.
         emit: takes TransactionDone from that thread.
         wake: called when the lease is lost.
     """
@@ -51,20 +67,17 @@ class Membership:
         self,
         config: Config,
         coordinator: Coordinator,
-        keys: schema.Keys,
         mirror: JobMirror,
-        node: str,
-        host: str,
+        node: Node,
         link: str,
         emit: Callable[[TransactionDone], None],
         wake: Callable[[], None],
     ) -> None:
         self._config = config
         self._coordinator = coordinator
-        self._keys = keys
+        self._keys = schema.Keys(config.job.id)
         self._mirror = mirror
         self._node = node
-        self._host = host
         self._link = link
         self._emit = emit
         self._wake = wake
@@ -91,11 +104,11 @@ class Membership:
         self._keeper.start()
         slots = self._config.job.nproc_per_node
         member = Member(
-            node=self._node,
+            node=self._node.name,
             incarnation=uuid.uuid4().hex[:12],
-            host=self._host,
+            host=self._node.host,
             slots=slots,
-            ports=free_ports(self._host, slots + 1 + STORE_PORTS),
+            ports=free_ports(self._node.host, slots + 1 + STORE_PORTS),
         )
         status = NodeStatus(damaged=damaged)
         record = NodeRecord(member, status, leaving, self._link, self.lease)
@@ -142,7 +155,7 @@ class Membership:
         member = self._record.member
         generation = self._record.status.generation
         if action.status.state != "running" or action.status.generation != generation:
-            ports = free_ports(self._host, member.slots + 1 + STORE_PORTS)
+            ports = free_ports(self._node.host, member.slots + 1 + STORE_PORTS)
             member = replace(member, ports=ports)
         record = replace(self._record, member=member, status=action.status, leaving=action.leaving)
         txn = schema.update_record(self._keys, record, self.lease, self._revision)

@@ -12,7 +12,9 @@ import re
 import socket
 import struct
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import IO
 
 from paddle_ft.errors import ConfigError
@@ -21,6 +23,8 @@ PORTS = range(20000, 32000)
 """Below Linux's ephemeral range, so that no outgoing connection takes one that was handed out."""
 ELSEWHERE = "192.0.2.1"
 """An address that nobody has (RFC 5737)."""
+YOUNG_S = 10.0
+"""What was opened since is not a leftover."""
 _SIOCGIFADDR = 0x8915
 
 
@@ -119,9 +123,10 @@ class NodeName:
         if wanted:
             self.name = base
             return
+        _remove_leftovers()
         for number in range(1, 1000):
             name = base if number == 1 else f"{base}-{number}"
-            lock = _try_lock(f"paddle_ft-{os.getuid()}-{job}-{name}.lock")
+            lock = _try_lock(f"{_own_locks()}{job}-{name}.lock")
             if lock is not None:
                 self.name, self._lock = name, lock
                 return
@@ -135,14 +140,37 @@ class NodeName:
             self._lock = None
 
 
-def _try_lock(file_name: str) -> IO[str] | None:
+def _own_locks() -> str:
+    """What the names of all lock files of this user begin with."""
+    return f"paddle_ft-{os.getuid()}-"
+
+
+def _remove_leftovers() -> None:
+    """Removes the lock files of launchers that were killed.
+
+    Whoever has opened one that goes finds that it is no longer the file of that name, and takes
+    the next number; so that this hardly ever happens, one that was opened just now stays.
+    """
+    for path in Path(tempfile.gettempdir()).glob(f"{_own_locks()}*.lock"):
+        with contextlib.suppress(OSError):
+            young = time.time() - path.lstat().st_mtime <= YOUNG_S
+            if not young and (lock := _try_lock(path.name, create=False)):
+                path.unlink()
+                lock.close()
+
+
+def _try_lock(file_name: str, create: bool = True) -> IO[str] | None:
+    """The file, open and locked; None if somebody else has it, or is meant by the name."""
     path = os.path.join(tempfile.gettempdir(), file_name)
+    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | (os.O_CREAT if create else 0)
     try:
-        lock = open(path, "w", encoding="ascii")  # noqa: SIM115  held as long as the name is
-    except PermissionError:
-        return None  # somebody else's
+        lock = open(path, "r+", opener=lambda name, _: os.open(name, flags, 0o600))  # noqa: SIM115
+    except OSError:
+        return None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if create:
+            os.utime(lock.fileno())  # so that it is not taken for a leftover
         if os.stat(path).st_ino == os.fstat(lock.fileno()).st_ino:
             return lock
     except OSError:

@@ -8,6 +8,9 @@ silent, and one that could never be reached (a firewall refuses, too), are left 
 
 Being wrong costs that node its membership, and a rebuilt group: it joins again as a newcomer. It
 cannot cost more, since every write of a leader is fenced.
+
+Who asks for it on a connection gets back what it sends, within bounds: so links are measured where
+reductions have become slow (``health.links``).
 """
 
 from __future__ import annotations
@@ -21,16 +24,24 @@ from dataclasses import dataclass
 
 from paddle_ft.coordination.kv import Coordinator
 from paddle_ft.errors import CoordinationError
+from paddle_ft.health.links import echo
 from paddle_ft.types import NodeRecord, Versioned
 
 log = logging.getLogger("paddle_ft")
 
 WATCHED = 2
+ACCEPTED_MAX = 64
 CONNECT_TIMEOUT_S = 1.0
 RETRY_S = 0.5
 AGAIN_S = 0.01
 """Before a look whether somebody listens where a connection has just ended."""
 _NAME_BYTES_MAX = 512
+_KEEP_ALIVE = (
+    ((socket.SOL_SOCKET, socket.SO_KEEPALIVE), 1),
+    ((socket.IPPROTO_TCP, socket.TCP_KEEPIDLE), 60),
+    ((socket.IPPROTO_TCP, socket.TCP_KEEPINTVL), 10),
+    ((socket.IPPROTO_TCP, socket.TCP_KEEPCNT), 6),
+)
 
 
 def watched(me: str, members: Iterable[str], count: int = WATCHED) -> tuple[str, ...]:
@@ -70,7 +81,7 @@ class PeerLinks:
         self._me = ""
         self._seen: Mapping[str, Versioned[NodeRecord]] | None = None
         self._links: dict[str, _Link] = {}
-        self._accepted: list[socket.socket] = []
+        self._accepted: set[socket.socket] = set()
         self._closed = threading.Event()
         threading.Thread(target=self._serve, name="peers", daemon=True).start()
 
@@ -102,7 +113,7 @@ class PeerLinks:
         for link in self._links.values():
             self._drop(link)
         _shut(self._server)
-        for connection in self._accepted:
+        for connection in tuple(self._accepted):
             _shut(connection)
 
     # ------------------------------------------------------------ being watched
@@ -115,10 +126,22 @@ class PeerLinks:
                 if self._closed.wait(RETRY_S):
                     return
                 continue
-            with contextlib.suppress(OSError):
-                connection.sendall(self._me.encode() + b"\n")
-            self._accepted = [c for c in self._accepted if not _is_over(c)]
-            self._accepted.append(connection)
+            if len(self._accepted) >= ACCEPTED_MAX:
+                connection.close()
+                continue
+            self._accepted.add(connection)
+            threading.Thread(
+                target=self._attend, args=(connection,), name="peer-there", daemon=True
+            ).start()
+
+    def _attend(self, connection: socket.socket) -> None:
+        """Until the other end closes it: that this one does not is all that a watcher is told."""
+        with contextlib.suppress(OSError), connection:
+            for option, value in _KEEP_ALIVE:  # or who has gone without a word stays for ever
+                connection.setsockopt(*option, value)
+            connection.sendall(self._me.encode() + b"\n")
+            echo(connection)
+        self._accepted.discard(connection)
 
     # ------------------------------------------------------------ watching
 
@@ -179,13 +202,3 @@ def _shut(connection: socket.socket) -> None:
     with contextlib.suppress(OSError):
         connection.shutdown(socket.SHUT_RDWR)
     connection.close()
-
-
-def _is_over(connection: socket.socket) -> bool:
-    """Whether the watcher has gone: it never says anything."""
-    try:
-        return not connection.recv(1, socket.MSG_DONTWAIT)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True

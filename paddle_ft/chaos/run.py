@@ -43,8 +43,10 @@ def read_plan(path: Path) -> Plan:
     """Raises ConfigError."""
     try:
         return plans.from_table(tomllib.loads(path.read_text()))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"the plan {path} cannot be read: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"the plan {path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"the plan {path} is not a text file: give a TOML file") from error
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"the plan {path} is not valid TOML: {error}") from error
 

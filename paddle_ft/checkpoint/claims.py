@@ -51,7 +51,8 @@ def _locked(directory: Path, job: str) -> Iterator[None]:
         directory.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except OSError as error:
-        _log.warning("%s cannot be locked (%s): use it once at a time.", path, error.strerror)
+        if directory.is_dir():  # else whoever writes to it first is told that it cannot be made
+            _log.warning("%s cannot be locked (%s): use it once at a time.", path, error.strerror)
         yield
         return
     try:

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from typer.core import TyperCommand
 
 from paddle_ft import config
 from paddle_ft.checkpoint import commit, layout, standalone
@@ -27,6 +28,7 @@ from paddle_ft.checkpoint.retention import metrics_of
 from paddle_ft.checkpoint.sign import Trust, make_keys, signed_manifests
 from paddle_ft.checkpoint.store import Store, open_store, tiers_of
 from paddle_ft.checkpoint.store_directory import DirectoryStore
+from paddle_ft.checkpoint.words import age, moment, size
 from paddle_ft.config import CheckpointConfig
 from paddle_ft.errors import CheckpointDamaged, CheckpointMismatch, ConfigError, StoreMissing
 from paddle_ft.types import CommitRef
@@ -41,6 +43,19 @@ Url = Annotated[str, typer.Argument(help="a directory, file:///dir or s3://bucke
 Step = Annotated[int | None, typer.Option(help="the checkpoint of this step; default: the newest")]
 ConfigFile = Annotated[str | None, typer.Option("--config", help="TOML file with the settings")]
 Json = Annotated[bool, typer.Option("--json", help="for programs")]
+
+
+class _OfOneStep(TyperCommand):
+    """A command that says how to name the step to who gives it beside the URL, as to ``diff``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        ctx.allow_extra_args = True
+        rest = super().parse_args(ctx, args)
+        if not ctx.args:
+            return rest
+        words = (*ctx.args, str(ctx.params["url"]))
+        step = next((word for word in words if word.isdecimal()), "N")
+        raise ConfigError(f"{ctx.command_path} takes a URL alone; name the step as --step {step}.")
 
 
 def settings_of(config_file: str | None) -> CheckpointConfig:
@@ -77,11 +92,6 @@ def choose(store: Store, step: int | None) -> CommitRef:
         raise CheckpointMismatch(f"{store.url} holds no checkpoint; correct the URL.")
     steps = ", ".join(str(ref.step) for ref in refs[:20])
     raise CheckpointMismatch(f"{store.url} holds no checkpoint of step {step}; there are {steps}.")
-
-
-def moment(wall_s: float) -> str:
-    """Seconds since 1970 as local time."""
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(wall_s))
 
 
 def screen() -> Console:
@@ -159,27 +169,7 @@ def _line(row: dict[str, Any]) -> list[str]:
     ]
 
 
-def size(nbytes: float) -> str:
-    """``nbytes`` for people: 1.5 MiB."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if nbytes < 1024:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1024
-    return f"{nbytes:.1f} TiB"
-
-
-def age(seconds: float) -> str:
-    """``seconds`` for people, in the two largest units: 3 h 12 min."""
-    left = max(0, int(seconds))
-    words = []
-    for name, length in (("d", 86_400), ("h", 3600), ("min", 60), ("s", 1)):
-        count, left = divmod(left, length)
-        if count:
-            words.append(f"{count} {name}")
-    return " ".join(words[:2]) or "0 s"
-
-
-@ckpt_app.command()
+@ckpt_app.command(cls=_OfOneStep)
 def show(
     url: Url, step: Step = None, config_file: ConfigFile = None, as_json: Json = False
 ) -> None:
@@ -214,7 +204,7 @@ def show(
     out.print(f"in {told} of {len(kinds)} write{'s' * (len(kinds) != 1)}", highlight=False)
 
 
-@ckpt_app.command()
+@ckpt_app.command(cls=_OfOneStep)
 def verify(
     url: Url,
     step: Step = None,
@@ -292,7 +282,7 @@ def differences(
 Who = Annotated[str, typer.Option(help="under this name (letters, digits and _)")]
 
 
-@ckpt_app.command()
+@ckpt_app.command(cls=_OfOneStep)
 def pin(url: Url, step: Step = None, who: Who = "user", config_file: ConfigFile = None) -> None:
     """Keep a checkpoint whatever retention says, until it is unpinned."""
     store, _ = open_url(url, config_file)
@@ -303,7 +293,7 @@ def pin(url: Url, step: Step = None, who: Who = "user", config_file: ConfigFile 
     typer.echo(f"step {ref.step} is pinned")
 
 
-@ckpt_app.command()
+@ckpt_app.command(cls=_OfOneStep)
 def unpin(url: Url, step: Step = None, who: Who = "user", config_file: ConfigFile = None) -> None:
     """Let retention decide about a checkpoint again."""
     store, _ = open_url(url, config_file)
@@ -350,7 +340,7 @@ def keygen(
     typer.echo(f"private key: {private}\npublic key:  {public}\nid:          {name}")
 
 
-@ckpt_app.command("export")
+@ckpt_app.command("export", cls=_OfOneStep)
 def export_command(
     url: Url,
     to: Annotated[Path, typer.Option(help="new directory for the files")],

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import pickle  # noqa: TID251  find_class admits nothing that runs code
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,9 @@ def write_paddle(path: Path, state: Any) -> None:
     Raises ConfigError if there is no Paddle here or it cannot save one of them, OSError.
     """
     try:
-        import paddle
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="No ccache found")  # as bootstrap does
+            import paddle
     except ImportError:
         raise ConfigError(
             "Paddle is not installed here, and only Paddle writes its files; export with --format "

@@ -27,7 +27,7 @@ from paddle_ft.checkpoint.sign import Trust
 from paddle_ft.checkpoint.spool import OWNER
 from paddle_ft.checkpoint.store import Store, open_store
 from paddle_ft.checkpoint.uploads import Uploads
-from paddle_ft.checkpoint.write import read_part, store_manifest, write_part
+from paddle_ft.checkpoint.write import Share, read_part, store_manifest, write_part
 from paddle_ft.config import Config
 from paddle_ft.coordination.actions import Commit
 from paddle_ft.errors import CheckpointDamaged, StoreError
@@ -154,12 +154,8 @@ class CheckpointRoom:
             return write_part(
                 self._store,
                 images,
-                owner=self._owner,
-                sequence=sequence,
-                generation=generation,
-                member=member,
-                parent=known,
-                config=self._config,
+                Share(self._owner, sequence, generation, member, known),
+                self._config,
                 prints=self._prints,
                 places=places,
             )

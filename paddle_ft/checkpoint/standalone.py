@@ -39,6 +39,7 @@ from paddle_ft.checkpoint.restore import fetch
 from paddle_ft.checkpoint.sign import Trust
 from paddle_ft.checkpoint.snapshot import Source, array_of, dtype_name, nbytes_of, write_tensor
 from paddle_ft.checkpoint.store import Store, open_store
+from paddle_ft.checkpoint.store_directory import DirectoryStore
 from paddle_ft.config import CheckpointConfig
 from paddle_ft.errors import CheckpointDamaged, CheckpointMismatch, ConfigError, StoreError
 from paddle_ft.plain import from_plain, to_plain
@@ -216,12 +217,8 @@ class _Writer:
         part = write.write_part(
             self.store,
             [image],
-            owner=self.owner,
-            sequence=(head.newest.sequence if head else 0) + 1,
-            generation=0,
-            member="alone",
-            parent=parent,
-            config=self.config,
+            write.Share(self.owner, (head.newest.sequence if head else 0) + 1, 0, "alone", parent),
+            self.config,
             prints=self.prints,
         )
         listing = write.read_part(self.store, part)
@@ -300,6 +297,8 @@ def _writer(url: str, config: CheckpointConfig) -> _Writer:
 def _say_that_it_is_over() -> None:
     """So that those who come after need not wait a day to collect what this process leaves."""
     for (pid, url, config), writer in _writers.items():
+        if isinstance(writer.store, DirectoryStore) and not writer.store.root.exists():
+            continue  # it was removed, and is not to be made again for that
         if pid == os.getpid() and writer.owner:
             with suppress(StoreError):
                 release(open_store(url, config.model_copy(update={"attempts": 1})), writer.owner)

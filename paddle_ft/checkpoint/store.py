@@ -136,6 +136,11 @@ def _open(url: str, config: CheckpointConfig) -> Store:
         if not parts.netloc:
             raise ConfigError(f"The checkpoint URL {url} names no bucket; use s3://bucket/prefix.")
         return S3Store(parts.netloc, parts.path.strip("/"), config)
+    if parts.scheme in ("http", "https"):
+        raise ConfigError(
+            f"The checkpoint URL {url} is that of a web server, which takes no checkpoints; use a "
+            f"directory, or s3://bucket/prefix with checkpoint.endpoint_url for a server of S3."
+        )
     from paddle_ft.checkpoint.store_fsspec import FsspecStore
 
     return FsspecStore(url, config)

@@ -174,9 +174,9 @@ class DirectoryStore:
             return StoreFull(f"{path} cannot be {done}: {reason}; free or add space.")
         if error.errno in _DENIED:
             return StoreDenied(f"{path} cannot be {done}: {reason}; correct the permissions.")
-        if error.errno == errno.ENOENT:
+        if error.errno == errno.ENOENT and done != "written":
             return StoreMissing(f"{path} is not there.")
-        if error.errno in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
             return StoreDenied(f"{path} cannot be {done}: {reason}; name another directory.")
         return StoreUnavailable(f"{path} cannot be {done}: {reason}; check the disk or the mount.")
 

@@ -42,6 +42,10 @@ class FsspecStore:
                 f"The checkpoint URL {url} cannot be used ({error}); use a directory, file:// or "
                 f"s3://."
             ) from error
+        except OSError as error:
+            raise StoreUnavailable(
+                f"{url} cannot be reached ({error}); correct the URL or check the server."
+            ) from error
         self._root = str(self._root).rstrip("/")
 
     @property

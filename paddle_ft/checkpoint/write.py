@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from paddle_ft.checkpoint import layout
 from paddle_ft.checkpoint.blocks import Blocks, Packer, Place
@@ -49,38 +50,53 @@ UPLOAD_THREADS = 4
 _BATCH_BYTES = 4 * 2**20
 
 
+@dataclass(frozen=True, slots=True)
+class Share:
+    """Whose share of which checkpoint a part is.
+
+    ``sequence`` is the head's plus one, ``parent`` a checkpoint that the head keeps (its newest,
+    usually), whose blocks are not written again.
+    """
+
+    owner: str
+    sequence: int
+    generation: int
+    member: str
+    parent: tuple[CommitRef, Manifest] | None = None
+
+    def new_place(self) -> str:
+        """What the names of its objects begin with; another one each time."""
+        prefix = layout.write_prefix(
+            self.owner, self.sequence, self.generation, secrets.token_hex(4)
+        )
+        return f"{prefix}{layout.safe_member(self.member)}"
+
+
 def write_part(
     store: Store,
     images: Sequence[tuple[ImageInfo, memoryview]],
-    *,
-    owner: str,
-    sequence: int,
-    generation: int,
-    member: str,
-    parent: tuple[CommitRef, Manifest] | None,
+    share: Share,
     config: CheckpointConfig,
+    *,
     prints: Prints | None = None,
     places: dict[str, tuple[int, int]] | None = None,
 ) -> Part:
-    """Stores the share of ``member``: the images of its ranks at one step.
+    """Stores the share of one member: the images of its ranks at one step.
 
-    ``sequence`` is the head's plus one, ``parent`` a checkpoint that the head keeps (its newest,
-    usually), whose blocks are not written again. ``prints`` is what this writer remembers from one
-    part to the next; without it, blocks are written as a whole. ``places`` is told where each block
-    lies: digest -> (rank, offset in its image). Blocks for as long as the store takes; raises
-    StoreError.
+    ``prints`` is what this writer remembers from one part to the next; without it, blocks are
+    written as a whole. ``places`` is told where each block lies: digest -> (rank, offset in its
+    image). Blocks for as long as the store takes; raises StoreError.
     """
     step, world_size = images[0][0].step, images[0][0].world_size
     assert all((i.step, i.world_size) == (step, world_size) for i, _ in images)
-    prefix = layout.write_prefix(owner, sequence, generation, secrets.token_hex(4))
-    name = layout.safe_member(member)
-    manifest = parent[1] if parent else None
+    place = share.new_place()
+    manifest = share.parent[1] if share.parent else None
     sizes = dict(manifest.objects) if manifest else {}
     with Crew(UPLOAD_THREADS, "upload") as crew:
         pack_bytes = _pack_bytes(images)
-        fresh = Packer(store, f"{layout.DATA}{prefix}{name}", crew, pack_bytes)
+        fresh = Packer(store, f"{layout.DATA}{place}", crew, pack_bytes)
         # What has stayed unchanged for long is kept apart from what may change at once.
-        moved = Packer(store, f"{layout.DATA}{prefix}{name}.kept", crew, pack_bytes)
+        moved = Packer(store, f"{layout.DATA}{place}.kept", crew, pack_bytes)
         given_up = sparse(manifest, config.space_ratio) if manifest else frozenset()
         blocks = Blocks(manifest, fresh, moved, prints or Prints(), given_up, Tables(store))
         pieces = tuple(_pieces(images, blocks, config.block_bytes, prints is not None, places))
@@ -90,25 +106,25 @@ def write_part(
     failpoint("part.objects")
     pieces, used = blocks.settled(pieces, sizes)
     listing = PartListing(
-        owner=owner,
-        sequence=sequence,
-        generation=generation,
+        owner=share.owner,
+        sequence=share.sequence,
+        generation=share.generation,
         step=step,
-        member=member,
+        member=share.member,
         world_size=world_size,
         block_bytes=config.block_bytes,
         ranks=tuple(sorted(info.rank for info, _ in images)),
-        parent=parent[0].manifest if parent else "",
+        parent=share.parent[0].manifest if share.parent else "",
         objects={name: sizes[name] for name in sorted(used)},
         pieces=pieces,
         meta=next((info.meta for info, _ in images if info.rank == 0), None),
         used=used,
     )
     content = encode_part(listing)
-    path = f"{layout.PARTS}{prefix}{name}.json"
+    path = f"{layout.PARTS}{place}.json"
     store.put(path, content)
     failpoint("part.listed")
-    return Part(generation, step, member, path, digest_of(content), listing.parent)
+    return Part(share.generation, step, share.member, path, digest_of(content), listing.parent)
 
 
 def _pack_bytes(images: Sequence[tuple[ImageInfo, memoryview]]) -> int:

@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -182,7 +183,7 @@ class EmbeddedEtcd:
         assert self._dir is not None, "not started"
         if self.running():
             return False
-        logger.warning("the private etcd has ended (%s); it is started again", self._last_words())
+        logger.warning("the private etcd has ended (%s); it is started again", self._how_it_ended())
         self._spawn()
         self._wait_until_serving()
         return True
@@ -262,7 +263,7 @@ class EmbeddedEtcd:
         deadline = time.monotonic() + self._start_timeout_s
         while not _healthy(self._ports[0]):
             if not self.running():
-                raise CoordinationError(f"the private etcd did not start: {self._last_words()}")
+                raise CoordinationError(f"the private etcd did not start: {self._how_it_ended()}")
             if time.monotonic() > deadline:
                 raise CoordinationError(
                     f"the private etcd did not serve within {self._start_timeout_s:g} s: "
@@ -273,6 +274,13 @@ class EmbeddedEtcd:
     def _log(self) -> str:
         assert self._dir is not None
         return (self._dir / LOG_NAME).read_text(errors="replace")
+
+    def _how_it_ended(self) -> str:
+        """The signal that ended the server, or what it logged last if it ended by itself."""
+        code = self._process.poll() if self._process is not None else None
+        if code is None or code >= 0:
+            return self._last_words()
+        return f"killed by {signal.Signals(-code).name}"
 
     def _last_words(self) -> str:
         """What the server logged last, without the frame of its log."""

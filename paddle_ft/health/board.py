@@ -126,12 +126,16 @@ class BoardReader:
 
     def look(self) -> Look:
         words = self._words
+        left = int(words[_LEFT])  # before ``entered``: or it could seem to be the later one
+        entered, since_s = int(words[_ENTERED]), words[_SINCE]
+        at = _CALLS + entered % CALLS_MAX * _CALL_WORDS
         return Look(
             phase=int(words[_PHASE]),
-            since_s=words[_SINCE],
-            left=int(words[_LEFT]),  # before ``entered``: or it could seem to be the later one
-            entered=int(words[_ENTERED]),
+            since_s=since_s,
+            left=left,
+            entered=entered,
             steps=int(words[_STEPS]),
+            changed_s=max(since_s, words[at + 1], words[at + 2]),
         )
 
     def calls(self) -> tuple[Call, ...]:

@@ -15,6 +15,8 @@ from statistics import median
 
 SHARE = 0.5
 SLOWER = 2.0
+SLOWER_BESIDE = 3.0
+"""The same for what is measured beside a training, which uses the links and the processors, too."""
 ROUNDS_MAX = 3
 """Each node is measured with so many others; one bad node among them is told from a good one."""
 
@@ -102,7 +104,22 @@ def schedule(nodes: Sequence[str]) -> tuple[tuple[tuple[str, str], ...], ...]:
     return tuple(rounds)
 
 
-def judge(entries: Sequence[Entry]) -> list[Finding]:
+def bad_links(times: Mapping[str, Sequence[PairTime]]) -> list[Finding]:
+    """Of nodes that have measured links of theirs beside a training whose links are slow.
+
+    One node's name: all that were measured of it; two: that between them. Empty if none stands out.
+    """
+    nothing = Figures(0.0, 0.0)
+    entries = [Entry(node, "", 0, nothing, 1, tuple(t)) for node, t in sorted(times.items())]
+    if len(entries) == 2:
+        found = pair_times(entries).items()
+        return [Finding(p, f"there and back {_s(s)}, and it is the only one") for p, s in found]
+    return judge(entries, "there and back", SLOWER_BESIDE)
+
+
+def judge(
+    entries: Sequence[Entry], what: str = "all-reduce", slower: float = SLOWER
+) -> list[Finding]:
     """The bad nodes by their figures and their pairs, then the bad links of the others."""
     times = pair_times(entries)
     best = {
@@ -115,15 +132,15 @@ def judge(entries: Sequence[Entry]) -> list[Finding]:
     for entry in entries:
         others = [other.figures for other in entries if other is not entry]
         reasons = shortfalls(entry.figures, others)
-        if len(entries) > 2 and math.isfinite(usual_s) and best[entry.node] > SLOWER * usual_s:
-            reasons.append(f"all-reduce with {_peers(entry.node, times)}, usual {_s(usual_s)}")
+        if len(entries) > 2 and math.isfinite(usual_s) and best[entry.node] > slower * usual_s:
+            reasons.append(f"{what} with {_peers(entry.node, times)}, usual {_s(usual_s)}")
         if reasons:
             bad.add(entry.node)
             findings.append(Finding((entry.node,), "; ".join(reasons)))
     for (a, b), seconds in sorted(times.items()):
-        slow = math.isinf(seconds) or seconds > SLOWER * usual_s
+        slow = math.isinf(seconds) or seconds > slower * usual_s
         if slow and not bad & {a, b}:
-            text = f"all-reduce between them {_s(seconds)}, usual {_s(usual_s)}"
+            text = f"{what} between them {_s(seconds)}, usual {_s(usual_s)}"
             findings.append(Finding((a, b), text))
     return findings
 

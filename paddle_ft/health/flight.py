@@ -116,6 +116,15 @@ def process_state(pid: int) -> tuple[str, float] | None:
     return fields[0], (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
+def delay_s(pid: int) -> float | None:
+    """How long the main thread of a process has been ready to run and had no processor, s.
+
+    None if the kernel does not tell.
+    """
+    words = _read(Path(f"/proc/{pid}/schedstat")).split()
+    return int(words[1]) * 1e-9 if len(words) == 3 else None
+
+
 def _read(path: Path) -> str:
     try:
         return path.read_text(errors="replace")

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from paddle_ft.health.figures import PairTime
 from paddle_ft.health.pace import Pace, same_paces
 from paddle_ft.health.phases import (
     COMPUTE,
@@ -35,7 +36,9 @@ from paddle_ft.health.phases import (
     Step,
 )
 
-Kind = Literal["slow", "slow_link", "hung", "dead"]
+Kind = Literal["slow", "starved", "slow_link", "bad_link", "hung", "dead"]
+"""``starved``: slower because it waits for a processor that other programs use; a note, for as long
+as that may pass by itself. ``slow_link``: reductions take longer; ``bad_link``: this one is why."""
 Evidence = Literal["", "stopped", "busy", "idle"]
 
 FACTOR = 3.0
@@ -111,12 +114,15 @@ class HealthRecord:
     paces: tuple[Pace, ...] = ()
     blamed: tuple[float, ...] = ()
     """When ranks of this node were ended because they hung: seconds since 1970, its own clock."""
+    links: tuple[PairTime, ...] = ()
+    """What its links took, where somebody finds reductions slow: there and back, s."""
 
     def says_as(self, other: HealthRecord) -> bool:
         """Whether there is no need to tell both: figures that change all the time do not count."""
         return (
             self.generation == other.generation
             and self.blamed == other.blamed
+            and self.links == other.links
             and _heads(self) == _heads(other)
             and same_paces(self.paces, other.paces)
         )
@@ -124,7 +130,7 @@ class HealthRecord:
 
 def _heads(record: HealthRecord) -> tuple[object, ...]:
     number = record.waiting.number if record.waiting else -1
-    return (number, *((v.kind, v.rank) for v in record.verdicts))
+    return (number, *((v.kind, v.rank) for v in record.verdicts if v.kind != "starved"))
 
 
 @dataclass(slots=True)
@@ -220,6 +226,16 @@ def missing_at(rows: Sequence[Row], elsewhere: Iterable[Waiting]) -> list[Row]:
 
 def _late(row: Row, usual: Usual) -> bool:
     return row.still_s >= usual.bound_s(row.phase, row.evidence)
+
+
+def next_bound_s(rows: Iterable[Row], usual: Usual) -> float:
+    """After how long the next bound is over, if nobody moves until then; inf: all are over."""
+    bounds = [
+        bound_s - row.still_s
+        for row in rows
+        for bound_s in (usual.tight_s, usual.bound_s(row.phase, row.evidence))
+    ]
+    return min((left_s for left_s in bounds if left_s > 0), default=float("inf"))
 
 
 def _verdict(row: Row, rows: Sequence[Row], elsewhere: Iterable[Waiting]) -> Verdict:

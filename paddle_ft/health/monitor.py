@@ -28,14 +28,19 @@ from paddle_ft.config import Config
 from paddle_ft.coordination import schema
 from paddle_ft.health import flight
 from paddle_ft.health.board import BoardReader
+from paddle_ft.health.figures import Finding
 from paddle_ft.health.judge import (
     HealthRecord,
+    Kind,
+    Row,
     Usual,
     Verdict,
     Waiting,
     find_hung,
+    next_bound_s,
     patience_after,
 )
+from paddle_ft.health.links import LinkWatch
 from paddle_ft.health.pace import Pace, PaceJudge, Sample
 from paddle_ft.health.ranks import RankWatch
 from paddle_ft.observe.events import EventLog
@@ -43,6 +48,8 @@ from paddle_ft.observe.events import EventLog
 log = logging.getLogger("paddle_ft")
 
 INTERVAL_S = 0.1
+SOONEST_S = 0.002
+"""Before a bound the next look comes when that is over, not after the whole interval."""
 GAP_S = 0.3
 """More than this between two looks counts as this: the machine was asleep."""
 SUSPICION_S = 0.5
@@ -100,6 +107,9 @@ class HealthMonitor:
         """By member that is there: revision of what it told last, and when that came here."""
         self._sent_s = float("-inf")
         self._record = HealthRecord(0)
+        self._links = LinkWatch(wake)
+        self._bad_links: tuple[Finding, ...] = ()
+        """Of which this node is to tell."""
         self._watch: _GroupWatch | None = None
         self._looked_s = time.monotonic()
         self._wrote_s = float("-inf")
@@ -123,6 +133,9 @@ class HealthMonitor:
         others = tuple(pace for _, paces in told for pace in paces)
         pids = dict(self._group.pids())
         self._known = _Known(number, pids, paths, elsewhere, others) if number else None
+        slow = any(v.kind == "slow_link" for v in self._record.verdicts)
+        self._links.look(state, me, number, slow and self._record.generation == number)
+        self._name_links(number)
         while self._blames:
             self._end(self._blames.popleft())
         if not membership.lost:
@@ -147,6 +160,19 @@ class HealthMonitor:
             found.append((waits, record.paces))
         return tuple(found)
 
+    def _name_links(self, generation: int) -> None:
+        """The first node of a link tells of it."""
+        found = tuple(f for f in self._links.findings if min(f.nodes) == self._node)
+        names = [f.nodes for f in found]
+        if names != [f.nodes for f in self._bad_links]:
+            for finding in found:
+                log.warning("%s", _link_told(finding))
+                told: dict[str, Any] = {"nodes": list(finding.nodes), "reason": finding.reason}
+                self._events.add("link", generation=generation, **told)
+            if not found:
+                self._events.add("link", generation=generation, nodes=[], reason="")
+        self._bad_links = found
+
     def _end(self, blame: _Blame) -> None:
         if blame.generation != self._group.generation:
             return
@@ -155,13 +181,15 @@ class HealthMonitor:
 
     def _tell(self, state: schema.JobState, membership: Membership) -> None:
         me, now_s = membership.me, time.monotonic()
-        record, own = replace(self._record, blamed=self._blamed_s), state.nodes.get(me)
+        record, own = self._record, state.nodes.get(me)
+        record = replace(record, blamed=self._blamed_s, links=self._links.times)
         keys = schema.Keys(self._config.job.id)
         if own is None:
             return
         told = state.health[me].value if me in state.health else HealthRecord(0)
         urgent = told.blamed != record.blamed or told.verdicts != record.verdicts
         urgent = urgent or (told.waiting is None) != (record.waiting is None)
+        urgent = urgent or told.links != record.links
         if not told.says_as(record) and now_s - self._sent_s > (URGENT_S if urgent else TELL_S):
             self._sent_s = now_s
             txn = schema.tell_health(keys, own, record, membership.lease)
@@ -175,16 +203,19 @@ class HealthMonitor:
     # ------------------------------------------------------------ on the thread
 
     def _run(self) -> None:
-        while not self._closed.wait(INTERVAL_S):
-            known = self._known
+        pause_s = INTERVAL_S
+        while not self._closed.wait(pause_s):
+            known, pause_s = self._known, INTERVAL_S
             try:
                 if known is not None:
-                    self._sample(known)
+                    rows = self._sample(known)
+                    pause_s = min(INTERVAL_S, max(SOONEST_S, next_bound_s(rows, self._usual)))
             except Exception:  # a defect here must not cost the training
                 log.exception("the health monitor has a defect")
                 return
 
-    def _sample(self, known: _Known) -> None:
+    def _sample(self, known: _Known) -> list[Row]:
+        """Looks once at all ranks; gives what they do."""
         if self._watch is None or self._watch.paths != known.paths:
             self._watch = _GroupWatch(known, self._usual)
         watch, now_s = self._watch, time.monotonic()
@@ -205,7 +236,7 @@ class HealthMonitor:
         record = HealthRecord(
             generation=known.generation,
             rows=tuple(rows),
-            verdicts=(*hung, *watch.slow_verdicts()),
+            verdicts=(*hung, *watch.slow_verdicts(), *map(_link_verdict, self._bad_links)),
             waiting=max(
                 (Waiting(r.entered if r.inside else 0, round(r.still_s, 3)) for r in waits),
                 key=lambda w: w.number,
@@ -221,6 +252,7 @@ class HealthMonitor:
         if news or now_s - self._wrote_s > TELL_S:
             self._wrote_s = now_s
             self._write_file(known, record)
+        return rows
 
     def _accuse(self, known: _Known, watch: _GroupWatch, new: list[Verdict]) -> None:
         noticed_s = time.monotonic()
@@ -286,21 +318,29 @@ class _GroupWatch:
 
     def look(self, known: _Known, passed_s: float) -> None:
         for number, rank in self.ranks.items():
-            for ordinal, step in rank.look(known.pids.get(number), passed_s):
+            for ordinal, step, waited_s in rank.look(known.pids.get(number), passed_s):
                 if not self.accused:
                     self._usual.learn(step, ordinal)
-                sample = Sample(step.busy_s, step.share, step.reduce_s, step.total_s, step.saving_s)
                 samples = self._unaligned.setdefault(step.number, {})
-                samples[number] = sample
+                samples[number] = Sample(
+                    step.busy_s,
+                    step.share,
+                    step.reduce_s,
+                    step.total_s,
+                    step.saving_s,
+                    waited_s,
+                )
                 if len(samples) == len(self.ranks):
                     self.pace.step(self._unaligned.pop(step.number), known.others)
         while len(self._unaligned) > UNALIGNED_MAX:
             self._unaligned.pop(min(self._unaligned))
 
     def slow_verdicts(self) -> tuple[Verdict, ...]:
+        found: dict[Kind, dict[int, float]] = {"slow": self.pace.slow, "starved": self.pace.starved}
         verdicts = [
-            Verdict("slow", rank, self.ranks[rank].row.entered, 0.0, _percent(by))
-            for rank, by in self.pace.slow.items()
+            Verdict(kind, rank, self.ranks[rank].row.entered, 0.0, self._why(rank, by))
+            for kind, ranks in found.items()
+            for rank, by in ranks.items()
         ]
         if self.pace.slow_links:
             verdicts.append(Verdict("slow_link", -1, 0, 0.0, _times(self.pace.slow_links)))
@@ -308,13 +348,15 @@ class _GroupWatch:
 
     def changes(self) -> list[tuple[str, dict[str, Any]]]:
         """What has been named or cleared since the last look, in words and in fields."""
-        slow, found = self.pace.slow, list[tuple[str, dict[str, Any]]]()
+        slow, found = dict(self.pace.slow), list[tuple[str, dict[str, Any]]]()
+        # Who was named, and now waits for a processor besides, does not keep up for that.
+        slow |= {r: by for r, by in self.pace.starved.items() if r in self._named}
         for rank in sorted({*slow, *self._named}):
             if (rank in slow) != (rank in self._named):
                 by = slow.get(rank, 0.0)
-                text = (
-                    f"rank {rank} is slow: {_percent(by)}" if by else f"rank {rank} keeps up again"
-                )
+                text = f"rank {rank} keeps up again"
+                if by:
+                    text = f"rank {rank} is slow: {self._why(rank, by)}"
                 found.append((text, {"rank": rank, "slower": round(by, 3)}))
         links = self.pace.slow_links
         if bool(links) != self._named_links:
@@ -325,10 +367,22 @@ class _GroupWatch:
         self._named, self._named_links = slow, bool(links)
         return found
 
-
-def _percent(by: float) -> str:
-    return f"its own part of a step takes {by:.0%} longer than that of the others"
+    def _why(self, rank: int, by: float) -> str:
+        text = f"its own part of a step takes {by:.0%} longer than that of the others"
+        return text + (
+            ", because other programs use its processor" if self.pace.is_starved(rank) else ""
+        )
 
 
 def _times(factor: float) -> str:
     return f"a reduction takes {factor:.1f} times as long as usual"
+
+
+def _link_verdict(finding: Finding) -> Verdict:
+    return Verdict("bad_link", -1, 0, 0.0, _link_told(finding))
+
+
+def _link_told(finding: Finding) -> str:
+    if len(finding.nodes) == 1:
+        return f"the links of node {finding.nodes[0]} are slow: {finding.reason}"
+    return f"the link between nodes {' and '.join(finding.nodes)} is slow: {finding.reason}"

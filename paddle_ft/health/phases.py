@@ -70,6 +70,8 @@ class Look:
     """Of the one it left last."""
     steps: int
     """Steps done in this group."""
+    changed_s: float = 0.0
+    """CLOCK_MONOTONIC of what was written last; 0.0: nothing was."""
 
     @property
     def inside(self) -> bool:

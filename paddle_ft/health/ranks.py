@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from paddle_ft.health.board import BoardReader
-from paddle_ft.health.flight import process_state
+from paddle_ft.health.flight import delay_s, process_state
 from paddle_ft.health.judge import Evidence, Row
 from paddle_ft.health.phases import Look, Step
 
@@ -27,14 +27,23 @@ class RankWatch:
         self._last: Look | None = None
         self._steps = 0
         self._still_s = 0.0
+        self._delay_s: float | None = None
+        """What its process has waited for a processor so far, when its steps were taken last."""
         self._asked: tuple[float, float] | None = None
         """When it was first asked for in this stillness, and its processor time then."""
 
-    def look(self, pid: int | None, passed_s: float) -> Iterator[tuple[int, Step]]:
-        """Looks again, ``passed_s`` after the last time; gives new steps with their ordinals."""
+    def look(self, pid: int | None, passed_s: float) -> Iterator[tuple[int, Step, float]]:
+        """Looks again, ``passed_s`` after the last time.
+
+        Gives new steps, each with its ordinal and for how long its process waited for a processor
+        in it, as far as that is known: the average of the steps since the last look, s.
+        """
         look = self.reader.look()
-        if look != self._last or pid is None:
+        if pid is None:
             self._still_s, self._asked = 0.0, None
+        elif look != self._last:
+            since_s = time.monotonic() - look.changed_s
+            self._still_s, self._asked = min(passed_s, max(0.0, since_s)), None
         else:
             self._still_s += passed_s
         self._last = look
@@ -50,9 +59,19 @@ class RankWatch:
         )
         if pid is not None and self._still_s >= ASK_S:
             self._ask(pid)
-        for step in self.reader.new_steps():
-            yield self._steps, step
+        steps = self.reader.new_steps()
+        waited_s = self._waited_s(pid) / len(steps) if steps else 0.0
+        for step in steps:
+            yield self._steps, step, waited_s
             self._steps += 1
+
+    def _waited_s(self, pid: int | None) -> float:
+        """Since this was asked last."""
+        before_s = self._delay_s
+        self._delay_s = None if pid is None else delay_s(pid)
+        if before_s is None or self._delay_s is None:
+            return 0.0
+        return max(0.0, self._delay_s - before_s)  # less: it is another process
 
     def _ask(self, pid: int) -> None:
         state, now_s = process_state(pid), time.monotonic()

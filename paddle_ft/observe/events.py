@@ -27,6 +27,8 @@ Each line has ``run`` (which life of which launcher), ``kind``, ``wall_s`` (sinc
     lost_peer       rank, pid, generation, reason
     hung            rank, pid, generation, collective, still_s, reason   it is ended
     pace            rank (-1: the links), generation, slower    named as slow; 0: not any more
+    link            nodes (one: all of its; two: that between them; none: not any more), generation,
+                    reason                        which one it is; told by the first node of it
     farewell        rank, pid, why, reason, step  a worker says why it is about to end
     worker_ended    rank (None: in reserve), pid, exit_code, signal (0: none), stopped (by us),
                     generation                    the one that runs here now

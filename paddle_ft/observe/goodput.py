@@ -7,7 +7,8 @@ Invariant: every second between the first event and the last one is in exactly o
     checkpoint  training was held up by a snapshot, or waited for the last one to be safe
     detection   from the last step before a fault until a launcher took notice
     recovery    from there to the first new step, without that step itself
-    waiting     too few nodes, or a planned change of members, or no launcher at all
+    waiting     too few nodes, or a planned change of members
+    absent      no launcher at all, from the end of the last one to the start of the next
     startup     until the first step; and from the end of training to that of the launcher
 
 The time line is cut at the steps: between two stints (``story``) lies a *gap*, which a fault or a
@@ -20,10 +21,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
-from paddle_ft.observe.story import NO_END, Notice, Stint, Story, life_of, tell
+from paddle_ft.observe.story import NO_END, Notice, Span, Stint, Story, life_of, tell
 from paddle_ft.types import Event
 
-Category = Literal["useful", "redone", "checkpoint", "detection", "recovery", "waiting", "startup"]
+Category = Literal[
+    "useful", "redone", "checkpoint", "detection", "recovery", "waiting", "absent", "startup"
+]
 CATEGORIES: tuple[Category, ...] = get_args(Category)
 TITLES: Mapping[Category, str] = {
     "useful": "useful training",
@@ -32,6 +35,7 @@ TITLES: Mapping[Category, str] = {
     "detection": "detection",
     "recovery": "recovery",
     "waiting": "waiting for members",
+    "absent": "no launcher running",
     "startup": "start-up and end",
 }
 
@@ -112,20 +116,19 @@ class _Book:
         self._story = story
 
     def add(self, category: Category, start_s: float, stop_s: float) -> float:
-        """``category`` from ``start_s`` to ``stop_s`` but for what was spent waiting; gives the
-        seconds that counted."""
-        away = list(self._story.absent)
+        """``category`` from ``start_s`` to ``stop_s`` but for what nobody was there for, or too
+        few; gives the seconds that counted."""
+        away: list[tuple[Span, Category]] = [(span, "absent") for span in self._story.absent]
         if category in ("recovery", "startup"):
-            away += self._story.short
-        waited_s = 0.0
+            away += [(span, "waiting") for span in self._story.short]
+        own_s = stop_s - start_s
         at_s = start_s
-        for span in sorted(away):
+        for span, why in sorted(away):
             begin_s, end_s = max(at_s, span.start_s), min(stop_s, span.stop_s)
             if end_s > begin_s:
-                waited_s += end_s - begin_s
+                self.seconds[why] += end_s - begin_s
+                own_s -= end_s - begin_s
                 at_s = end_s
-        own_s = max(0.0, stop_s - start_s - waited_s)
-        self.seconds["waiting"] += stop_s - start_s - own_s
         self.seconds[category] += own_s
         return own_s
 

@@ -203,7 +203,7 @@ def _read_life(story: Story, life: int, timed: Sequence[At]) -> None:
         elif event.kind == "farewell":
             story.farewells.append(s)
         elif event.kind == "members":
-            if told["live"] < told["needed"]:
+            if 0 < told["live"] < told["needed"]:  # with none left, nobody waits
                 short_since_s = s if short_since_s is None else short_since_s
             elif short_since_s is not None:
                 story.short.append(Span(short_since_s, s))

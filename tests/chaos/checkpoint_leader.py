@@ -109,17 +109,14 @@ class Leader:
             parent = (head.newest, commit.read_manifest(self.store, head.newest))
             parents = {head.newest.manifest: parent[1]}
         made = images(*state_of(step), step, WORLD)
+        sequence = (head.newest.sequence if head else 0) + 1
         listings = []
         for node in range(WORLD):
             part = write.write_part(
                 self.store,
                 made[node::WORLD],
-                owner=self.owner,
-                sequence=(head.newest.sequence if head else 0) + 1,
-                generation=1,
-                member=f"n{node}.a",
-                parent=parent,
-                config=self.config,
+                write.Share(self.owner, sequence, 1, f"n{node}.a", parent),
+                self.config,
             )
             listings.append(write.read_part(self.store, part))
         manifest = plan.merge(listings, head=head, parents=parents, created_s=0.0)

@@ -32,12 +32,15 @@ class Launcher:
     directory: Path
     arguments: Sequence[str]
     environ: Mapping[str, str] = field(default_factory=dict)
+    inside: Sequence[str] = ()
+    """What stands before the command, such as ``ip netns exec NAME``."""
 
     def __post_init__(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
         self._out = (self.directory / "out.txt").open("wb")
         self.process = subprocess.Popen(
             [
+                *self.inside,
                 sys.executable,
                 "-m",
                 "paddle_ft.launch",

@@ -107,6 +107,9 @@ class S3Server:
         self._process.kill()
         self._process.wait()
         self._process = None
+        for port in self._ports:  # they lie there whatever TMPDIR says
+            for left in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
+                left.unlink(missing_ok=True)
 
     def freeze(self) -> None:
         assert self._process is not None

@@ -82,7 +82,9 @@ def test_a_killed_owner_takes_it_along_and_the_next_one_removes_its_data(
         assert not left.exists()
 
 
-def test_killed_under_load_it_comes_back_with_all_that_was_acknowledged(tmp_path: Path) -> None:
+def test_killed_under_load_it_comes_back_with_all_that_was_acknowledged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with EmbeddedEtcd(tmp_path) as etcd:
         client = client_of(etcd)
         endpoint = etcd.endpoint
@@ -98,6 +100,7 @@ def test_killed_under_load_it_comes_back_with_all_that_was_acknowledged(tmp_path
             while etcd.running():
                 pass
             assert etcd.revive()
+            assert "ended (killed by SIGKILL)" in caplog.messages[-1]
             assert etcd.endpoint == endpoint
             number = max(int(kv.value) for kv in client.read("/n").kvs)
             assert acknowledged <= number <= acknowledged + 1

@@ -165,11 +165,11 @@ def test_the_leaders_launcher_is_killed_and_another_takes_its_place(
         "--checkpoint_every",
         "3",
     )
-    first = start("first", *flags, delay=0.1, lease_ttl_s=ttl_s)
+    first = start("first", *flags, delay=0.25, lease_ttl_s=ttl_s)
     wait_until(lambda: first.workers() or "node" in first.output)
-    second = start("second", *flags, delay=0.1, lease_ttl_s=ttl_s)
+    second = start("second", *flags, delay=0.25, lease_ttl_s=ttl_s)
     wait_until(lambda: steps_done(tmp_path / "record") >= 4)
-    spare = start("spare", *flags, delay=0.1, lease_ttl_s=ttl_s)
+    spare = start("spare", *flags, delay=0.25, lease_ttl_s=ttl_s)
     wait_until(lambda: len(members(etcd, "pair")) == 3)
     leader, other = (first, second) if leads(etcd, "pair", first) else (second, first)
     leader.send(signal.SIGKILL)
@@ -336,7 +336,7 @@ def test_a_script_that_knows_nothing_of_paddle_ft(start: Start, tmp_path: Path) 
 def test_spares_take_over(start: Start, tmp_path: Path, undisturbed: str) -> None:
     """Workers that were started before anything failed go on with the same result."""
     launcher = start(
-        "job", "--nproc_per_node", "2", "--spares", "2", "--checkpoint_every", "3", delay=0.15
+        "job", "--nproc_per_node", "2", "--spares", "2", "--checkpoint_every", "3", delay=0.3
     )
     wait_until(lambda: len(launcher.ready()) == 2)
     spares, survivor = launcher.ready(), launcher.workers()[0]
@@ -370,7 +370,7 @@ def test_a_signal_saves_now_and_a_terminal_that_closes_saves_and_ends(
     start: Start, tmp_path: Path
 ) -> None:
     launcher = start(
-        "job", "--checkpoint", str(tmp_path / "store"), "--checkpoint_every", "SIGUSR1", delay=0.1
+        "job", "--checkpoint", str(tmp_path / "store"), "--checkpoint_every", "SIGUSR1", delay=0.25
     )
     wait_until(lambda: steps_done(tmp_path / "record") >= 3)
     assert not list((tmp_path / "store" / "commits").glob("*"))

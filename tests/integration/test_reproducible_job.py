@@ -108,6 +108,7 @@ def test_the_weights_are_those_of_a_fixed_run(
         fixed.close()
     job = Job(tmp_path, etcd, nodes, delay)
     output = run_through(job, changes)
+    assert "a lost worker means a restart" not in output
     told, alone = final(output), final(fixed.output)
     assert (told["world"], alone["world"]) == (str(changes[-1]), "1")
     assert told["step"] == alone["step"] == str(STEPS)

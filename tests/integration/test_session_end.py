@@ -97,7 +97,7 @@ def test_without_a_free_buffer_training_goes_on_and_the_checkpoint_stays_due(
     [
         ({"width": 32}, "model/first.weight is float32[8, 16] there and float32[8, 32] here"),
         ({"optimizer": "Momentum"}, "optimizer/first.weight/velocity is missing in it"),
-        ({"optimizer": "SGD-constant"}, "optimizer/first.weight/moment1 is not in this script"),
+        ({"optimizer": "SGD-constant"}, "optimizer/first.bias/beta1_pow_acc is not in this script"),
         ({"unused": True}, "model/spare.weight is missing in it"),
         ({"samples": 51}, "50 samples, and now it is 51"),
         ({"seed": 4}, "3 as seed, and now it is 4"),

@@ -17,7 +17,7 @@ from paddle_ft.checkpoint import commit, layout, plan, retention
 from paddle_ft.checkpoint.collect import collect, release
 from paddle_ft.checkpoint.manifest import Manifest
 from paddle_ft.checkpoint.store import Buffers, ObjectInfo
-from paddle_ft.checkpoint.write import read_part, store_manifest, write_part
+from paddle_ft.checkpoint.write import Share, read_part, store_manifest, write_part
 from paddle_ft.config import CheckpointConfig
 from paddle_ft.errors import CheckpointDamaged, CheckpointError, CheckpointMismatch, StoreMissing
 from paddle_ft.types import CommitRef, Head, ImageInfo, TensorSpec
@@ -167,10 +167,7 @@ class World:
         index = self.random.randrange(TENSORS)
         job.values[index] += 1
         sequence = (head.newest.sequence if head else 0) + 1
-        part = write_part(
-            store, [image(job)], owner=job.owner, sequence=sequence, generation=1, member="m",
-            parent=parent, config=CONFIG,
-        )  # fmt: skip
+        part = write_part(store, [image(job)], Share(job.owner, sequence, 1, "m", parent), CONFIG)
         view = job.head
         try:
             listing = read_part(store, part)

@@ -50,15 +50,12 @@ def forsaken(job: SavingJob, state: dict[str, Array], step: int) -> None:
     """A part that is written and never committed."""
     made = images(state, {}, step, 1, block_bytes=job.config.block_bytes)
     head = job.head
+    parent = (head.newest, commit.read_manifest(job.store, head.newest)) if head else None
     write.write_part(
         job.store,
         made,
-        owner=job.owner,
-        sequence=(head.newest.sequence if head else 0) + 1,
-        generation=1,
-        member="n0.a",
-        parent=(head.newest, commit.read_manifest(job.store, head.newest)) if head else None,
-        config=job.config,
+        write.Share(job.owner, (head.newest.sequence if head else 0) + 1, 1, "n0.a", parent),
+        job.config,
         prints=job.prints.setdefault(0, Prints()),
     )
 
@@ -237,11 +234,9 @@ def test_format_1_is_read_and_built_upon() -> None:
     assert job.head
     made = images(state, {}, 6, 1, block_bytes=BLOCK)
     change(state["table"], 20, np.random.default_rng(3))
+    share = write.Share("old", 7, 1, "n", (job.head.newest, found))
     for step in (6, 7):
-        part = write.write_part(
-            store, made, owner="old", sequence=7, generation=1, member="n",
-            parent=(job.head.newest, found), config=job.config, prints=job.prints[0],
-        )  # fmt: skip
+        part = write.write_part(store, made, share, job.config, prints=job.prints[0])
         listing = write.read_part(store, part)
         assert decode_part(encode_part(listing), "here") == listing
         expected = {p.name: p for p in listing.pieces}

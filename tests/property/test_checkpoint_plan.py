@@ -23,7 +23,7 @@ from paddle_ft.checkpoint.manifest import (
     encode_manifest,
     encode_part,
 )
-from paddle_ft.checkpoint.write import read_part, write_part
+from paddle_ft.checkpoint.write import Share, read_part, write_part
 from paddle_ft.config import CheckpointConfig
 from paddle_ft.errors import CheckpointDamaged, CheckpointMismatch
 from paddle_ft.types import ImageInfo, TensorSpec
@@ -76,10 +76,7 @@ def saved(
     for node in range(nodes):
         mine = images[node::nodes]
         if mine:
-            part = write_part(
-                store, mine, owner="o", sequence=1, generation=1, member=f"n{node}",
-                parent=None, config=CONFIG,
-            )  # fmt: skip
+            part = write_part(store, mine, Share("o", 1, 1, f"n{node}"), CONFIG)
             listings.append(read_part(store, part))
     return store, listings
 

@@ -69,10 +69,8 @@ def save(store: Store, tensors: dict[str, tuple[Array, list[Box]]], nodes: int =
     owner = commit.new_owner()
     listings = []
     for node in range(min(nodes, world)):
-        part = write.write_part(
-            store, images[node::nodes], owner=owner, sequence=1, generation=1, member=f"n{node}",
-            parent=None, config=CONFIG,
-        )  # fmt: skip
+        share = write.Share(owner, 1, 1, f"n{node}")
+        part = write.write_part(store, images[node::nodes], share, CONFIG)
         listings.append(write.read_part(store, part))
     return plan.merge(listings, head=None, parents={}, created_s=0.0)
 
@@ -179,9 +177,7 @@ def test_what_is_whole_can_be_loaded_in_boxes() -> None:
     array = np.arange(600, dtype=np.int32).reshape(20, 30)
     spec = TensorSpec("w", "int32", array.shape, "replicated", 0, array.nbytes)
     image = (ImageInfo(1, 0, 1, (spec,), {}), memoryview(array.tobytes()))
-    part = write.write_part(
-        store, [image], owner="o", sequence=1, generation=1, member="n", parent=None, config=CONFIG
-    )
+    part = write.write_part(store, [image], write.Share("o", 1, 1, "n"), CONFIG)
     manifest = plan.merge([write.read_part(store, part)], head=None, parents={}, created_s=0.0)
     found = read_boxes(store, REF, manifest, {"w": Box((3, 4), (5, 6))})["w"]
     assert np.array_equal(found, array[3:8, 4:10])

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from paddle_ft.health.pace import Pace, PaceJudge, Sample
+from paddle_ft.health.pace import STARVED_S, Pace, PaceJudge, Sample
 
 STEPS = 10_000
 SOON = 20
@@ -139,7 +140,11 @@ def test_a_node_judges_its_rank_by_what_other_nodes_told(seed: int, slower: floa
         assert judge.paces()[0].busy_s == pytest.approx(0.05 * slower, rel=0.1)
 
 
-TRACE = Path(__file__).parent / "traces" / "busy_machine.csv"
+TRACES = Path(__file__).parent / "traces"
+STARVED = TRACES / "starved_ranks.csv"
+"""1,200 steps of a real job of two ranks of 8 ms each, beside eight programs that compute and sleep
+by turns on two processors; with the time that the ranks waited for these."""
+TRACE = TRACES / "busy_machine.csv"
 """1,500 steps of a real job of two ranks of 12 ms each, on a machine where ten other programs
 shared two processors: nothing is wrong with the links, and some steps take ten times as long."""
 
@@ -185,3 +190,49 @@ def longer(sample: Sample, busy_s: float = 0.0, reduce_s: float = 0.0) -> Sample
         sample.reduce_s + reduce_s,
         sample.total_s + busy_s + reduce_s,
     )
+
+
+def starved() -> list[dict[int, Sample]]:
+    rows = [line.split(",") for line in STARVED.read_text().splitlines() if line[0] != "#"]
+    steps = []
+    for row in rows:
+        us = [int(word) / 1e6 for word in row]
+        pairs = enumerate([us[:3], us[3:]])
+        steps.append({r: Sample(b, 0.5, i, b + i, 0.0, w) for r, (b, i, w) in pairs})
+    return steps
+
+
+def test_who_waits_for_a_processor_is_noticed_and_not_named() -> None:
+    judge, blind = PaceJudge(range(2)), PaceJudge(range(2))
+    noticed = named = 0
+    for number, samples in enumerate(starved()):
+        judge.step(samples)
+        assert not judge.slow and not judge.slow_links, f"step {number}: {judge.slow}"
+        noticed += bool(judge.starved)
+        blind.step({r: replace(s, waited_s=0.0) for r, s in samples.items()})
+        named += bool(blind.slow)
+    assert noticed and named, "the record has nothing that anybody could be named for"
+
+
+def test_who_does_not_get_its_processor_for_long_is_named_in_the_end() -> None:
+    judge = PaceJudge(range(2))
+    usual = Sample(0.05, 0.5, 0.03, 0.08)
+    for _ in range(100):
+        judge.step({0: usual, 1: usual})
+    waits = Sample(0.075, 0.5, 0.005, 0.08, 0.0, 0.025)
+    took_s = 0.0
+    while not judge.slow:
+        judge.step({0: usual, 1: waits})
+        took_s += waits.total_s
+        assert took_s < 2 * STARVED_S, "nobody is named"
+    assert took_s > STARVED_S and set(judge.slow) == {1} and judge.is_starved(1)
+
+
+@pytest.mark.parametrize("waited", [0.0, 0.1])
+def test_who_is_slow_by_itself_is_named_although_all_wait_a_little(waited: float) -> None:
+    judge = PaceJudge(range(2))
+    for number in range(100 + SOON):
+        busy_s = 0.05 * (1.3 if number >= 100 else 1.0)
+        slow = Sample(busy_s, 0.5, 0.01, 0.1, 0.0, waited * busy_s)
+        judge.step({0: Sample(0.05, 0.5, 0.025, 0.1, 0.0, waited * 0.05), 1: slow})
+    assert set(judge.slow) == {1} and not judge.starved

@@ -70,16 +70,13 @@ class SavingJob:
         if head:
             parent = (head.newest, commit.read_manifest(self.store, head.newest))
             parents = {head.newest.manifest: parent[1]}
+        sequence = (head.newest.sequence if head else 0) + 1
         parts = [
             write.write_part(
                 self.store,
                 made[node::nodes],
-                owner=self.owner,
-                sequence=(head.newest.sequence if head else 0) + 1,
-                generation=1,
-                member=f"n{node}.a",
-                parent=parent,
-                config=self.config,
+                write.Share(self.owner, sequence, 1, f"n{node}.a", parent),
+                self.config,
                 prints=self.prints.setdefault(node, Prints()),
             )
             for node in range(min(nodes, world))

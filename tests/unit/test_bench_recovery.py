@@ -14,6 +14,7 @@ from bench.recovery_analysis import (
     parse,
     percentile,
     resumption,
+    slowest_calm,
     useful_share,
 )
 from bench.recovery_report import load_told, row_of
@@ -168,3 +169,13 @@ def test_failures_stand_in_the_table() -> None:
 def test_a_busy_machine_is_named() -> None:
     assert "say little" in load_told([9.0, 10.0, 8.0], 2, 100.0)
     assert "say little" not in load_told([1.0, 2.0, 1.5], 2, 100.0)
+
+
+def test_the_slowest_step_is_that_of_all_undisturbed_ones() -> None:
+    calm = steps(0.0, 1, 10, 2) + [Applied(0.6 + 0.001 * r, r, 2, 11, 10 + r) for r in (0, 1)]
+    assert slowest_calm(calm, ()) == pytest.approx(0.15), "step 11, not the first ones"
+    hurt = calm + [Applied(1.5, r, 2, 12, 10 + r) for r in (0, 1)]
+    assert slowest_calm(hurt, ()) == pytest.approx(0.9)
+    assert slowest_calm(hurt, [(0.7, 1.4)]) == pytest.approx(0.15)
+    newcomer = [Applied(1.5 + 0.3 * i, r, 2, 12 + i, 10 + 5 * r) for i in (0, 1) for r in (0, 1)]
+    assert slowest_calm(calm + newcomer, [(0.7, 1.4)]) == pytest.approx(0.15), "it warms up"

@@ -5,27 +5,21 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import pytest
-
 from paddle_ft.agent import buffers
 
-
-@pytest.fixture
-def old(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was just made counts as old enough."""
-    monkeypatch.setattr(buffers, "YOUNG_S", -1.0)
+OLD_S = -1.0
+"""What was just made counts as old enough."""
 
 
-@pytest.mark.usefixtures("old")
 def test_what_is_locked_stays_and_goes_with_its_lock(tmp_path: Path) -> None:
     """The name's process id says nothing: the owner may live in another PID namespace."""
     path = buffers.own_directory("job", tmp_path)
     alive = path.rename(tmp_path / "paddle_ft-999999999-job-x")
     (alive / "snapshot-1-0-0").write_bytes(b"x")
-    buffers.remove_leftovers(tmp_path)
+    buffers.remove_leftovers(tmp_path, young_s=OLD_S)
     assert (alive / "snapshot-1-0-0").exists()
     os.close(buffers._locks.pop())
-    buffers.remove_leftovers(tmp_path)
+    buffers.remove_leftovers(tmp_path, young_s=OLD_S)
     assert not alive.exists()
 
 
@@ -36,10 +30,9 @@ def test_a_directory_that_was_just_made_is_not_a_leftover(tmp_path: Path) -> Non
     assert list(tmp_path.iterdir())
 
 
-@pytest.mark.usefixtures("old")
 def test_nothing_else_is_touched(tmp_path: Path) -> None:
     for name in ("paddle_ft-notes-x", "paddle_ft-1", "other-1-x"):
         (tmp_path / name).mkdir()
     (tmp_path / "paddle_ft-1-file").write_text("")
-    buffers.remove_leftovers(tmp_path)
+    buffers.remove_leftovers(tmp_path, young_s=OLD_S)
     assert len(list(tmp_path.iterdir())) == 4

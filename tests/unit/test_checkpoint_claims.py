@@ -16,7 +16,7 @@ from paddle_ft.checkpoint import claims
 from paddle_ft.checkpoint.room import alone
 from paddle_ft.checkpoint.store import open_store
 from paddle_ft.config import CheckpointConfig, Config, EtcdConfig
-from paddle_ft.errors import ConfigError
+from paddle_ft.errors import ConfigError, StoreDenied
 
 HOLDER = """
 import sys, time
@@ -76,10 +76,20 @@ def test_a_claim_is_no_object(tmp_path: Path) -> None:
 def test_a_directory_that_cannot_be_locked_is_used_all_the_same(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (tmp_path / "file").write_text("")
-    with alone(config(tmp_path / "file" / "store")):
+    (tmp_path / ".lock").mkdir()
+    with alone(config(tmp_path)):
         pass
     assert "cannot be locked" in caplog.text
+
+
+def test_of_a_directory_that_cannot_be_made_the_store_tells(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with alone(config(Path("/proc/nosuch"))):
+        pass
+    assert caplog.text == ""
+    with pytest.raises(StoreDenied, match=r"^/proc/nosuch cannot be .*; name another directory\.$"):
+        open_store("/proc/nosuch").check()
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,9 @@ import pytest
 from typer.testing import CliRunner
 
 from paddle_ft.checkpoint import commit
-from paddle_ft.checkpoint.cli import age, ckpt_app, size
+from paddle_ft.checkpoint.cli import ckpt_app
 from paddle_ft.checkpoint.store import open_store
+from paddle_ft.checkpoint.words import age, size
 from paddle_ft.errors import (
     CheckpointDamaged,
     CheckpointMismatch,
@@ -113,6 +114,16 @@ def test_pin_and_unpin(job: SavingJob) -> None:
     assert "no longer pinned" in run("unpin", job.store.url, "--step", 10, "--who", "me")
     with pytest.raises(ConfigError, match="who"):
         run("pin", job.store.url, "--who", "a/b")
+
+
+def test_a_step_that_is_not_given_as_one_is_explained(job: SavingJob) -> None:
+    url = job.store.url
+    for command, *words in (["pin", url, 10], ["unpin", 10, url], ["export", url, 10, "--to", "x"]):
+        with pytest.raises(ConfigError, match=rf"{command} takes a URL alone; .* --step 10\."):
+            run(command, *words)
+    with pytest.raises(ConfigError, match="--step N"):
+        run("show", url, "newest")
+    assert run_json("ls", url)[1]["pinned"] == []
 
 
 def test_gc_tells_first_and_deletes_when_told(job: SavingJob) -> None:

@@ -62,10 +62,8 @@ def test_bfloat16_is_kept_as_raw_bytes(tmp_path: Path) -> None:
     bits = RNG.integers(0, 2**16, 5000).astype(np.uint16)
     [(info, image)] = images({"w": bits}, {}, 1, 1)
     job = SavingJob(store)
-    part = write.write_part(
-        store, [(as_bfloat16(info, {"w"}), image)], owner=job.owner, sequence=1, generation=1,
-        member="m", parent=None, config=job.config,
-    )  # fmt: skip
+    share = write.Share(job.owner, 1, 1, "m")
+    part = write.write_part(store, [(as_bfloat16(info, {"w"}), image)], share, job.config)
     manifest = plan.merge([write.read_part(store, part)], head=None, parents={}, created_s=0)
     ref = write.store_manifest(store, manifest)
     assert manifest.tensors[0].dtype == "bfloat16"
@@ -177,10 +175,8 @@ def test_what_is_dropped_already_cannot_be_pinned(tmp_path: Path) -> None:
 def test_a_part_that_is_too_old_is_refused(tmp_path: Path) -> None:
     job = SavingJob(open_store(str(tmp_path)))
     job.save(1, state_of(1))
-    part = write.write_part(
-        job.store, images(state_of(2), {}, 99, 1), owner=job.owner, sequence=2, generation=1,
-        member="slow", parent=None, config=job.config,
-    )  # fmt: skip
+    share = write.Share(job.owner, 2, 1, "slow")
+    part = write.write_part(job.store, images(state_of(2), {}, 99, 1), share, job.config)
     listing = write.read_part(job.store, part)
     for step in range(2, 2 + plan.IN_FLIGHT_SEQUENCES):
         plan.merge([listing], head=job.head, parents={}, created_s=0)
@@ -194,10 +190,8 @@ def test_a_part_upon_a_parent_that_is_not_kept_is_refused(tmp_path: Path) -> Non
     job = SavingJob(open_store(str(tmp_path)), keep=1)
     ref = job.save(1, state_of(1))
     parent = commit.read_manifest(job.store, ref)
-    part = write.write_part(
-        job.store, images(state_of(1), {}, 2, 1), owner=job.owner, sequence=2, generation=1,
-        member="slow", parent=(ref, parent), config=job.config,
-    )  # fmt: skip
+    share = write.Share(job.owner, 2, 1, "slow", (ref, parent))
+    part = write.write_part(job.store, images(state_of(1), {}, 2, 1), share, job.config)
     job.save(2, state_of(2))
     with pytest.raises(CheckpointMismatch, match="no longer kept"):
         plan.merge(

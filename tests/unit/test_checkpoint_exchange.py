@@ -10,6 +10,8 @@ import json
 import os
 import pickle  # noqa: TID251  the attacks are made with it
 import struct
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +101,19 @@ def test_paddle_loads_what_is_exported(url: str, tmp_path: Path) -> None:
     assert equal(STATE["model"], paddle.load(str(tmp_path / "out/model.pdparams")))
     assert equal(STATE["opt"], paddle.load(str(tmp_path / "out/opt.pdopt")))
     assert paddle.load(str(tmp_path / "out/state.pdparams"))["epoch"] == 3
+
+
+@pytest.mark.paddle
+def test_an_export_says_nothing_of_a_compiler_cache(url: str, tmp_path: Path) -> None:
+    """Paddle warns where it finds none."""
+    done = subprocess.run(
+        [sys.executable, "-m", "paddle_ft.cli", "ckpt", "export", url, "--to", tmp_path / "out"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert done.stderr.count("\n") == 1, done.stderr
 
 
 @pytest.mark.paddle

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import os
+import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +19,13 @@ import paddle_ft as ft
 from paddle_ft import checkpoint
 from paddle_ft.checkpoint import commit, standalone
 from paddle_ft.checkpoint.store import open_store
-from paddle_ft.errors import CheckpointDamaged, CheckpointMismatch, ConfigError, StoreDenied
+from paddle_ft.errors import (
+    CheckpointDamaged,
+    CheckpointMismatch,
+    ConfigError,
+    StoreDenied,
+    StoreUnavailable,
+)
 from paddle_ft.failpoints import switched
 
 ROOT = Path(__file__).parents[2]
@@ -192,6 +200,32 @@ def finish(process: subprocess.Popen[bytes]) -> tuple[int, str]:
 def test_a_script_that_ends_has_its_last_save_written(url: str) -> None:
     assert finish(other(url, 1, 1)) == (0, "")
     assert checkpoint.load(url)["w"][0] == 1
+
+
+def test_a_directory_that_was_removed_is_not_made_again_at_the_end(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(standalone, "_writers", {})
+    checkpoint.save(url, state_of(1), step=1).wait(20)
+    standalone._say_that_it_is_over()
+    assert len(list(Path(url).glob("owners/*.over.json"))) == 1
+    shutil.rmtree(url)
+    standalone._say_that_it_is_over()
+    assert not Path(url).exists()
+
+
+@pytest.mark.parametrize("url", ["http://host/x", "https://host"])
+def test_a_web_server_takes_no_checkpoints(url: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{url} is that of a web server.* s3://bucket/prefix"):
+        open_store(url)
+
+
+def test_a_server_that_does_not_answer_is_named() -> None:
+    with socket.socket() as bound:  # and does not listen
+        bound.bind(("127.0.0.1", 0))
+        url = f"ftp://127.0.0.1:{bound.getsockname()[1]}/x"
+        with pytest.raises(StoreUnavailable, match=f"^{url} cannot be reached"):
+            open_store(url)
 
 
 def test_a_process_goes_on_where_another_has_ended(url: str) -> None:

@@ -22,15 +22,15 @@ from paddle_ft.types import (
     CommitRef,
     Generation,
     Head,
-    Member,
     NodeRecord,
     NodeStatus,
     Outcome,
     Pause,
     Versioned,
 )
+from tests.unit.members import member
 
-A, B = (Member(name, "1", "127.0.0.1", 1, (1, 2)) for name in "ab")
+A, B = (member(name) for name in "ab")
 ME = A.id
 
 

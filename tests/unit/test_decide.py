@@ -47,6 +47,7 @@ from paddle_ft.types import (
     Stumble,
     Versioned,
 )
+from tests.unit.members import member as member_of
 
 NOW_S = 1000.0
 LONG_AGO_S = 100.0
@@ -55,7 +56,7 @@ WALL_S = 1_700_000_000.0
 
 def member(name: str) -> Member:
     """``a1``: node a, incarnation 1."""
-    return Member(name[0], name[1:], f"host-{name[0]}", 1, (7000, 7001))
+    return member_of(name[0], name[1:])
 
 
 def record(name: str, came: int, **status: object) -> Versioned[NodeRecord]:

@@ -146,7 +146,13 @@ paddle.seed(0)
 model = paddle.nn.Linear(4, 4)
 assert not dist.is_initialized()
 print("built", flush=True)
+random = paddle.get_rng_state()
+drawn = paddle.rand([2]).tolist()
+paddle.set_rng_state(random)
 print({asks}, flush=True)
+assert paddle.rand([2]).tolist() == drawn
+assert paddle.nn.Linear(2, 2).weight.name == "linear_1.w_0"
+assert dist.parallel._global_parallel_env is None or dist.get_world_size() == 2
 print(type(os.environ).__name__, dist.get_rank(), dist.get_world_size())
 """
 

@@ -229,7 +229,7 @@ def test_a_launcher_that_was_killed_and_started_again() -> None:
     first.steps(1, 2, 1, 12.5, 106).tell(13, "members", live=1, needed=1)
     again = Launcher("n-2").start(20).generation(20.5, 1).steps(1, 23, 91, 24.6, 107).finish(24.6)
     result = told(first, again)
-    assert spent(result)["waiting"] == 7
+    assert spent(result)["absent"] == 7
     assert spent(result)["detection"] == 0.5
     assert spent(result)["recovery"] == pytest.approx(2.9)
     assert (result.steps_redone, result.faults[0].reason) == (16, "the launchers had gone")
@@ -237,10 +237,11 @@ def test_a_launcher_that_was_killed_and_started_again() -> None:
 
 def test_a_job_that_rests_until_it_is_started_again() -> None:
     first = Launcher("n-1").start().generation(0.5, 1).steps(1, 2, 1, 12, 101)
-    first.tell(12, "leaving").tell(12.5, "members", live=0, needed=1).tell(13, "ended", exit_code=1)
+    first.tell(12, "leaving").tell(12.1, "members", live=0, needed=1)
+    first.tell(12.6, "farewell", why="paused", rank=0).tell(13, "ended", exit_code=1)
     again = Launcher("n-2").start(20).generation(20.5, 1).steps(1, 23, 102, 24, 112).finish(24)
     result = told(first, again)
-    assert spent(result) == {"startup": 5, "useful": 11, "checkpoint": 1, "waiting": 7}
+    assert spent(result) == {"startup": 5.4, "useful": 11, "checkpoint": 0.6, "absent": 7}
     assert result.faults == ()
 
 

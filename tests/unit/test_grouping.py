@@ -10,12 +10,9 @@ from paddle_ft.coordination.grouping import goes_on, in_time, since_of
 from paddle_ft.coordination.schema import JobState
 from paddle_ft.coordination.view import Trouble
 from paddle_ft.types import Generation, Member, NodeRecord, NodeStatus, Pause, Versioned
+from tests.unit.members import member
 
 RUNS = NodeStatus("running", 3, recovery="in_place", alive=1)
-
-
-def member(name: str) -> Member:
-    return Member(name, "1", name, 1, (1, 2))
 
 
 A, B, C = (member(name) for name in "abc")

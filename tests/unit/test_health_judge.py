@@ -17,6 +17,7 @@ from paddle_ft.health.judge import (
     Waiting,
     find_hung,
     missing_at,
+    next_bound_s,
     patience_after,
 )
 from paddle_ft.health.phases import (
@@ -174,3 +175,11 @@ def test_a_hundred_hangs_at_random_places_name_the_right_rank(usual: Usual) -> N
                 row = Row(rank, REDUCE, number, True, evidence="idle")
             rows.append(replace(row, still_s=TIGHT_S + chance.random()))
         assert [v.rank for v in find_hung(rows, [], usual)] == [culprit], seed
+
+
+def test_the_next_look_comes_when_the_next_bound_is_over(usual: Usual) -> None:
+    rows = [Row(0, REDUCE, 7, True, 0.2), Row(1, COMPUTE, 6, still_s=TIGHT_S - 0.03)]
+    assert next_bound_s(rows, usual) == pytest.approx(0.03)
+    over = Row(1, COMPUTE, 6, still_s=TIGHT_S + 0.01, evidence="idle")
+    assert next_bound_s([over], usual) == pytest.approx(IDLE_MORE_S - 0.01), "it may be about to"
+    assert next_bound_s([replace(over, still_s=1e9)], usual) == float("inf")

@@ -78,6 +78,18 @@ def test_nothing_is_learnt_of_a_step_in_which_a_rank_hung(pair: Pair) -> None:
     assert pair.usual.slowest_s == pytest.approx(0.1)
 
 
+def test_a_rank_is_still_since_it_wrote_last_not_since_it_was_looked_at(pair: Pair) -> None:
+    pair.step(0.1)
+    pair.boards[0].enter(COMPUTE)
+    pair.clock[0] += 0.07
+    pair.watch.look(pair.known, 0.1)
+    assert pair.watch.ranks[0].row.still_s == pytest.approx(0.07)
+    pair.boards[0].call()
+    pair.clock[0] += 60.0  # the machine slept
+    pair.watch.look(pair.known, 0.3)
+    assert pair.watch.ranks[0].row.still_s == pytest.approx(0.3)
+
+
 def test_a_rank_is_still_only_while_it_is_looked_at(pair: Pair) -> None:
     pair.step(0.1)
     for _ in range(10):

@@ -14,7 +14,8 @@ from paddle_ft.health.judge import HealthRecord, Row, Verdict, Waiting
 from paddle_ft.health.pace import Pace
 from paddle_ft.health.phases import COMPUTE
 from paddle_ft.health.quarantine import due
-from paddle_ft.types import Member, NodeRecord, Versioned, encode
+from paddle_ft.types import NodeRecord, Versioned, encode
+from tests.unit.members import member
 
 CONFIG = HealthConfig(quarantine_after=3, quarantine_window_s=100)
 NOW_S = 1000.0
@@ -24,7 +25,7 @@ def job(**blamed: tuple[float, ...]) -> JobState:
     """Nodes and when workers of theirs were ended."""
     nodes, health = {}, {}
     for revision, (name, times) in enumerate(blamed.items(), 1):
-        record = NodeRecord(Member(name, "1", "127.0.0.1", 1, (1, 2)))
+        record = NodeRecord(member(name))
         nodes[record.member.id] = Versioned(record, revision, revision)
         told = HealthRecord(1, blamed=times)
         health[record.member.id] = Versioned(told, revision, revision)
@@ -77,7 +78,7 @@ def test_figures_that_always_change_are_no_news() -> None:
         rows=(),
         waiting=Waiting(4, 1.7),
         verdicts=(replace(RECORD.verdicts[0], since_s=2.5),),
-        paces=(Pace(0, 0.051, 0.5, 0.02),),
+        paces=(Pace(0, 0.051, 0.5, 0.015),),
     )
     assert RECORD.says_as(later)
     for news in (

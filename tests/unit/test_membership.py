@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
-from paddle_ft.agent.membership import Membership, TransactionDone
+from paddle_ft.agent.membership import Membership, Node, TransactionDone
 from paddle_ft.agent.supervise import Publish
 from paddle_ft.config import Config, EtcdConfig
 from paddle_ft.coordination import schema
@@ -17,7 +18,7 @@ from paddle_ft.errors import EtcdUnavailable
 from paddle_ft.types import NodeStatus
 from tests.sim.model_etcd import ModelCoordinator, ModelEtcd
 
-KEYS = schema.Keys("job")
+KEYS = schema.Keys(Config().job.id)
 
 
 class Etcd(ModelCoordinator):
@@ -42,9 +43,8 @@ def membership(etcd: Etcd) -> Iterator[Membership]:
     mirror.start()
     config = Config(etcd=EtcdConfig(renew_interval_s=0.01))
     done: list[TransactionDone] = []
-    made = Membership(
-        config, etcd, KEYS, mirror, "node", "127.0.0.1", "", done.append, wake=lambda: None
-    )
+    node = Node("node", "127.0.0.1", Path(), Path())
+    made = Membership(config, etcd, mirror, node, "", done.append, wake=lambda: None)
     try:
         yield made
     finally:

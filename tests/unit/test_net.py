@@ -6,9 +6,12 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 
+from paddle_ft.agent import net
 from paddle_ft.agent.net import (
     ELSEWHERE,
     PORTS,
@@ -71,6 +74,27 @@ def test_an_interface_is_found_by_its_address() -> None:
     assert interface_of("127.0.0.1") == interface_of("localhost") == "lo"
     for nobody in ("198.51.100.234", "nosuch.invalid"):
         assert interface_of(nobody) == ""
+
+
+def test_locks_of_the_dead_are_removed_and_no_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    own = f"paddle_ft-{os.getuid()}"
+    (tmp_path / f"{own}-killed-n.lock").touch()
+    (tmp_path / f"{own}-killed-n.log").touch()
+    NodeName("before").release()
+    assert (tmp_path / f"{own}-killed-n.lock").exists(), "it may be about to be locked"
+    monkeypatch.setattr(net, "YOUNG_S", -1.0)
+    held = NodeName("held")
+    other = NodeName("other")
+    assert {p.name for p in tmp_path.iterdir()} == {
+        f"{own}-killed-n.log",
+        f"{own}-held-{held.name}.lock",
+        f"{own}-other-{other.name}.lock",
+    }
+    held.release()
+    other.release()
 
 
 def test_a_name_comes_back_when_its_launcher_is_dead() -> None:

@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from paddle_ft.agent.peers import PeerLinks, watched
-from paddle_ft.types import Member, NodeRecord, Versioned
+from paddle_ft.types import NodeRecord, Versioned
 from tests.integration.jobs import wait_until
 from tests.sim.model_etcd import ModelEtcd
+from tests.unit.members import member
 
 PEER = """
 import sys, time
@@ -48,8 +49,7 @@ class Watcher(ModelEtcd):
         self.revoked.append(lease)
 
     def watch_b(self, address: str) -> None:
-        member = Member("b", "1", "127.0.0.1", 1, (1, 2))
-        record = NodeRecord(member, link=address, lease=42)
+        record = NodeRecord(member("b"), link=address, lease=42)
         self.links.follow("a.1", {"b.1": Versioned(record, 1, 1)})
 
     @property

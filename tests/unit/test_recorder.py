@@ -140,11 +140,8 @@ def test_rows_written_in_a_way_that_paddle_does_not_count_are_in_no_snapshot_of_
     assert list(world.keeper.images) == [1, 3]
 
 
-def test_after_a_copy_that_was_thrown_away_what_changes_seldom_is_copied_at_once(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    world = World(monkeypatch)
-    world.save(1)
+def thrown_away(world: World, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy of ``step`` is begun and given up before it is done."""
     real = Snapshot._copied
 
     def stopped(snapshot: Snapshot, sources: list[Source]) -> bool:
@@ -152,9 +149,17 @@ def test_after_a_copy_that_was_thrown_away_what_changes_seldom_is_copied_at_once
         return real(snapshot, sources)
 
     monkeypatch.setattr(Snapshot, "_copied", stopped)
-    assert world.recorder.take(2, {}, wait=True, beside=True)
+    assert world.recorder.take(step, {}, wait=True, beside=True)
     world.recorder.abandon()
     monkeypatch.setattr(Snapshot, "_copied", real)
+
+
+def test_after_a_copy_that_was_thrown_away_what_changes_seldom_is_copied_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world = World(monkeypatch)
+    world.save(1)
+    thrown_away(world, 2, monkeypatch)
     assert world.save(3)["model/0.weight"] == "any time"
     assert world.save(4)["model/0.weight"] == "seldom"
     assert list(world.keeper.images) == [1, 3, 4]
@@ -165,16 +170,7 @@ def test_a_copy_that_is_thrown_away_says_nothing(
 ) -> None:
     world = World(monkeypatch)
     world.save(1)
-    real = Snapshot._copied
-
-    def stopped(snapshot: Snapshot, sources: list[Source]) -> bool:
-        snapshot._stop.wait(20)
-        return real(snapshot, sources)
-
-    monkeypatch.setattr(Snapshot, "_copied", stopped)
-    assert world.recorder.take(2, {}, wait=True, beside=True)
-    world.recorder.abandon()
-    monkeypatch.setattr(Snapshot, "_copied", real)
+    thrown_away(world, 2, monkeypatch)
     assert world.save(3)["model/1.weight"] == "in step"
     assert list(world.keeper.images) == [1, 3]
     assert capfd.readouterr().err == ""

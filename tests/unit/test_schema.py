@@ -13,7 +13,6 @@ from paddle_ft.types import (
     CommitRef,
     Generation,
     Head,
-    Member,
     NodeRecord,
     NodeStatus,
     Outcome,
@@ -22,9 +21,10 @@ from paddle_ft.types import (
     encode,
 )
 from tests.sim.model_etcd import ModelEtcd
+from tests.unit.members import member
 
 KEYS = schema.Keys("job")
-A = Member("a", "1", "host", 2, (1, 2, 3))
+A = member("a", slots=2)
 REF = CommitRef(1, 10, 1, "manifest", "digest")
 HEAD = Head(REF)
 GENERATION = Generation(1, (A,), "host:1")
@@ -100,7 +100,7 @@ def test_keys_of_a_later_version_are_left_alone() -> None:
 
 
 def test_the_newest_incarnation_of_a_node_counts() -> None:
-    older = Member("a", "9", "host", 1, (1, 2))
+    older = member("a", "9")
     kvs = [
         KeyValue(KEYS.node(m.id), encode(NodeRecord(m)), created, created)
         for created, m in ((5, older), (8, A))

@@ -34,9 +34,9 @@ from paddle_ft.types import (
     Pause,
     Versioned,
 )
+from tests.unit.members import member
 
-ME = Member("a", "1", "127.0.0.1", 2, (1, 2, 3))
-OTHER = Member("b", "1", "127.0.0.1", 2, (4, 5, 6))
+ME, OTHER = (member(node, slots=2) for node in "ab")
 CONFIG = JobConfig()
 
 

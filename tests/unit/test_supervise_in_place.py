@@ -22,8 +22,9 @@ from paddle_ft.agent.supervise import (
 from paddle_ft.config import JobConfig
 from paddle_ft.coordination.schema import JobState
 from paddle_ft.types import Generation, Member, NodeRecord, NodeStatus, Outcome, Versioned
+from tests.unit.members import member
 
-ME, OTHER = (Member(n, "1", "127.0.0.1", 2, (1, 2, 3)) for n in "ab")
+ME, OTHER = (member(node, slots=2) for node in "ab")
 CONFIG = JobConfig(nproc_per_node=2, spares=1)
 RUNS = NodeStatus("running", 1, recovery="in_place", alive=2)
 WORKERS = tuple(Worker(rank, session=True, recovery="in_place") for rank in (0, 1))

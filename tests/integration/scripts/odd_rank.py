@@ -21,6 +21,7 @@ arguments.add_argument("--step-s", type=float, default=0.05)
 arguments.add_argument("--slower", type=float, default=1.0)
 arguments.add_argument("--hang-at", type=int, default=-1)
 arguments.add_argument("--mark", type=Path)
+arguments.add_argument("--outputs", type=int, default=1)
 given = arguments.parse_args()
 
 
@@ -38,7 +39,7 @@ def waits_for_something_else() -> None:
 
 
 paddle.seed(1)
-model = paddle.nn.Linear(4, 1)
+model = paddle.nn.Linear(4, given.outputs)
 optimizer = paddle.optimizer.SGD(1e-4, parameters=model.parameters())
 with ft.session(model=model, optimizer=optimizer, save="never") as s:
     for x in s.batches(Numbers(), batch_size=8):

@@ -72,6 +72,9 @@ def main() -> None:
     def give(step: int) -> None:
         transfer.give(collective, state.entries(), step, {"state": state.meta()}, agreed)
 
+    if rank == 1:  # as who waits for its place does
+        state.prepare()
+        transfer.rehearse(state.entries(), state.places)
     before = digest(state.entries())
     if rank == 0:
         train()
