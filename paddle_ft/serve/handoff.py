@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from paddle_ft import config as settings
 from paddle_ft.context import Context
-from paddle_ft.errors import ConfigError, PaddleFTError
+from paddle_ft.errors import ConfigError, MachineError
 from paddle_ft.health.phases import SAVING
 from paddle_ft.keeper import Keeper
 from paddle_ft.progress import Position
@@ -120,7 +120,7 @@ class _Handoff:
 
     def __init__(self, context: Context, name: str, store: str, step: int) -> None:
         self.step = step
-        self.error: PaddleFTError | None = None
+        self.error: Exception | None = None
         self._config = settings.load({}, os.environ).config.checkpoint
         self._name = name
         self._url = store or context.store_url or self._config.url
@@ -178,9 +178,14 @@ class _Handoff:
                     return
             try:
                 done = self.store(more)
-            except PaddleFTError as error:
+            except Exception as error:  # noqa: BLE001 - the end of training is to tell it
+                if isinstance(error, OSError):  # of a temporary folder; stores have their own
+                    error = MachineError(
+                        f"Files of step {self.step} cannot be written ({error}); make room for "
+                        f"temporary files, and publish it again."
+                    )
                 self.error = error
-                _log.error("step %d cannot be published as %s: %s", self.step, self._name, error)
+                _log.error("step %d cannot be published as %s: %r", self.step, self._name, error)
             else:
                 _log.info("step %d is published as %s %d", self.step, self._name, done.ref.version)
 

@@ -59,6 +59,18 @@ class Runner(Protocol):
     async def close(self) -> None: ...
 
 
+class Sessions(Protocol):
+    """What a group keeps for each session of its clients: values by key, on every replica."""
+
+    async def get(self, session: str, key: str) -> bytes | None:
+        """None if there is none. Raises Unavailable."""
+        ...
+
+    async def put(self, session: str, key: str, value: bytes) -> None:
+        """Returns when it is acknowledged; raises NotPrimary, Unavailable, TooLarge."""
+        ...
+
+
 class ServeError(PaddleFTError):
     """A request that is not answered; ``status`` is that of HTTP."""
 
