@@ -5,7 +5,7 @@
     /paddle_ft/<group>/serving/insync            InSync         written by the primary only
     /paddle_ft/<group>/serving/promote           Promote        asked for by an operator
     /paddle_ft/<group>/serving/level             Level          how the group is served
-    /paddle_ft/<group>/serving/models/<model>    published      versions known to the group
+    /paddle_ft/<group>/serving/models/<model>    Published      the newest, by its publisher
 
 Invariant: the primary's writes compare the primary key's mod_revision (its term). Only a campaign,
 a hand-over and a forced promotion write that key, so each of them begins a term of its own.
@@ -17,6 +17,7 @@ another replica.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Literal, TypeVar, cast, get_args
@@ -28,7 +29,8 @@ T = TypeVar("T")
 
 ROOT = "/paddle_ft"
 Level = Literal["active-active", "hot-standby", "cold-standby"]
-Condition = Literal["loading", "ready", "degraded", "draining"]
+Condition = Literal["loading", "standby", "ready", "degraded", "draining"]
+"""Standby: it has the files, and starts workers once it is needed (cold-standby)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +93,12 @@ class ReplicaRecord:
     """``term`` and ``sequence`` are those of its log's last entry."""
     link: str = ""
     """host:port where its death is seen at once (``agent.peers``)."""
+    progress: float = 1.0
+    """Of what it is loading."""
+    reason: str = ""
+    """Why it is degraded, or is not let in."""
+    failed: Mapping[str, str] = field(default_factory=dict)
+    """The version, by model, that the group wants and that it cannot serve."""
 
     @property
     def node(self) -> str:
@@ -104,6 +112,17 @@ class InSync:
 
     term: int
     names: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """The newest version of a model, as its publisher has registered it."""
+
+    version: int
+    store: str = ""
+    """Its URL."""
+    at: float = 0.0
+    """Seconds since 1970."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +147,9 @@ class Group:
     """mod_revision of the primary's key; 0: there is none."""
     in_sync: InSync | None = None
     level: Level = "active-active"
+    level_revision: int = 0
+    """mod_revision; 0: nobody has chosen one."""
+    published: Mapping[str, Published] = field(default_factory=dict)
     in_sync_revision: int = 0
     """mod_revision; 0: there is no record."""
     promote: Promote | None = None
@@ -148,23 +170,30 @@ def parse(keys: Keys, kvs: Iterable[KeyValue], revision: int = 0) -> Group:
     replicas: dict[str, ReplicaRecord] = {}
     leases: dict[str, int] = {}
     since: dict[str, int] = {}
+    published: dict[str, Published] = {}
     single: dict[str, KeyValue] = {}
     for kv in kvs:
         if kv.key.startswith(keys.replicas):
             name = kv.key[len(keys.replicas) :]
             replicas[name] = _decoded(ReplicaRecord, kv)
             leases[name], since[name] = kv.lease, kv.create_revision
+        elif kv.key.startswith(keys.model("")):
+            with suppress(ValueError):  # whatever publishers write, the group goes on
+                published[kv.key[len(keys.model("")) :]] = _decoded(Published, kv)
         else:
             single[kv.key] = kv
     primary = single.get(keys.primary)
     in_sync = single.get(keys.in_sync)
     promote = single.get(keys.promote)
+    level = single.get(keys.level)
     return Group(
         replicas=replicas,
         primary=primary.value.decode(errors="replace") if primary else None,
         term=primary.mod_revision if primary else 0,
         in_sync=_decoded(InSync, in_sync) if in_sync else None,
-        level=_level(single.get(keys.level)),
+        level=_level(level),
+        level_revision=level.mod_revision if level else 0,
+        published=published,
         in_sync_revision=in_sync.mod_revision if in_sync else 0,
         promote=_decoded(Promote, promote) if promote else None,
         promote_revision=promote.mod_revision if promote else 0,
@@ -285,6 +314,14 @@ def force(keys: Keys, group: Group, me: str, lease: int) -> Transaction:
 def wish(keys: Keys, promote: Promote) -> Transaction:
     """An operator's wish; a newer one takes the place of an older one."""
     return Transaction((), (Put(keys.promote, encode(promote)),))
+
+
+def choose(keys: Keys, level: Level, group: Group | None = None) -> Transaction:
+    """How the group is served from now on; with ``group``, unless that has been chosen since."""
+    compares: tuple[Compare, ...] = ()
+    if group is not None:
+        compares = (Compare(keys.level, "mod_revision", group.level_revision),)
+    return Transaction(compares, (Put(keys.level, level.encode()),))
 
 
 def forget(keys: Keys, group: Group, in_sync_revision: int) -> Transaction:

@@ -286,5 +286,5 @@ class Seat:
 
 
 def _candidate(record: ReplicaRecord) -> Candidate:
-    ready = record.condition in ("ready", "degraded")
+    ready = record.condition in ("standby", "ready", "degraded")
     return Candidate(record.name, Position(record.term, record.sequence), ready)
