@@ -4,11 +4,14 @@
     <cache>/<model>/<version>-<digest>.json        their manifest, for those who come after
 
 Blocks are fetched in parallel, from folders of other versions where these have them. A folder is
-complete or not there; the newest few of a model are kept. Memory: ``_THREADS`` blocks.
+complete or not there. Of a model the few that were used last are kept, and those that some process
+holds (``Held``), however old. Memory: ``_THREADS`` blocks.
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import secrets
 import shutil
@@ -28,6 +31,34 @@ from paddle_ft.serve.models import Block, File, Version, VersionRef, blob_name, 
 _THREADS = 8
 _KEPT = 3
 _YOUNG_S = 3600.0
+_TRIES = 3
+
+
+class Held:
+    """While it lives, no process removes ``folder``: a lock that goes with its holder."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises OSError if there is no such folder."""
+        self._folder = folder
+        self._descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        # Where a file system has no locks, all goes on without them: then nothing is removed.
+        with suppress(OSError):
+            fcntl.flock(self._descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+
+    def is_there(self) -> bool:
+        """Whether the folder is still the one that is held."""
+        with suppress(OSError):
+            return os.path.samestat(os.fstat(self._descriptor), os.stat(self._folder))
+        return False
+
+    def close(self) -> None:
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_descriptor"):
+            self.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +68,8 @@ class LoadedVersion:
     manifest: Version
     nbytes_fetched: int
     """From the store; the rest was on this machine."""
+    held: Held
+    """To be closed when the folder is not used any more."""
 
 
 def load(
@@ -63,16 +96,14 @@ def load(
     loader = _Loader(store, place, manifest, on_progress)
     try:
         place.mkdir(parents=True, exist_ok=True)
-        if not loader.is_intact(folder):
-            loader.build(folder)
-        os.utime(folder)
+        held = loader.bring(folder)
         _trim(place, folder)
     except OSError as error:
         raise MachineError(
             f"{name} {ref.version} cannot be written to {place} ({error.strerror}); make room, or "
             f"name another folder for models."
         ) from None
-    return LoadedVersion(folder, ref, manifest, loader.nbytes_fetched)
+    return LoadedVersion(folder, ref, manifest, loader.nbytes_fetched, held)
 
 
 class _Loader:
@@ -83,6 +114,20 @@ class _Loader:
         self._nbytes_written = 0
         self._on_progress = on_progress
         self._store, self._place, self._manifest = store, place, manifest
+
+    def bring(self, folder: Path) -> Held:
+        """``folder``, intact and held. Other processes may bring and remove it meanwhile."""
+        for _ in range(_TRIES):
+            with suppress(FileNotFoundError, NotADirectoryError):
+                held = Held(folder)
+                if self.is_intact(folder) and held.is_there():
+                    os.utime(folder)
+                    return held
+                held.close()
+            self._build(folder)
+        raise MachineError(
+            f"{folder} is not what was written to it; see whether its disk is sound."
+        )
 
     def is_intact(self, folder: Path) -> bool:
         """Whether ``folder`` has the very bytes of the version, and no file besides."""
@@ -100,25 +145,28 @@ class _Loader:
         with path.open("rb") as stream:
             return all(digest_of(stream.read(b.nbytes)) == b.digest for b in file.blocks)
 
-    def build(self, folder: Path) -> None:
-        """Makes ``folder`` anew; another process may be doing the same."""
-        scratch = self._place / f".tmp-{secrets.token_hex(8)}"
+    def _build(self, folder: Path) -> None:
+        """Puts ``folder`` there anew, unless another process has just done so."""
+        scratch = self._scratch()
         near = dict(self._near())
         try:
             with Crew(_THREADS, "fetch") as crew:
                 for file in self._manifest.files:
                     self._write(scratch / file.path, file, near, crew)
             (self._place / f"{folder.name}.json").write_bytes(self._manifest.encode())
-            if folder.exists():  # damaged
-                folder.rename(self._place / f".tmp-{secrets.token_hex(8)}")
-            with suppress(FileExistsError):
+            with suppress(FileNotFoundError):  # another process does the same
+                if folder.exists() and not self.is_intact(folder):
+                    folder.rename(self._scratch())
+            try:
                 scratch.rename(folder)
-            if not self.is_intact(folder):
-                raise MachineError(
-                    f"{folder} is not what was written to it; see whether its disk is sound."
-                )
+            except OSError as error:
+                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                    raise
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
+
+    def _scratch(self) -> Path:
+        return self._place / f".tmp-{secrets.token_hex(8)}"
 
     def _write(self, path: Path, file: File, near: dict[str, tuple[Path, int]], crew: Crew) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -188,7 +236,7 @@ class _Loader:
 
 
 def _trim(place: Path, current: Path) -> None:
-    """Keeps the folders used last, and what others are just writing."""
+    """Keeps the folders used last, those in use, and what others are just writing."""
     dated = []
     for path in place.iterdir():
         try:
@@ -201,5 +249,22 @@ def _trim(place: Path, current: Path) -> None:
         elif path.is_dir() and path != current:
             dated.append((modified_s, path))
     for _, path in sorted(dated, reverse=True)[_KEPT - 1 :]:
-        shutil.rmtree(path, ignore_errors=True)
-        path.with_name(f"{path.name}.json").unlink(missing_ok=True)
+        _remove(path)
+
+
+def _remove(folder: Path) -> None:
+    """Removes it, unless somebody holds it."""
+    gone = folder.with_name(f".tmp-{secrets.token_hex(8)}")
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:  # another process does the same
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        folder.rename(gone)  # whoever has opened it by now sees that it has gone
+    except OSError:
+        return
+    finally:
+        os.close(descriptor)
+    folder.with_name(f"{folder.name}.json").unlink(missing_ok=True)
+    shutil.rmtree(gone, ignore_errors=True)

@@ -228,7 +228,9 @@ class Loader:
             )
         )
         stage = "starts"
-        pool = await Pool.start(found.folder, name, version, self._settings, started)
+        pool = await Pool.start(
+            found.folder, name, version, self._settings, started, on_end=found.held.close
+        )
         stage = "serves"
         self.catalog.serve(pool)
         log.info(

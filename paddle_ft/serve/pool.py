@@ -76,6 +76,7 @@ class Pool:
     ) -> None:
         self._source, self._settings = source, settings
         self._on_progress = on_progress
+        self._on_end: Callable[[], None] = lambda: None
         self._told: Progress | None = None
         self._info: ModelInfo | None = None
         self._learnt = deadline.Learnt(settings.look_s, settings.batch_s_max)
@@ -97,8 +98,11 @@ class Pool:
         version: str,
         settings: PoolSettings | None = None,
         on_progress: Callable[[Progress], None] = lambda _: None,
+        on_end: Callable[[], None] = lambda: None,
     ) -> Pool:
         """A pool of which all workers are warm (spares may follow).
+
+        ``on_end`` is called once ``folder`` is not needed any more, whatever the end.
 
         Raises ConfigError, ModelError if the model cannot be loaded; the pool is closed then.
         """
@@ -109,6 +113,7 @@ class Pool:
             predictor = replace(predictor, threads=threads)
         source = Source(folder, name, version, predictor, settings.tensor_bytes_max)
         pool = cls(source, settings, on_progress)
+        pool._on_end = on_end
         pool._spawn(pool._keep())
         try:
             await pool._started
@@ -182,6 +187,7 @@ class Pool:
             self._changed.set()
         while self._tasks:
             await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._on_end()
 
     # ------------------------------------------------------------ who runs
 

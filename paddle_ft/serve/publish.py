@@ -1,7 +1,8 @@
 """Makes a version of a model out of a layer, of inference files or of a pipeline.
 
-What an earlier version has is not stored again (``cut``). The manifest is put last, under the first
-number that is free: of two who publish at the same time each gets its own.
+What the store has, with its size, is not stored again (``cut``): what it has lost is. The manifest
+is put last, under the first number that is free: of two who publish at the same time each gets its
+own.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import importlib.metadata
 import mmap
 import os
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -23,7 +25,7 @@ from paddle_ft.checkpoint.crew import Crew
 from paddle_ft.checkpoint.sign import Trust
 from paddle_ft.checkpoint.store import Store, open_store
 from paddle_ft.config import CheckpointConfig
-from paddle_ft.errors import ConfigError, MachineError, PaddleFTError, StoreUnavailable
+from paddle_ft.errors import ConfigError, MachineError, StoreMissing, StoreUnavailable
 from paddle_ft.failpoints import failpoint
 from paddle_ft.serve import pipeline
 from paddle_ft.serve.cut import cut
@@ -36,7 +38,6 @@ from paddle_ft.serve.models import (
     check_name,
     list_versions,
     manifest_name,
-    read_version,
     signature_name,
 )
 from paddle_ft.serve.program import DESCRIPTION, Description, find_files
@@ -166,10 +167,10 @@ def _store(
 ) -> Published:
     info = _info_of(files, name)
     versions = list_versions(store, name).get(name, [])
-    known = _known(store, name, versions)
-    new: dict[str, int] = {}
+    blocks = _Blocks(store)
     with Crew(_THREADS, "publish") as crew:
-        listed = [_put_file(store, crew, path, file, known, new) for path, file in files.items()]
+        listed = [_put_file(blocks, crew, path, file) for path, file in files.items()]
+    nbytes_new = sum(blocks.new.values())
     failpoint("publish.blobs")
     number = versions[-1] + 1 if versions else 1
     for version in range(number, number + _TRIES):
@@ -186,52 +187,66 @@ def _store(
         signature = signature_name(name, version, content)
         trust.sign_content(store, place, content, signature)
         failpoint("publish.signed")
-        if store.put(place, content, if_absent=True):
+        if store.put(place, content, if_absent=True) or _is_ours(store, place, content):
             ref = VersionRef(name, version, digest_of(content))
             signed = trust.signer is not None
-            return Published(ref, store.url, manifest.nbytes, sum(new.values()), info, signed)
+            return Published(ref, store.url, manifest.nbytes, nbytes_new, info, signed)
         if trust.signer is not None:
             store.delete([signature])
     raise StoreUnavailable(f"{store.url}: {_TRIES} versions of {name} were published by others.")
 
 
-def _known(store: Store, name: str, versions: Sequence[int]) -> set[str]:
-    """Digests of what the newest version has; of none if that cannot be read."""
-    if not versions:
-        return set()
+def _is_ours(store: Store, place: str, content: bytes) -> bool:
+    """Whether what is there is what was to be put: a first attempt that seemed to fail has."""
     try:
-        manifest, _ = read_version(store, name, versions[-1], Trust("off"))
-    except PaddleFTError:
-        return set()
-    return {block.digest for file in manifest.files for block in file.blocks}
+        return store.get(place) == content
+    except StoreMissing:
+        return False
 
 
-def _put_file(
-    store: Store, crew: Crew, path: str, file: Path, known: set[str], new: dict[str, int]
-) -> File:
-    """Stores the blocks of one file that are not ``known``, and notes them in ``new``."""
+class _Blocks:
+    """Puts blocks that the store does not show; listed once for each two first digits."""
 
-    def put(block: memoryview) -> Block:
+    def __init__(self, store: Store) -> None:
+        self.new: dict[str, int] = {}
+        """Bytes by digest of what was put."""
+        self._store = store
+        self._there: dict[str, dict[str, int]] = {}
+        self._locks = {f"{first:02x}": threading.Lock() for first in range(256)}
+
+    def put(self, block: memoryview) -> Block:
         digest = digest_of(block)
-        if digest not in known and digest not in new:
-            if store.put(blob_name(digest), block, if_absent=True):
-                new[digest] = len(block)
-            else:  # another model has it, or another thread was quicker
-                new.setdefault(digest, 0)
+        name = blob_name(digest)
+        with self._locks[digest[:2]]:
+            there = self._there.get(digest[:2])
+            if there is None:
+                found = self._store.find(name.removesuffix(digest))
+                there = self._there[digest[:2]] = {info.name: info.nbytes for info in found}
+            size = there.get(name)
+            there[name] = len(block)
+        if size is None:
+            if self._store.put(name, block, if_absent=True):
+                self.new[digest] = len(block)
+        elif size != len(block):
+            self._store.put(name, block)
+            self.new[digest] = len(block)
         return Block(digest=digest, nbytes=len(block))
 
+
+def _put_file(blocks: _Blocks, crew: Crew, path: str, file: Path) -> File:
+    """Stores the blocks of one file."""
     with _mapped(file) as data:
         starts, at = [], 0
         for size in cut(data, parameters=file.suffix == ".pdiparams"):
             starts.append(data[at : at + size])
             at += size
         try:
-            blocks = tuple(crew.map(put, starts))
+            listed = tuple(crew.map(blocks.put, starts))
         finally:
             for view in starts:
                 with suppress(BufferError):
                     view.release()
-    return File(path=path, blocks=blocks)
+    return File(path=path, blocks=listed)
 
 
 @contextmanager

@@ -10,7 +10,8 @@ import pytest
 from typer.testing import CliRunner
 
 from paddle_ft.checkpoint.sign import Trust, make_keys
-from paddle_ft.checkpoint.store import Store, open_store
+from paddle_ft.checkpoint.store import Buffers, Store, open_store
+from paddle_ft.checkpoint.store_directory import DirectoryStore
 from paddle_ft.cli import app
 from paddle_ft.config import CheckpointConfig
 from paddle_ft.errors import (
@@ -190,6 +191,65 @@ def test_old_folders_go(shop: Shop) -> None:
     assert newest.is_dir()
     folders = [path for path in newest.parent.iterdir() if path.is_dir()]
     assert len(folders) == 3
+
+
+def test_a_folder_in_use_stays(shop: Shop) -> None:
+    shop.publish()
+    used = shop.load()
+    for number in range(4):
+        shop.write("empty", b"%d" % number)
+        shop.publish()
+        shop.load()
+    assert shop.content(used.folder)["empty"] == b""
+    used.held.close()
+    shop.write("empty", b"last")
+    shop.publish()
+    shop.load()
+    assert not used.folder.exists()
+    assert len([path for path in shop.cache.glob("reader/*") if path.is_dir()]) == 3
+
+
+def test_two_who_load_at_once_both_have_it(shop: Shop) -> None:
+    shop.publish()
+    others: list[LoadedVersion] = []
+
+    def meanwhile(share: float) -> None:
+        if share == 1 and not others:
+            others.append(shop.load())
+
+    mine = shop.load(on_progress=meanwhile)
+    assert mine.folder == others[0].folder
+    assert mine.held.is_there()
+    assert others[0].held.is_there()
+    assert shop.content(mine.folder) == shop.content(shop.folder)
+    assert not list(shop.cache.glob("reader/.tmp*"))
+
+
+def test_publishing_again_mends_what_the_store_has_lost(shop: Shop) -> None:
+    shop.publish()
+    blobs = sorted(Path(shop.url).glob("models/blob/*/*"), key=lambda path: path.stat().st_size)
+    blobs[-1].unlink()
+    blobs[-2].write_bytes(b"short")
+    again = shop.publish()
+    assert again.nbytes_new > 2**20
+    assert shop.content(shop.load().folder) == shop.content(shop.folder)
+    assert shop.publish().nbytes_new == 0
+
+
+def test_a_put_whose_answer_was_lost_keeps_its_signature(
+    shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    private, public, _ = make_keys(tmp_path / "keys")
+    put = DirectoryStore.put
+
+    def forgets(
+        store: DirectoryStore, name: str, data: Buffers, *, if_absent: bool = False
+    ) -> bool:
+        return put(store, name, data, if_absent=if_absent) and "manifest" not in name
+
+    monkeypatch.setattr(DirectoryStore, "put", forgets)
+    assert shop.publish(sign_key=str(private)).ref.version == 1
+    shop.load(trust=Trust.of(CheckpointConfig(trusted_keys=(str(public),), verify="required")))
 
 
 def test_what_is_no_model_is_not_published(tmp_path: Path) -> None:
