@@ -25,6 +25,7 @@ from paddle_ft.agent.ipc import (
     LostPeer,
     Order,
     PauseRequest,
+    Published,
     Released,
     RestoreReply,
     RestoreRequest,
@@ -93,6 +94,9 @@ class Keeper(Protocol):
     def wait_committed(self, step: int) -> None:
         """Returns once the checkpoint of ``step`` is safe; says what it waits for."""
 
+    def published(self, name: str, version: int, store: str) -> None:
+        """Tells that a version of a model is in ``store``."""
+
     def join(self, rank: int, world_size: int, generation: int, recovery: Recovery) -> None:
         """Tells that this worker is ``rank`` of ``generation``, and what it can do in the next."""
 
@@ -143,6 +147,9 @@ class NullKeeper:
         raise AssertionError("there was no buffer to give back")
 
     def wait_committed(self, step: int) -> None:
+        pass
+
+    def published(self, name: str, version: int, store: str) -> None:
         pass
 
     def close(
@@ -287,6 +294,9 @@ class AgentKeeper:
                 lambda: self.committed_step >= step, f"the checkpoint of step {step} to be stored"
             )
 
+    def published(self, name: str, version: int, store: str) -> None:
+        self._channel.send(Published(name, version, store))
+
     # ------------------------------------------------------------ the connection
 
     def close(
@@ -346,8 +356,7 @@ class AgentKeeper:
             waited_s = time.monotonic() - start_s
             if timeout_s is not None and waited_s >= timeout_s:
                 raise WorkerFailed(
-                    f"Rank {self._rank} waited {waited_s:.0f} s for {what}; see "
-                    f"the log of the launcher."
+                    f"Rank {self._rank} waited {waited_s:.0f} s for {what}; see the launcher's log."
                 )
             if not quiet:
                 say(f"rank {self._rank} waits for {what} ({waited_s:.0f} s)")

@@ -147,6 +147,9 @@ class StandaloneKeeper:
         if step in self._failed:
             raise self._failed[step]
 
+    def published(self, name: str, version: int, store: str) -> None:
+        pass  # there is no etcd
+
     def _look_after(self) -> None:
         """Takes note of what has been written meanwhile."""
         for buffer, (step, handle) in list(self._handles.items()):

@@ -24,9 +24,11 @@ from paddle_ft.agent.committer import Committer
 from paddle_ft.agent.console import Console, Progress
 from paddle_ft.agent.events import Changed, CommitDone, Defect, Scanned
 from paddle_ft.agent.group import Said, WorkerGroup
+from paddle_ft.agent.ipc import Published
 from paddle_ft.agent.leader import Leader
 from paddle_ft.agent.membership import Membership, Node, TransactionDone
 from paddle_ft.agent.peers import PeerLinks
+from paddle_ft.agent.registrar import Registrar
 from paddle_ft.agent.reserve import spares_due
 from paddle_ft.agent.signals import Signals
 from paddle_ft.agent.snapshots import PartWritten, SnapshotKeeper, StateFailed
@@ -102,6 +104,7 @@ class Agent:
         self._leader = Leader(
             config, self._mirror, room, self._membership, self._committer, self._in_background
         )
+        self._registrar = Registrar(coordinator, config.job.id, console.say)
         self._damaged: tuple[str, ...] = ()
         self._told_manifest = ""
         self._signals = Signals(self._group.ask_to_save, console.say, config.job.stop_grace_s)
@@ -141,6 +144,7 @@ class Agent:
         self._health.close()
         self._group.close()
         self._snapshots.close()
+        self._registrar.close()
         self._mirror.close()
         self._membership.close()
         self._peers.close()
@@ -197,6 +201,8 @@ class Agent:
             )
         elif isinstance(event, StateFailed):
             self._restore_failed(event)
+        elif isinstance(event, Published):
+            self._registrar.take(event)
         elif isinstance(event, (TransactionDone, CommitDone, Scanned)):
             self._leader.took(event)
             if isinstance(event, TransactionDone):

@@ -41,7 +41,7 @@ class WorkerGroup:
     """Starts, tells, orders, stops and describes the workers.
 
     Args:
-        emit: takes Said and WorkerEnded from other threads.
+        emit: takes Said, WorkerEnded and Published from other threads.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class WorkerGroup:
         run_dir: Path,
         snapshots: SnapshotKeeper,
         console: Console,
-        emit: Callable[[Said | WorkerEnded], None],
+        emit: Callable[[Said | WorkerEnded | ipc.Published], None],
     ) -> None:
         self._config = config
         self._run_dir = run_dir
@@ -378,6 +378,8 @@ class WorkerGroup:
             channel.send(self._snapshots.allocate(generation, rank, message.nbytes))
         elif isinstance(message, ipc.SnapshotReady):
             self._snapshots.arrived(generation, channel, message)
+        elif isinstance(message, ipc.Published):
+            self._emit(message)
 
     def close(self) -> None:
         self._pool.close()

@@ -158,6 +158,16 @@ class SaveRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class Published:
+    """A version of a model is in ``store``."""
+
+    name: str
+    version: int
+    store: str
+    type: Literal["published"] = "published"
+
+
+@dataclass(frozen=True, slots=True)
 class Farewell:
     """The last message of a worker that knows why it ends."""
 
@@ -178,6 +188,7 @@ ToAgent = (
     | RestoreTaken
     | Allocate
     | SnapshotReady
+    | Published
     | Farewell
 )
 ToWorker = Order | RestoreReply | Allocated | Released | Committed | PauseRequest | SaveRequest

@@ -86,7 +86,9 @@ class Publishing:
             more = {"outputs": outputs, "batched": batched, "warm_up": warm_up}
             if not in_loop or not self._keeper.saves:
                 self._finish_publishing()  # versions have the order of their steps
-                return handoff.store(more)
+                done = handoff.store(more)
+                self._keeper.published(done.ref.name, done.ref.version, done.store_url)
+                return done
             self._later(handoff, more)
             return None
         finally:
@@ -100,7 +102,7 @@ class Publishing:
         self._handoffs = [h for h in self._handoffs if h.waits or h.error is not None]
         before = self._handoffs[-1] if self._handoffs else None
         self._handoffs.append(handoff)
-        handoff.begin(before, lambda: self._keeper.committed_step, more)
+        handoff.begin(before, lambda: self._keeper.committed_step, more, self._keeper.published)
 
     def _finish_publishing(self) -> None:
         """Returns once all is stored, after the last checkpoint. Raises the first error."""
@@ -165,7 +167,11 @@ class _Handoff:
             self._clean()
 
     def begin(
-        self, before: _Handoff | None, committed_step: Callable[[], int], more: dict[str, Any]
+        self,
+        before: _Handoff | None,
+        committed_step: Callable[[], int],
+        more: dict[str, Any],
+        tell: Callable[[str, int, str], None] = lambda *_: None,
     ) -> None:
         """Stores it after ``before`` and once its step is committed, beside whatever goes on."""
 
@@ -178,6 +184,7 @@ class _Handoff:
                     return
             try:
                 done = self.store(more)
+                tell(done.ref.name, done.ref.version, done.store_url)
             except Exception as error:  # noqa: BLE001 - the end of training is to tell it
                 if isinstance(error, OSError):  # of a temporary folder; stores have their own
                     error = MachineError(

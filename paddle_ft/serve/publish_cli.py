@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import time
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from paddle_ft.errors import ConfigError
+from paddle_ft.errors import ConfigError, CoordinationError
+
+if TYPE_CHECKING:
+    from paddle_ft.config import Config
+    from paddle_ft.serve.publish import Published
 
 Url = Annotated[
     str,
@@ -37,13 +42,27 @@ def publish(
         bool | None,
         typer.Option(help="rows of requests may be joined; default: see shapes"),
     ] = None,
+    etcd: Annotated[
+        str, typer.Option(help="tell the group there: host:port,…", envvar="PADDLE_FT_ETCD")
+    ] = "",
+    group: Annotated[
+        str, typer.Option(help="the serving group that is told, with --etcd")
+    ] = "default",
     config_file: ConfigFile = None,
     as_json: Json = False,
 ) -> None:
-    """Publish a model as the next version of its name."""
+    """Publish a model as the next version of its name, and tell a serving group."""
     from paddle_ft.checkpoint.cli import settings_of
+    from paddle_ft.config import load
     from paddle_ft.serve.publish import publish as run
 
+    members = tuple(filter(None, etcd.removeprefix("etcd://").split(",")))
+    access = load(
+        {"etcd.endpoints": members, "serve.group": group},
+        os.environ,
+        config_file,
+        {"etcd.endpoints": "--etcd", "serve.group": "--group"},
+    ).config
     done = run(
         path,
         name,
@@ -53,6 +72,8 @@ def publish(
         warm_up=dict(map(_shape, warm_up or [])),
         config=settings_of(config_file),
     )
+    if members:
+        _register(done, access)
     ref = done.ref
     if as_json:
         values = {"name": ref.name, "version": ref.version, "digest": ref.digest}
@@ -101,6 +122,27 @@ def models(
             size = f"{manifest.nbytes / 1e6:.1f}"
             table.add_row(model, str(version), at, size, takes, source)
     screen().print(table)
+
+
+def _register(done: Published, config: Config) -> None:
+    """Raises CoordinationError, which says what was done all the same."""
+    from paddle_ft.coordination.etcd import EtcdCoordinator
+    from paddle_ft.serve import registry
+    from paddle_ft.serve.register import register
+
+    name, version = done.ref.name, done.ref.version
+    try:
+        coordinator = EtcdCoordinator(config.etcd)
+        try:
+            now = registry.Published(version, done.store_url, time.time())
+            register(coordinator, config.serve.group, name, now)
+        finally:
+            coordinator.close()
+    except CoordinationError as error:
+        raise CoordinationError(
+            f"{name} {version} is in {done.store_url}, but the serving group {config.serve.group} "
+            f"was not told: {error}"
+        ) from None
 
 
 def _shape(text: str) -> tuple[str, tuple[int, ...]]:

@@ -311,6 +311,20 @@ def force(keys: Keys, group: Group, me: str, lease: int) -> Transaction:
     return Transaction(compares, tuple(puts))
 
 
+def publish(keys: Keys, name: str, now: Published, before: KeyValue | None) -> Transaction | None:
+    """Makes ``now`` what the group knows of a model; None if ``before`` is as new or newer.
+
+    Numbers of versions are those of one store: what is published to another one always counts.
+    """
+    if before is not None:
+        known = _decoded(Published, before)
+        if known.store == now.store and known.version >= now.version:
+            return None
+    key = keys.model(name)
+    revision = before.mod_revision if before is not None else 0
+    return Transaction((Compare(key, "mod_revision", revision),), (Put(key, encode(now)),))
+
+
 def wish(keys: Keys, promote: Promote) -> Transaction:
     """An operator's wish; a newer one takes the place of an older one."""
     return Transaction((), (Put(keys.promote, encode(promote)),))
