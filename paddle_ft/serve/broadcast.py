@@ -32,8 +32,11 @@ ENTRIES_MAX = 256
 """In one message."""
 MESSAGE_BYTES_MAX = 2**20
 """Of the values in one message, unless a single one is larger."""
-KEPT = 1000
-"""So many entries that the state holds already are kept, for those who are a little behind."""
+KEPT = 10_000
+"""So many entries that the state holds already are kept, for those who are a little behind, or who
+are being sent an image."""
+KEPT_BYTES = 2**26
+"""And not more of them than this; for a while up to twice of both."""
 FRESH_S = 0.4
 HOLD_S = 0.5
 """Longer than FRESH_S by what two clocks may differ in that time."""
@@ -89,6 +92,14 @@ class Replica:
     fresh: list[Entry] = field(default_factory=list)
     """What has changed the state and has not been taken away yet."""
     kept: int = KEPT
+    kept_bytes: int = KEPT_BYTES
+    _applied_bytes: int = 0
+    """Of those entries of the log that the state holds."""
+
+    @property
+    def pending_bytes(self) -> int:
+        """Of the entries that are not acknowledged yet, as far as is known here."""
+        return self.log.size_bytes - self._applied_bytes
 
     def hear(self, message: Append | Install) -> Answer:
         """Follows a primary; refuses one of a lower term, which then learns of the higher one."""
@@ -116,8 +127,12 @@ class Replica:
         """Takes what is acknowledged into the state; gives what is new."""
         new = self.state.apply(self.log, acknowledged)
         self.fresh += new
-        if self.state.at.sequence - self.log.base.sequence > 2 * self.kept:
-            self.log.forget(self.state.at.sequence - self.kept)
+        self._applied_bytes += sum(entry.size_bytes for entry in new)
+        at, log = self.state.at.sequence, self.log
+        too_many = at - log.base.sequence > 2 * self.kept
+        if too_many or self._applied_bytes > 2 * self.kept_bytes:
+            first = max(at - self.kept, log.within(at, self.kept_bytes))
+            self._applied_bytes -= log.forget(first)
         return new
 
     def _differs(self, position: Position) -> bool:
@@ -136,6 +151,7 @@ class Replica:
                 self.log = Log(image.at)
             else:
                 self.log.forget(image.at.sequence)
+            self._applied_bytes = 0
             self.fresh += self.state.changes(image)
             self.state = State.of(image)
         return Answer(self.term, self.name, True, image.at.sequence, message.sent_s)

@@ -1,15 +1,17 @@
 """Bytes of the messages between replicas. Pure.
 
-A message is one frame or, if it is large (an image), several: each begins with one byte that says
-what it is, and a part of a larger message with one that says whether more follow. Numbers are
-little-endian; a text or value is its length and its bytes. Whatever comes is checked: bytes that
-are no message raise ValueError and nothing else.
+A message is one frame, which begins with one byte that says what it is; but an image is a head that
+says how many items there are, and slices of them, each encoded when it is its turn and decoded when
+it comes, so that nobody is busy with all of a large one at once. Numbers are little-endian; a text
+or value is its length and its bytes. Whatever comes is checked: bytes that are no message raise
+ValueError and nothing else.
 """
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 from paddle_ft.serve.broadcast import Answer, Append, Install
@@ -17,33 +19,55 @@ from paddle_ft.serve.log import Entry, Held, Image, Kind, Position
 
 Message = Append | Install | Answer
 
-FRAME_BYTES_MAX = 2**20
-"""Of a part; a message that is not larger comes whole."""
+SLICE_BYTES = 2**20
+"""Of the items in one slice without its last one, which may be as large as values are."""
 MESSAGE_BYTES_MAX = 2**30
-"""Of an image, or of one value: who sends more is not believed."""
+"""Of an image: who sends more is not believed."""
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
-_APPEND, _INSTALL, _ANSWER, _PART, _LAST = range(5)
+_APPEND, _INSTALL, _ANSWER, _ITEMS = range(4)
 _NONE = 0xFFFFFFFF
 _POSITION = struct.Struct("<QQ")
 _APPEND_HEAD = struct.Struct("<QQQQdI")
 _ENTRY_HEAD = struct.Struct("<QQB")
 _ITEM_HEAD = struct.Struct("<QB")
-_INSTALL_HEAD = struct.Struct("<QQQdI")
+_INSTALL_HEAD = struct.Struct("<QQQdII")
 _ANSWER_HEAD = struct.Struct("<Q?Qd")
 _LENGTH = struct.Struct("<I")
 
 
 def frames(message: Message) -> Iterator[bytes]:
-    """The frames of one message, in order."""
-    whole = encode(message)
-    if len(whole) <= FRAME_BYTES_MAX:
-        yield whole
+    """The frames of one message, in order; those of an image are made one by one."""
+    if not isinstance(message, Install):
+        yield encode(message)
         return
-    for start in range(0, len(whole), FRAME_BYTES_MAX):
-        part = whole[start : start + FRAME_BYTES_MAX]
-        more = start + len(part) < len(whole)
-        yield bytes((_PART if more else _LAST,)) + part
+    at, items, terms = message.image.at, message.image.items, message.image.terms
+    head = _INSTALL_HEAD.pack(
+        message.term, at.term, at.sequence, message.sent_s, len(terms), len(items)
+    )
+    firsts = [encode_position(first) for first in terms]
+    yield b"".join([bytes((_INSTALL,)), head, _text(message.sender), *firsts])
+    parts, size_bytes = [bytes((_ITEMS,))], 0
+    for (kind, key), held in items.items():
+        item = [_ITEM_HEAD.pack(held.sequence, KINDS.index(kind)), _text(key)]
+        item += [_LENGTH.pack(len(held.value)), held.value]
+        parts += item
+        size_bytes += sum(map(len, item))
+        if size_bytes >= SLICE_BYTES:
+            yield b"".join(parts)
+            parts, size_bytes = [bytes((_ITEMS,))], 0
+    if size_bytes:
+        yield b"".join(parts)
+
+
+@dataclass
+class _Coming:
+    """An image, of which more is to come."""
+
+    head: Install
+    items: dict[tuple[Kind, str], Held]
+    count: int
+    size_bytes: int = 0
 
 
 class Joiner:
@@ -51,26 +75,47 @@ class Joiner:
 
     def __init__(self, bytes_max: int = MESSAGE_BYTES_MAX) -> None:
         self._bytes_max = bytes_max
-        self._parts: list[bytes] = []
-        self._size_bytes = 0
+        self._coming: _Coming | None = None
 
     def take(self, frame: bytes) -> Message | None:
         """The message that ``frame`` ends; None if more is to come. Raises ValueError."""
-        if frame[:1] not in (b"\x03", b"\x04"):
-            if self._parts:
-                raise ValueError("a message begins within another one")
-            return decode(frame)
-        self._size_bytes += len(frame) - 1
-        if self._size_bytes > self._bytes_max:
-            raise ValueError(f"a message of more than {self._bytes_max} bytes")
-        self._parts.append(frame[1:])
-        if frame[0] == _PART:
+        coming, is_part = self._coming, frame[:1] == bytes((_ITEMS,))
+        if is_part != (coming is not None):
+            raise ValueError("a message begins within another one, or nowhere")
+        if coming is None:
+            if frame[:1] != bytes((_INSTALL,)):
+                return decode(frame)
+            coming = self._coming = _install(frame)
+        else:
+            coming.size_bytes += len(frame)
+            if coming.size_bytes > self._bytes_max:
+                raise ValueError(f"a message of more than {self._bytes_max} bytes")
+            reader = _Reader(frame[1:])
+            while not reader.ended:
+                name, held = reader.item()
+                coming.items[name] = held
+                if len(coming.items) > coming.count:
+                    raise ValueError("an image has more items than it said")
+        if len(coming.items) < coming.count:
             return None
-        whole, self._parts, self._size_bytes = b"".join(self._parts), [], 0
-        return decode(whole)
+        self._coming = None
+        image = replace(coming.head.image, items=coming.items)
+        return replace(coming.head, image=image)
 
 
-def encode(message: Message) -> bytes:
+def _install(frame: bytes) -> _Coming:
+    reader = _Reader(frame[1:])
+    term, at_term, sequence, sent_s, terms, count = reader.numbers(_INSTALL_HEAD)
+    sender = reader.text()
+    firsts = tuple(Position(*reader.numbers(_POSITION)) for _ in range(terms))
+    reader.end()
+    if list(firsts) != sorted(firsts, key=lambda first: first.sequence):
+        raise ValueError("the terms of an image are not in order")
+    image = Image(Position(at_term, sequence), {}, firsts)
+    return _Coming(Install(term, sender, image, sent_s), {}, count)
+
+
+def encode(message: Append | Answer) -> bytes:
     parts: list[bytes]
     if isinstance(message, Append):
         head = _APPEND_HEAD.pack(
@@ -84,24 +129,17 @@ def encode(message: Message) -> bytes:
         parts = [bytes((_APPEND,)), head, _text(message.sender)]
         for entry in message.entries:
             parts += _entry(entry)
-    elif isinstance(message, Install):
-        at, items = message.image.at, message.image.items
-        head = _INSTALL_HEAD.pack(message.term, at.term, at.sequence, message.sent_s, len(items))
-        parts = [bytes((_INSTALL,)), head, _text(message.sender)]
-        for (kind, key), held in items.items():
-            parts += [_ITEM_HEAD.pack(held.sequence, KINDS.index(kind)), _text(key)]
-            parts += [_LENGTH.pack(len(held.value)), held.value]
     else:
         head = _ANSWER_HEAD.pack(message.term, message.agrees, message.sequence, message.sent_s)
         parts = [bytes((_ANSWER,)), head, _text(message.sender)]
     return b"".join(parts)
 
 
-def decode(data: bytes) -> Message:
+def decode(data: bytes) -> Append | Answer:
     """The message that ``encode`` made; raises ValueError if ``data`` is not one."""
     reader = _Reader(data)
     kind = reader.byte()
-    message: Message
+    message: Append | Answer
     if kind == _APPEND:
         term, before_term, before, acknowledged, sent_s, count = reader.numbers(_APPEND_HEAD)
         sender = reader.text()
@@ -111,11 +149,6 @@ def decode(data: bytes) -> Message:
         for number, entry in enumerate(entries, before + 1):
             if entry.at.sequence != number:
                 raise ValueError(f"entry {entry.at.sequence} stands in the place of {number}")
-    elif kind == _INSTALL:
-        term, at_term, sequence, sent_s, count = reader.numbers(_INSTALL_HEAD)
-        sender = reader.text()
-        items = dict(reader.item() for _ in range(count))
-        message = Install(term, sender, Image(Position(at_term, sequence), items), sent_s)
     elif kind == _ANSWER:
         term, agrees, sequence, sent_s = reader.numbers(_ANSWER_HEAD)
         message = Answer(term, reader.text(), agrees, sequence, sent_s)
@@ -207,6 +240,10 @@ class _Reader:
             raise ValueError(f"{key} has no value")
         return (self.kind(kind), key), Held(value, sequence)
 
+    @property
+    def ended(self) -> bool:
+        return self._at == len(self._data)
+
     def end(self) -> None:
-        if self._at != len(self._data):
+        if not self.ended:
             raise ValueError("a message goes on after its end")

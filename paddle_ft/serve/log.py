@@ -9,12 +9,23 @@ Invariants:
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 Kind = Literal["state", "version", "setting"]
 """State of one user's session, the version of a model that is served, a setting of the group."""
+
+ITEM_BYTES = 128
+"""Counted for each item besides its key and value, so that many small ones are bounded, too."""
+TERMS_MAX = 1000
+"""Of so many it is known where they begin; what is older is held to be there."""
+
+
+def size_of(key: str, value: bytes | None) -> int:
+    """What an entry or item counts, in bytes."""
+    return ITEM_BYTES + len(key) + len(value or b"")
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -33,6 +44,10 @@ class Entry:
     value: bytes | None
     """None: ``key`` is removed."""
 
+    @property
+    def size_bytes(self) -> int:
+        return size_of(self.key, self.value)
+
 
 @dataclass(frozen=True, slots=True)
 class Held:
@@ -48,6 +63,8 @@ class Image:
 
     at: Position
     items: Mapping[tuple[Kind, str], Held]
+    terms: tuple[Position, ...] = ()
+    """The first entry of each term, as far as they are known, up to ``at``."""
 
 
 @dataclass
@@ -56,6 +73,8 @@ class Log:
 
     base: Position = Position()
     entries: list[Entry] = field(default_factory=list)
+    size_bytes: int = 0
+    """Of ``entries``."""
 
     @property
     def last(self) -> Position:
@@ -73,6 +92,7 @@ class Log:
         assert term >= self.last.term, "a primary has seen every term below its own"
         entry = Entry(Position(term, self.last.sequence + 1), kind, key, value)
         self.entries.append(entry)
+        self.size_bytes += entry.size_bytes
         return entry
 
     def holds(self, position: Position) -> bool:
@@ -94,8 +114,10 @@ class Log:
         for number, entry in enumerate(entries):
             if self.holds(entry.at):
                 continue
-            del self.entries[entry.at.sequence - self.base.sequence - 1 :]
-            self.entries += entries[number:]
+            start, new = entry.at.sequence - self.base.sequence - 1, entries[number:]
+            self.size_bytes -= sum(e.size_bytes for e in self.entries[start:])
+            self.size_bytes += sum(e.size_bytes for e in new)
+            self.entries[start:] = new
             break
         return True
 
@@ -127,13 +149,26 @@ class Log:
                 return entries[:number]
         return entries
 
-    def forget(self, sequence: int) -> None:
-        """Drops the entries up to ``sequence``, which the state holds."""
+    def forget(self, sequence: int) -> int:
+        """Drops the entries up to ``sequence``, which the state holds; gives their bytes."""
         term = self.term_at(sequence)
         if term is None or sequence == self.base.sequence:
-            return
-        del self.entries[: sequence - self.base.sequence]
+            return 0
+        count = sequence - self.base.sequence
+        dropped_bytes = sum(entry.size_bytes for entry in self.entries[:count])
+        del self.entries[:count]
+        self.size_bytes -= dropped_bytes
         self.base = Position(term, sequence)
+        return dropped_bytes
+
+    def within(self, sequence: int, bytes_max: int) -> int:
+        """The least sequence, at most ``sequence``, after which up to it are ``bytes_max``."""
+        while sequence > self.base.sequence:
+            bytes_max -= self.entries[sequence - self.base.sequence - 1].size_bytes
+            if bytes_max < 0:
+                break
+            sequence -= 1
+        return sequence
 
 
 @dataclass
@@ -143,7 +178,20 @@ class State:
     at: Position = Position()
     items: dict[tuple[Kind, str], Held] = field(default_factory=dict)
     size_bytes: int = 0
-    """Of keys and values."""
+    """Of its items, as ``size_of`` counts."""
+    terms: list[Position] = field(default_factory=list)
+    """The first entry of each term, as far as they are known."""
+
+    def term_at(self, sequence: int) -> int | None:
+        """Of the entry with that sequence, which this state has; None if that is not known."""
+        index = bisect_right(self.terms, sequence, key=lambda first: first.sequence)
+        return self.terms[index - 1].term if index else None
+
+    def lost(self, position: Position) -> bool:
+        """Whether the entry at ``position`` is not in this state and never will be."""
+        if position.sequence > self.at.sequence:
+            return self.at.term > position.term  # terms never fall along a log
+        return self.term_at(position.sequence) not in (position.term, None)
 
     def apply(self, log: Log, acknowledged: int) -> list[Entry]:
         """Takes the entries of ``log`` up to ``acknowledged`` in; gives those that were new."""
@@ -152,10 +200,13 @@ class State:
             name = entry.kind, entry.key
             old = self.items.pop(name, None)
             if old is not None:
-                self.size_bytes -= len(entry.key) + len(old.value)
+                self.size_bytes -= size_of(entry.key, old.value)
             if entry.value is not None:
                 self.items[name] = Held(entry.value, entry.at.sequence)
-                self.size_bytes += len(entry.key) + len(entry.value)
+                self.size_bytes += entry.size_bytes
+            if entry.at.term != self.at.term:
+                self.terms.append(entry.at)
+                del self.terms[:-TERMS_MAX]
             self.at = entry.at
             new.append(entry)
         return new
@@ -175,9 +226,9 @@ class State:
         return [*new, *gone]
 
     def image(self) -> Image:
-        return Image(self.at, dict(self.items))
+        return Image(self.at, dict(self.items), tuple(self.terms))
 
     @classmethod
     def of(cls, image: Image) -> State:
-        size_bytes = sum(len(key) + len(held.value) for (_, key), held in image.items.items())
-        return cls(image.at, dict(image.items), size_bytes)
+        size_bytes = sum(size_of(key, held.value) for (_, key), held in image.items.items())
+        return cls(image.at, dict(image.items), size_bytes, list(image.terms))

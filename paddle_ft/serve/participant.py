@@ -48,6 +48,12 @@ class GroupSettings:
     many are in sync, all of them must."""
     patience_s: float = PATIENCE_S
     """How long a replica may be behind before nobody waits for it."""
+    state_bytes_max: int = 2**28
+    """Of all that the group keeps."""
+    session_bytes_max: int = 2**24
+    """Of what it keeps for one session."""
+    session_ttl_s: float = 3600.0
+    """A session to which nothing has been written for so long is deleted; 0: none is."""
     tls: PeerTls | None = None
     """Between replicas."""
     plain: bool = False
@@ -134,6 +140,7 @@ class Participant:
         if self._watched is not None:
             self._watched.close()
         await self._server.close()
+        await self.peers.close()
         self._threads.shutdown(wait=False)
 
     async def in_thread(self, call: Callable[..., Any], *args: Any) -> Any:

@@ -26,11 +26,19 @@ from typing import Any
 from paddle_ft.coordination.kv import TxnResult
 from paddle_ft.serve import registry
 from paddle_ft.serve.broadcast import Primary
-from paddle_ft.serve.log import Entry, Held, Kind, Position
+from paddle_ft.serve.log import Entry, Held, Kind, Position, size_of
 from paddle_ft.serve.participant import GroupSettings, Participant
 from paddle_ft.serve.registry import Group, Promote, ReplicaRecord
 from paddle_ft.serve.seat import Seat
-from paddle_ft.serve.types import NotPrimary, NotPromoted, ServeError, TooLarge, Unavailable
+from paddle_ft.serve.types import (
+    Full,
+    Lost,
+    NotPrimary,
+    NotPromoted,
+    ServeError,
+    TooLarge,
+    Unavailable,
+)
 
 log = logging.getLogger("paddle_ft")
 
@@ -38,9 +46,10 @@ __all__ = ["GroupSettings", "Replicated", "Status"]
 
 KEY_BYTES_MAX = 512
 VALUE_BYTES_MAX = 2 * 2**20
-STATE_BYTES_MAX = 2**28
 PENDING_MAX = 10_000
 """Changes that are not acknowledged yet, and reads that wait for one."""
+PENDING_BYTES_MAX = 2**26
+"""Of the changes."""
 FORWARD_PAUSE_S = 0.005
 LEAVE_S = 2.0
 
@@ -180,7 +189,7 @@ class Replicated:
             TooLarge: it is beyond a bound.
         """
         until_s = time.monotonic() + timeout_s
-        self._check(key, value)
+        self._check(kind, key, value)
         if self._seat.handing_over:
             position = await self._put_after_hand_over((kind, key, value), until_s)
             if position is not None:
@@ -204,15 +213,21 @@ class Replicated:
         """As ``put``; no error if there is no ``key``."""
         return await self.put(kind, key, None, timeout_s)
 
-    def _check(self, key: str, value: bytes | None) -> None:
+    def _check(self, kind: Kind, key: str, value: bytes | None) -> None:
         if len(key.encode()) > KEY_BYTES_MAX:
             raise TooLarge(f"a key has at most {KEY_BYTES_MAX} bytes")
         if value is None:
             return
         if len(value) > VALUE_BYTES_MAX:
             raise TooLarge(f"a value has at most {VALUE_BYTES_MAX} bytes, and this {len(value)}")
-        if self._seat.replica.state.size_bytes + len(value) > STATE_BYTES_MAX:
-            raise TooLarge(f"the state of the group would exceed {STATE_BYTES_MAX} bytes")
+        replica, bytes_max = self._seat.replica, self._settings.state_bytes_max
+        old = replica.state.items.get((kind, key))
+        more_bytes = size_of(key, value) - (size_of(key, old.value) if old else 0)
+        if more_bytes > 0 and replica.state.size_bytes + more_bytes > bytes_max:
+            raise Full(
+                f"the state of the group would exceed {bytes_max} bytes: delete sessions, or let "
+                "them expire sooner (serve.session_ttl_s)"
+            )
 
     def _refuse_unless_taking(self) -> None:
         primary, other = self._seat.primary, self.primary
@@ -228,8 +243,12 @@ class Replicated:
                 "must be: ask again",
                 1.0,
             )
-        if primary.log.last.sequence - primary.acknowledged >= PENDING_MAX:
-            raise Unavailable(f"{PENDING_MAX} changes wait already: ask again", 1.0)
+        waiting = primary.log.last.sequence - primary.acknowledged
+        pending_bytes = self._seat.replica.pending_bytes
+        if waiting >= PENDING_MAX or pending_bytes >= PENDING_BYTES_MAX:
+            raise Unavailable(
+                f"{waiting} changes of {pending_bytes} bytes wait already: ask again", 1.0
+            )
 
     def _nobody(self) -> Unavailable:
         in_sync = self.group.in_sync
@@ -273,10 +292,13 @@ class Replicated:
     ) -> Held | None:
         """The value as this replica has it, once it has got to ``at_least``; None: there is none.
 
-        Raises Unavailable if it does not get there in time: another replica may be ahead.
+        Raises:
+            Unavailable: it does not get there in time; another replica may be ahead.
+            Lost: ``at_least`` is gone.
         """
         state = self._seat.replica.state
-        if at_least is not None and state.at.sequence < at_least.sequence:
+        behind = at_least is not None and state.at.sequence < at_least.sequence
+        if at_least is not None and behind and not state.lost(at_least):
             if len(self._reads) >= PENDING_MAX:
                 raise Unavailable(f"{PENDING_MAX} reads wait already: ask again", 1.0)
             waiting: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -290,6 +312,11 @@ class Replicated:
             finally:
                 self._reads = [r for r in self._reads if not r[2].done()]
                 heapq.heapify(self._reads)
+        if at_least is not None and self._seat.replica.state.lost(at_least):
+            raise Lost(
+                f"the change {at_least.term}.{at_least.sequence} is lost: a replica without it was "
+                "made the primary by force; read without it, and make it again"
+            )
         return self._seat.replica.state.items.get((kind, key))
 
     # ------------------------------------------------------------ promotion

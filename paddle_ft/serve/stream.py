@@ -13,9 +13,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
+import logging
 import socket
 import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,13 +34,20 @@ from paddle_ft.serve.frames import (
     frames,
 )
 from paddle_ft.serve.log import Kind, Position
-from paddle_ft.serve.types import ServeError, Unavailable
+from paddle_ft.serve.types import Full, NotPrimary, ServeError, TooLarge, Unavailable
+
+log = logging.getLogger("paddle_ft")
 
 SERVICE = "paddle_ft.serve.Peers"
 HEARTBEAT_S = 0.1
 """Between two messages when there is nothing to say."""
 ANSWER_S = 5.0
+"""To a whole message; and so long may one slice of an image take."""
 RETRY_S = 0.05
+RETRY_DEFECT_S = 1.0
+CLOSE_S = 1.0
+CHANNELS_MAX = 8
+"""To other replicas, for changes that are passed on."""
 STREAMS_MAX = 64
 _OPTIONS = (
     ("grpc.initial_reconnect_backoff_ms", 50),
@@ -49,6 +57,15 @@ _OPTIONS = (
     ("grpc.so_reuseport", 0),
     ("grpc.enable_http_proxy", 0),
 )
+
+_CODES = {
+    NotPrimary.status: grpc.StatusCode.FAILED_PRECONDITION,
+    Unavailable.status: grpc.StatusCode.UNAVAILABLE,
+    TooLarge.status: grpc.StatusCode.OUT_OF_RANGE,
+    Full.status: grpc.StatusCode.RESOURCE_EXHAUSTED,
+}
+"""Of a change that is passed on and refused; grpc itself uses RESOURCE_EXHAUSTED, too, for messages
+that are too large, which changes are not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +135,7 @@ class PeerServer:
         self._on_message = on_message
         self._on_put = on_put
         self._server: Any = None
-        self._streams = 0
+        self._closing = asyncio.Event()
 
     async def start(self, host: str, tls: PeerTls | None) -> int:
         """Listens on a free port of ``host`` and gives it; raises ConfigError."""
@@ -147,24 +164,30 @@ class PeerServer:
         return int(port)
 
     async def close(self) -> None:
+        """Ends the streams first: grpc would cancel their handlers, and print that."""
+        self._closing.set()
         if self._server is not None:
-            await self._server.stop(None)
+            await self._server.stop(CLOSE_S)
 
-    async def _follow(self, requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
+    async def _follow(self, _: Any, context: Any) -> None:
         await self._admit(context)
         joiner = Joiner()
-        async for frame in requests:
-            try:
-                message = joiner.take(frame)
-            except ValueError as error:
-                await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
-                return
-            if message is None:
-                continue
-            if isinstance(message, Answer):
-                await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "an answer is no message")
-                return
-            yield encode(self._on_message(message))
+        closing = asyncio.ensure_future(self._closing.wait())
+        try:
+            while (frame := await _unless(closing, context.read())) is not None:
+                try:
+                    message = joiner.take(frame)
+                except ValueError as error:
+                    await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+                    return
+                if message is None:
+                    continue
+                if isinstance(message, Answer):
+                    await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "an answer is no message")
+                    return
+                await context.write(encode(self._on_message(message)))
+        finally:
+            closing.cancel()
 
     async def _put(self, request: bytes, context: Any) -> bytes:
         await self._admit(context)
@@ -174,10 +197,7 @@ class PeerServer:
         except ValueError as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         except ServeError as error:
-            code = grpc.StatusCode.FAILED_PRECONDITION
-            if isinstance(error, Unavailable):
-                code = grpc.StatusCode.UNAVAILABLE
-            await context.abort(code, str(error))
+            await context.abort(_CODES.get(error.status, grpc.StatusCode.UNKNOWN), str(error))
         raise AssertionError("abort raises")
 
     async def _admit(self, context: Any) -> None:
@@ -197,6 +217,13 @@ class Peers:
         if tls is not None:
             ca, cert, key = tls.read()
             self._credentials = grpc.ssl_channel_credentials(ca, key, cert)
+        self._channels: dict[str, Any] = {}
+        """By address, for changes that are passed on."""
+
+    async def close(self) -> None:
+        """Ends the channels that changes go over."""
+        while self._channels:
+            await self._channels.popitem()[1].close(CLOSE_S)
 
     def channel(self, address: str) -> Any:
         options = list(_OPTIONS)
@@ -213,24 +240,28 @@ class Peers:
     ) -> Position | None:
         """Where the change stands; None if ``name`` is not the primary and has done nothing.
 
-        Raises Unavailable; it is not known then whether the change was made.
+        Raises TooLarge, and Unavailable; it is not known then whether the change was made.
         """
-        async with self.channel(address) as channel:
-            call = channel.unary_unary(f"/{SERVICE}/Put")
-            try:
-                answer = await call(
-                    encode_put(*change),
-                    timeout=timeout_s,
-                    metadata=_metadata(self._group, name),
-                )
-                return decode_position(answer)
-            except grpc.RpcError as error:
-                if error.code() == grpc.StatusCode.FAILED_PRECONDITION:
-                    return None
-                raise Unavailable(
-                    f"the primary {name} did not confirm the change ({error.details()}), and "
-                    "whether it was made is not known"
-                ) from None
+        if address not in self._channels:
+            if len(self._channels) == CHANNELS_MAX:
+                await self._channels.pop(next(iter(self._channels))).close(CLOSE_S)
+            self._channels[address] = self.channel(address)
+        try:
+            answer = await self._channels[address].unary_unary(f"/{SERVICE}/Put")(
+                encode_put(*change), timeout=timeout_s, metadata=_metadata(self._group, name)
+            )
+            return decode_position(answer)
+        except grpc.RpcError as error:
+            code = error.code()
+            if code == _CODES[NotPrimary.status]:
+                return None
+            for kind in (TooLarge, Full):
+                if code == _CODES[kind.status]:
+                    raise kind(str(error.details())) from None
+            raise Unavailable(
+                f"the primary {name} did not confirm the change ({error.details()}), and "
+                "whether it was made is not known"
+            ) from None
 
 
 class Link:
@@ -270,41 +301,42 @@ class Link:
             await self._task
 
     async def _run(self) -> None:
-        async with self._peers.channel(self._address) as channel:
-            while not self._closed:
-                call = channel.stream_stream(f"/{SERVICE}/Follow")(metadata=self._metadata)
-                try:
+        while not self._closed:
+            try:
+                async with self._peers.channel(self._address) as channel:
                     while not self._closed:
-                        await self._say(call)
-                except (grpc.RpcError, asyncio.TimeoutError, asyncio.InvalidStateError, EOFError):
-                    pass
-                finally:
-                    call.cancel()
-                await asyncio.sleep(RETRY_S)
+                        await self._stream(channel)
+                        await asyncio.sleep(RETRY_S)
+            except Exception:  # a replica without its stream would never be in sync again
+                log.exception("the stream to %s begins anew after a defect", self._address)
+            await asyncio.sleep(RETRY_DEFECT_S)
+
+    async def _stream(self, channel: Any) -> None:
+        """Until it breaks."""
+        call = channel.stream_stream(f"/{SERVICE}/Follow")(metadata=self._metadata)
+        try:
+            while not self._closed:
+                await self._say(call)
+        except (grpc.RpcError, asyncio.TimeoutError, asyncio.InvalidStateError, EOFError):
+            pass
+        finally:
+            call.cancel()
 
     async def _say(self, call: Any) -> None:
         """One message, its answer, and the wait for the next."""
         self._more.clear()
         message = self._message()
-        exchange = asyncio.ensure_future(_exchange(call, message))
-        exchange.add_done_callback(_seen)
-        answer = await asyncio.wait_for(exchange, ANSWER_S)
+        answer = await _exchange(call, message)
         if self._on_answer(message, answer):
             return
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._more.wait(), HEARTBEAT_S)
 
 
-def _seen(future: asyncio.Future[Answer]) -> None:
-    """Its error is no news to who waits for it no longer."""
-    if not future.cancelled():
-        future.exception()
-
-
 async def _exchange(call: Any, message: Append | Install) -> Answer:
     for frame in frames(message):
-        await call.write(frame)
-    data = await call.read()
+        await _within(ANSWER_S, call.write(frame))
+    data = await _within(ANSWER_S, call.read())
     if data is grpc.aio.EOF:
         raise EOFError
     try:
@@ -314,3 +346,30 @@ async def _exchange(call: Any, message: Append | Install) -> Answer:
     if not isinstance(answer, Answer):
         raise EOFError
     return answer
+
+
+async def _within(timeout_s: float, work: Awaitable[Any]) -> Any:
+    doing = asyncio.ensure_future(work)
+    doing.add_done_callback(_seen)
+    return await asyncio.wait_for(doing, timeout_s)
+
+
+async def _unless(ending: asyncio.Future[Any], reading: Awaitable[Any]) -> bytes | None:
+    """What is read; None at the end of the stream, or once ``ending`` is done."""
+    read = asyncio.ensure_future(reading)
+    read.add_done_callback(_seen)
+    try:
+        await asyncio.wait((read, ending), return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        if not read.done():
+            read.cancel()
+    if not read.done() or (data := read.result()) is grpc.aio.EOF:
+        return None
+    found: bytes = data
+    return found
+
+
+def _seen(future: asyncio.Future[Any]) -> None:
+    """Its error is no news to who waits for it no longer."""
+    if not future.cancelled():
+        future.exception()

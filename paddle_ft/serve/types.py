@@ -111,6 +111,18 @@ class TooLarge(ServeError):
     status = 413
 
 
+class Full(TooLarge):
+    """The state of the group has no room for anything more."""
+
+    status = 507
+
+
+class Lost(ServeError):
+    """A change that was acknowledged once is gone, after a forced promotion or a total loss."""
+
+    status = 409
+
+
 class NotPromoted(ServeError):
     """A promotion that cannot be."""
 

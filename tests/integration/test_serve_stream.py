@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,13 @@ import pytest
 from paddle_ft.config import EtcdConfig
 from paddle_ft.coordination.etcd_grpc import grpc
 from paddle_ft.errors import ConfigError
+from paddle_ft.serve import stream
 from paddle_ft.serve.broadcast import Answer, Append, Install, Primary, Replica
 from paddle_ft.serve.log import Kind, Position
 from paddle_ft.serve.participant import GroupSettings
 from paddle_ft.serve.replicated import Replicated
 from paddle_ft.serve.stream import SERVICE, Link, Peers, PeerServer, PeerTls
-from paddle_ft.serve.types import NotPrimary, TooLarge, Unavailable
+from paddle_ft.serve.types import Full, NotPrimary, TooLarge, Unavailable
 from tests.integration.authority import HOST, Authority
 
 
@@ -32,6 +33,10 @@ async def refuse(kind: Kind, key: str, value: bytes | None) -> Position:
         raise NotPrimary("c.1", "h:1")
     if key == "nobody":
         raise Unavailable("there is no primary")
+    if key == "large":
+        raise TooLarge("a value has at most")
+    if key == "full":
+        raise Full("the state would exceed")
     return Position(3, len(value or b""))
 
 
@@ -80,26 +85,70 @@ def run(work: Callable[[], Awaitable[None]]) -> None:
     asyncio.run(work())  # type: ignore[arg-type]
 
 
-def test_an_image_that_is_larger_than_a_frame_arrives() -> None:
+def test_an_image_that_is_larger_than_a_frame_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[int] = []
+    made = stream.frames
+
+    def frames(message: Append | Install) -> Iterator[bytes]:
+        for frame in made(message):
+            written.append(len(frame))
+            yield frame
+
+    monkeypatch.setattr(stream, "frames", frames)
+
+    async def work() -> None:
+        async with follower() as (replica, address):
+            before = Replica("a.1", kept=0)
+            early = Primary(before, 2, ["a.1"], 1, 0.0)
+            for number in range(8):
+                early.put("state", f"k{number}", bytes([number]) * 2**20)
+                early.advance()
+            assert not before.log.entries  # all that is held is the state
+            leader = Leader(address)
+            leader.primary = Primary(before, 3, ["a.1", "b.1"], 2, 0.0)
+            await leader.write(b"after")
+            await until(lambda: leader.primary.acknowledged == 9 and replica.state.at.sequence == 9)
+            assert replica.state.items == before.state.items
+            assert replica.state.terms == before.state.terms == [Position(2, 1), Position(3, 9)]
+            assert sum(size > 2**20 for size in written) == 8  # one by one
+            await leader.link.close()
+
+    run(work)
+
+
+def test_a_stream_is_begun_anew_after_a_defect(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream, "RETRY_DEFECT_S", 0.01)
+
     async def work() -> None:
         async with follower() as (replica, address):
             leader = Leader(address)
-            leader.primary.log.base = Position(2, 7)  # nothing before is held
-            leader.primary._replica.state.at = Position(2, 7)
-            await leader.write(*[bytes([n]) * 2**20 for n in range(4)])
-            await until(
-                lambda: leader.primary.acknowledged == 11 and replica.state.at.sequence == 11
-            )
-            assert {k: h.value for k, h in replica.state.items.items()} == {
-                ("state", f"k{n}"): bytes([n]) * 2**20 for n in range(4)
-            }
-            late = Replica("b.1", kept=0)
-            replica.kept = 0
+            good = leader.primary.message
+
+            def defect(name: str, now_s: float) -> Append | Install:
+                leader.primary.message = good  # type: ignore[method-assign]
+                raise ZeroDivisionError
+
+            leader.primary.message = defect  # type: ignore[method-assign]
+            await leader.write(b"v")
+            await until(lambda: replica.state.at.sequence == 1)
             await leader.link.close()
-            late.hear(Install(3, "a.1", replica.state.image()))
-            assert late.state.items == replica.state.items
 
     run(work)
+
+
+def test_a_server_ends_its_streams_quietly(
+    caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    async def work() -> None:
+        async with follower() as (replica, address):
+            leader = Leader(address)
+            await leader.write(b"v")
+            await until(lambda: replica.state.at.sequence == 1)
+        await leader.link.close()
+
+    run(work)
+    assert not [r for r in caplog.records if r.levelname in ("WARNING", "ERROR", "CRITICAL")]
+    assert "Error" not in capfd.readouterr().err
 
 
 def test_with_tls_only_those_of_one_authority_talk(tmp_path: Path) -> None:
@@ -163,6 +212,12 @@ def test_a_change_is_passed_on_and_its_refusal_comes_back() -> None:
             assert await put("other") is None  # nothing was done: ask whoever is the primary
             with pytest.raises(Unavailable):
                 await put("nobody")
+            with pytest.raises(Full, match="would exceed"):
+                await put("full")
+            with pytest.raises(TooLarge, match="at most") as caught:
+                await put("large")
+            assert caught.type is TooLarge
+            await peers.close()
 
     run(work)
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from paddle_ft.serve import frames
 from paddle_ft.serve.broadcast import Answer, Append, Install
 from paddle_ft.serve.frames import Joiner, Message
-from paddle_ft.serve.log import Entry, Held, Image, Position
+from paddle_ft.serve.log import Entry, Held, Image, Kind, Position
 
 NUMBERS = st.integers(0, 2**63)
 TIMES = st.floats(allow_nan=False)
@@ -38,6 +38,7 @@ IMAGES = st.builds(
     Image,
     POSITIONS,
     st.dictionaries(st.tuples(KINDS, TEXTS), st.builds(Held, VALUES, NUMBERS), max_size=4),
+    st.lists(POSITIONS, max_size=3).map(lambda p: tuple(sorted(p, key=lambda f: f.sequence))),
 )
 MESSAGES: st.SearchStrategy[Message] = st.one_of(
     appends(),
@@ -46,19 +47,28 @@ MESSAGES: st.SearchStrategy[Message] = st.one_of(
 )
 
 
-@given(MESSAGES)
-def test_a_message_comes_back(message: Message) -> None:
-    assert frames.decode(frames.encode(message)) == message
+@given(st.lists(MESSAGES, min_size=1, max_size=3))
+def test_messages_come_back(messages: list[Message]) -> None:
+    joiner = Joiner()
+    taken = [joiner.take(frame) for message in messages for frame in frames.frames(message)]
+    assert [message for message in taken if message is not None] == messages
 
 
 @given(MESSAGES, st.data())
 def test_other_bytes_are_refused(message: Message, data: st.DataObject) -> None:
-    whole = frames.encode(message)
-    cut = data.draw(st.integers(0, len(whole) - 1))
-    with pytest.raises(ValueError):
-        frames.decode(whole[:cut])
-    with pytest.raises(ValueError):
-        frames.decode(whole + b"\0")
+    parts = list(frames.frames(message))
+    changed = data.draw(st.integers(0, len(parts) - 1))
+
+    def take(part: bytes) -> None:
+        joiner = Joiner()
+        for whole in parts[:changed]:
+            joiner.take(whole)
+        with pytest.raises(ValueError):
+            joiner.take(part)
+
+    if not changed:  # a slice that ends after one of its items is one
+        take(parts[0][: data.draw(st.integers(0, len(parts[0]) - 1))])
+    take(parts[changed] + b"\0")
 
 
 @given(st.binary(max_size=200))
@@ -72,16 +82,16 @@ def test_any_bytes_are_a_message_or_a_value_error(data: bytes) -> None:
 
 
 @given(KINDS, TEXTS, st.none() | VALUES)
-def test_a_change_comes_back(kind: frames.Kind, key: str, value: bytes | None) -> None:
+def test_a_change_comes_back(kind: Kind, key: str, value: bytes | None) -> None:
     assert frames.decode_put(frames.encode_put(kind, key, value)) == (kind, key, value)
 
 
-def test_a_large_message_comes_in_parts_and_not_without_end() -> None:
+def test_a_large_image_comes_in_slices_made_one_by_one_and_not_without_end() -> None:
     items = {("state", f"k{n}"): Held(b"x" * 2**19, n) for n in range(5)}
     message = Install(3, "a.1", Image(Position(2, 9), items), 1.5)  # type: ignore[arg-type]
     parts = list(frames.frames(message))
-    assert len(parts) > 2
-    assert all(len(part) <= frames.FRAME_BYTES_MAX + 1 for part in parts)
+    assert len(parts) == 4
+    assert all(len(part) < frames.SLICE_BYTES + 2**19 + 100 for part in parts)
     joiner = Joiner()
     assert [joiner.take(part) for part in parts[:-1]] == [None] * (len(parts) - 1)
     assert joiner.take(parts[-1]) == message
@@ -94,3 +104,8 @@ def test_a_large_message_comes_in_parts_and_not_without_end() -> None:
     cut_short.take(parts[0])
     with pytest.raises(ValueError):
         cut_short.take(frames.encode(Answer(1, "b", True, 2)))
+    too_many = Joiner()
+    too_many.take(parts[0])
+    too_many.take(parts[1])
+    with pytest.raises(ValueError):
+        too_many.take(parts[1] + frames.encode(Answer(1, "b", True, 2)))

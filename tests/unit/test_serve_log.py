@@ -1,0 +1,86 @@
+"""The log of a group and its state: bounds in bytes, and which changes are lost."""
+
+from __future__ import annotations
+
+import pytest
+
+from paddle_ft.config import EtcdConfig
+from paddle_ft.serve.broadcast import Append, Install, Primary, Replica
+from paddle_ft.serve.log import Entry, Log, Position, State, size_of
+from paddle_ft.serve.participant import GroupSettings
+from paddle_ft.serve.replicated import Replicated
+from paddle_ft.serve.types import Full
+
+VALUE = b"x" * 1000
+
+
+def entries(term: int, first: int, last: int) -> tuple[Entry, ...]:
+    return tuple(Entry(Position(term, n), "state", f"k{n}", VALUE) for n in range(first, last + 1))
+
+
+def measured(log: Log) -> int:
+    return sum(entry.size_bytes for entry in log.entries)
+
+
+def test_what_a_log_holds_is_counted_whatever_becomes_of_it() -> None:
+    replica = Replica("b.1")
+    replica.hear(Append(1, "a.1", Position(), entries(1, 1, 9), 4))
+    assert replica.log.size_bytes == measured(replica.log) == 9 * size_of("k1", VALUE)
+    assert replica.pending_bytes == 5 * size_of("k1", VALUE)
+    short = (Entry(Position(2, 6), "state", "k", None),)  # another primary, which lacks 6 to 9
+    replica.hear(Append(2, "c.1", Position(1, 5), short, 5))
+    assert replica.log.last == Position(2, 6)
+    assert replica.log.size_bytes == measured(replica.log)
+    assert replica.pending_bytes == short[0].size_bytes
+    assert replica.log.forget(3) == 3 * size_of("k1", VALUE)
+    assert replica.log.size_bytes == measured(replica.log)
+    newer = Replica("c.1")
+    newer.hear(Append(3, "a.1", Position(), entries(3, 1, 9), 9))
+    fresh = Replica("d.1")
+    fresh.hear(Append(2, "a.1", Position(), entries(2, 1, 3), 0))
+    fresh.hear(Install(3, "c.1", newer.state.image()))
+    assert (fresh.log.size_bytes, fresh.pending_bytes) == (0, 0)
+
+
+def test_what_is_kept_is_bounded_in_bytes_and_what_is_pending_stays() -> None:
+    replica = Replica("a.1", kept_bytes=5 * size_of("k10", VALUE))
+    primary = Primary(replica, 3, ["a.1"], 1, 0.0)
+    for number in range(10, 60):
+        primary.put("state", f"k{number}", VALUE)
+        primary.advance()
+        assert replica.log.size_bytes <= 2 * replica.kept_bytes
+    assert len(replica.log.entries) >= 5
+    primary.recorded = frozenset(("a.1", "b.1"))  # who does not answer
+    for number in range(10, 60):
+        primary.put("state", f"k{number}", VALUE)
+        primary.advance()
+    assert replica.pending_bytes == 50 * size_of("k10", VALUE)
+    assert primary.log.holds(Position(3, 51))
+
+
+def test_a_position_is_lost_if_another_entry_is_in_its_place_or_can_only_come_there() -> None:
+    log = Log()
+    log.entries += [*entries(2, 1, 4), *entries(5, 5, 7)]
+    state = State()
+    state.apply(log, 7)
+    log.forget(7)
+    assert not any(state.lost(Position(t, s)) for t, s in ((2, 1), (2, 4), (5, 5), (5, 7)))
+    assert all(state.lost(Position(t, s)) for t, s in ((1, 2), (2, 5), (5, 4), (2, 9)))
+    assert not state.lost(Position(5, 9))  # not there yet
+    assert not state.lost(Position(6, 8))
+    again = State.of(state.image())
+    assert again.lost(Position(2, 5)) and not again.lost(Position(2, 4))
+    assert again.size_bytes == state.size_bytes
+
+
+def test_a_full_state_takes_what_makes_it_no_larger() -> None:
+    etcd = EtcdConfig(endpoints=("127.0.0.1:1",))
+    group = Replicated(GroupSettings(etcd, "g", "n0", state_bytes_max=3 * size_of("k1", VALUE)))
+    replica = group._seat.replica
+    replica.hear(Append(1, "a.1", Position(), entries(1, 1, 3), 3))
+    group._check("state", "k2", VALUE[:-1])
+    group._check("state", "k2", VALUE)
+    group._check("state", "k2", None)
+    for key, value in (("k2", VALUE + b"x"), ("k4", b"")):
+        with pytest.raises(Full, match="delete sessions"):
+            group._check("state", key, value)
