@@ -13,6 +13,9 @@ class ServeConfig(BaseModel):
 
     group: str = Field("default", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
     """Name of the serving group; replicas with the same etcd and name are one group."""
+    alone: bool = False
+    """Without an etcd for others to join it by; else a replica for which none is named has its
+    own."""
     models: tuple[str, ...] = ()
     """Each a NAME, of which the newest version is served, or NAME=VERSION."""
     cache: str = ""

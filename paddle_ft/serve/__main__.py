@@ -24,9 +24,11 @@ def _is_news(record: logging.LogRecord) -> bool:
 def run(config: Config) -> int:
     """Runs a replica until it is asked to stop; gives the exit code. Raises PaddleFTError."""
     # Heavy imports (grpc, boto3, uvicorn) come after the command line was found good.
+    from paddle_ft.serve.own_etcd import with_etcd
     from paddle_ft.serve.replica import Replica
 
-    asyncio.run(Replica(config).run())
+    with with_etcd(config) as config:
+        asyncio.run(Replica(config).run())
     return EXIT_DONE
 
 

@@ -46,8 +46,9 @@ _FLAGS = (
     ("addresses", "--host", "HOST", "address to listen on (127.0.0.1)"),
     ("addresses", "--http_port", "PORT", "0: any free one (8000)"),
     ("addresses", "--grpc_port", "PORT", "0: any free one (8001)"),
-    ("group", "--etcd", "ENDPOINTS", ("etcd members, host:port,… (none: this replica is not "
-     "registered anywhere)")),
+    ("group", "--etcd", "ENDPOINTS", ("etcd members, host:port,… (a private one, by which "
+     "others on this machine can join)")),
+    ("group", "--alone", "", "no private etcd: nobody can join this replica"),
     ("group", "--group", "NAME", ("replicas with the same etcd and name are one serving group "
      "(default)")),
     ("group", "--node", "NAME", "name of this node (name of the host)"),
@@ -115,10 +116,12 @@ def parse(arguments: Sequence[str], environ: dict[str, str]) -> Command:
         value = getattr(given, name)
         if value is not None:
             values[path] = tuple(value) if isinstance(value, list) else value
+    if given.alone:
+        values["serve.alone"] = True
     if given.etcd is not None:
         values["etcd.endpoints"] = tuple(
             filter(None, given.etcd.removeprefix("etcd://").split(","))
         )
-    flags = {path: f"--{name}" for name, path in _DIRECT.items()}
+    flags = {path: f"--{name}" for name, path in _DIRECT.items()} | {"serve.alone": "--alone"}
     loaded = load(values, environ, given.config, flags)
     return Command(loaded, given.quiet, given.print_config)

@@ -64,6 +64,8 @@ class ReplicaProcess:
     def __init__(self, place: Path, *flags: str, models: Sequence[str] = ("times",)) -> None:
         named = [part for model in models for part in ("--model", model)]
         ports = ["--http_port", "0", "--grpc_port", "0"]
+        if "--etcd" not in flags and "--group" not in flags:
+            flags = ("--alone", *flags)
         own = ["--store", str(place / "store"), "--cache", str(place / "cache"), *named, *ports]
         self._process = subprocess.Popen(
             [sys.executable, "-m", "paddle_ft.serve", *own, *flags],
