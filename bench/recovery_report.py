@@ -57,7 +57,7 @@ def document(
             f"Written by `make {name}`; how each figure is taken stands in "
             "[bench/README.md](../bench/README.md). Seconds from the signal to the first **new** "
             "step that all ranks of the world there is then have applied; a trial that does not "
-            "come to one in time is counted as failed. All rows are of one run."
+            "come to one in time is counted as failed."
         ),
         "",
         (

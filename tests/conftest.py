@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +13,9 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+
+# Under nohup launchers would ignore it, rightly, and the test that sends it would wait in vain.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 LEAVE_S = 5.0
 """How long what a test started may take to be gone after it."""
@@ -97,6 +101,17 @@ def wait_for() -> Callable[..., None]:
             time.sleep(0.02)
 
     return wait
+
+
+@pytest.fixture
+def small_tmpfs(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MiB; only for tests marked ``root``."""
+    place = tmp_path / "small"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", place]
+    subprocess.run(mount, check=True, timeout=20)
+    yield place
+    subprocess.run(["umount", "-l", place], check=True, timeout=20)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -174,7 +174,7 @@ def _holds_or_is_gone(store: Store, ref: CommitRef) -> bool:
 
 
 @pytest.fixture
-def small_tmpfs(tmp_path: Path) -> Iterator[Path]:
+def disk_of_4_mib(tmp_path: Path) -> Iterator[Path]:
     yield from _mounted(tmp_path / "small", ["-t", "tmpfs", "-o", "size=4m", "tmpfs"])
 
 
@@ -221,31 +221,31 @@ def _save_on_a_disk(
 
 
 @pytest.mark.root
-def test_the_disk_of_the_store_is_full(small_tmpfs: Path, tmp_path: Path) -> None:
+def test_the_disk_of_the_store_is_full(disk_of_4_mib: Path, tmp_path: Path) -> None:
     with repeated("ENOSPC on the store") as (tally, choose):
-        url = str(small_tmpfs / "store")
+        url = str(disk_of_4_mib / "store")
         store = open_store(url)
         leader = Leader(open_store(url, _ONCE), tmp_path / "register")
         assert leader.save(1)
-        filler = small_tmpfs / "filler"
+        filler = disk_of_4_mib / "filler"
         for step in range(2, RUNS + 2):
-            _fill(small_tmpfs, choose.randrange(0, 200_000))
+            _fill(disk_of_4_mib, choose.randrange(0, 200_000))
             _save_on_a_disk(tally, leader, store, step, lambda: filler.unlink(missing_ok=True))
         assert tally.refused > RUNS // 10
         assert tally.saves > RUNS // 10
 
 
 @pytest.mark.root
-def test_the_disk_of_the_cache_is_full(small_tmpfs: Path, tmp_path: Path) -> None:
+def test_the_disk_of_the_cache_is_full(disk_of_4_mib: Path, tmp_path: Path) -> None:
     with repeated("ENOSPC on the cache") as (tally, choose):
         url = str(tmp_path / "store")
-        settings = {"cache": str(small_tmpfs / "cache"), "cache_bytes_max": 2**21}
+        settings = {"cache": str(disk_of_4_mib / "cache"), "cache_bytes_max": 2**21}
         leader = Leader(open_store(url), tmp_path / "register", **settings)
         leader.store = store = open_store(url, leader.config)
         for step in range(1, RUNS + 1):
-            _fill(small_tmpfs, choose.randrange(0, 200_000))
+            _fill(disk_of_4_mib, choose.randrange(0, 200_000))
             assert leader.save(step)
-            (small_tmpfs / "filler").unlink()
+            (disk_of_4_mib / "filler").unlink()
             tally.check(store, step, step)
             tally.check(open_store(url), step, step)
             tally.saves, tally.runs = step, tally.runs + 1

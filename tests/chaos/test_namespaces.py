@@ -26,6 +26,8 @@ import socket, sys
 try:
     with socket.create_connection((sys.argv[1], int(sys.argv[2])), timeout=0.3):
         print("reached")
+except (BrokenPipeError, ConnectionResetError):
+    print("reached")  # and it has hung up
 except OSError as error:
     print(type(error).__name__)
 """

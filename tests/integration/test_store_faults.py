@@ -43,16 +43,6 @@ def failure(store: Store) -> StoreError:
 # ---------------------------------------------------------------- directories
 
 
-@pytest.fixture
-def small_tmpfs(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MiB."""
-    place = tmp_path / "small"
-    place.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", place], check=True)
-    yield place
-    subprocess.run(["umount", "-l", place], check=True)
-
-
 @pytest.mark.root
 def test_a_full_disk(small_tmpfs: Path) -> None:
     store = open_store(str(small_tmpfs / "store"))

@@ -174,7 +174,7 @@ def test_after_a_failed_save_the_next_one_works(url: str) -> None:
 
 
 OTHER = """
-import sys, logging
+import logging, os, pathlib, sys, time
 import numpy as np
 logging.basicConfig()
 from paddle_ft import checkpoint
@@ -182,6 +182,11 @@ url, first, count = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 for step in range(first, first + count):
     state = {"w": np.full(3000, step)}
     handle = checkpoint.save(url, state, step=step, keep=checkpoint.KeepLast(2))
+    if step == first and (meeting := os.environ.get("MEETING")):
+        handle.wait(20)
+        pathlib.Path(meeting, str(first)).touch()
+        while len(os.listdir(meeting)) < 2:
+            time.sleep(0.001)
 """
 
 
@@ -260,8 +265,10 @@ def test_a_second_writer_is_told_and_loses_nothing(
     assert checkpoint.load(url)["w"][0] == 114
 
 
-def test_two_writers_at_once(url: str) -> None:
-    writers = [other(url, first, 10) for first in (1, 1001)]
+def test_two_writers_at_once(url: str, tmp_path: Path) -> None:
+    meeting = tmp_path / "meeting"
+    meeting.mkdir()
+    writers = [other(url, first, 10, MEETING=str(meeting)) for first in (1, 1001)]
     results = [finish(writer) for writer in writers]
     assert [code for code, _ in results] == [0, 0]
     assert {9, 10, 1009, 1010} <= set(checkpoint.steps(url))
