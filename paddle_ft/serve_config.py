@@ -55,16 +55,44 @@ class ServeConfig(BaseModel):
     body_bytes_max: int = Field(64 * 2**20, ge=1024, le=2**31 - 1)
     """Of one request, unpacked."""
     body_timeout_s: float = Field(30.0, gt=0)
-    request_timeout_s: float = Field(60.0, gt=0)
+    json_bytes_max: int = Field(8 * 2**20, ge=1024, le=2**31 - 1)
+    """Of the JSON of a request; tensors as binary data are not in it."""
+    elements_max: int = Field(2**20, ge=1)
+    """Of a request, and of an answer, written one by one: as JSON, or typed contents of gRPC."""
+    strings_max: int = Field(65_536, ge=1)
+    """Elements of BYTES of a request, in whatever form, and of an answer in JSON."""
+    request_timeout_s: float = Field(30.0, gt=0)
     """For a request, which may itself ask for less."""
+    requests_max: int = Field(512, ge=1)
+    """Under way at once over HTTP and gRPC; more get 503. Health checks are not counted."""
+    in_flight_bytes_max: int = Field(2**30, ge=2**20)
+    """Of bodies and answers under way; a request that would go beyond it gets 503."""
     connections_max: int = Field(1024, ge=1)
+    """Of HTTP. For one more the one that has been idle for longest is closed."""
+    silent_timeout_s: float = Field(10.0, gt=0)
+    """A connection of HTTP that brings no whole request line and headers by then is closed."""
+    send_timeout_s: float = Field(30.0, gt=0)
+    """A client that reads nothing of its answer for so long is given up."""
     drain_s: float = Field(30.0, ge=0)
-    """How long what was taken may last after a request to stop."""
+    """How long what was taken may last after a request to stop, or to swap the version."""
     notice_s: float = Field(1.0, ge=0)
     """In a group, how long a replica still takes requests after it has said that it leaves, until
     all who route to it have heard of it."""
     memory_used_max: float = Field(0.9, gt=0, le=1)
     """Share of the machine's memory, or of its container's, above which a replica is degraded."""
+    cert_file: str = ""
+    """Certificate chain (PEM) for clients over HTTP and gRPC; empty: no TLS."""
+    key_file: str = ""
+    client_ca_file: str = ""
+    """Whose certificates clients may show; empty: they are not asked for one."""
+    client_ca_required: bool = False
+    """Whoever shows none is not answered, health checks included. Over gRPC certificates are asked
+    for only then."""
+    admin_clients: tuple[str, ...] = ()
+    """Common names of client certificates whose holders administer without the token. That of a
+    gateway does not belong here: it shows its own for whatever client."""
+    plain: bool = False
+    """Without TLS, although other machines reach the replica."""
     admin_token: str = Field("", repr=False)
     """Who loads and unloads models over the network sends it; empty: nobody does."""
     in_sync_min: int = Field(1, ge=1, le=64)
@@ -77,6 +105,22 @@ class ServeConfig(BaseModel):
     peer_key_file: str = ""
     peer_plain: bool = False
     """Without TLS, although the replicas can be reached from other machines."""
+
+    @model_validator(mode="after")
+    def _clients(self) -> Self:
+        if self.drain_s < self.request_timeout_s:
+            raise ValueError(
+                f"drain_s ({self.drain_s:g}) must be at least request_timeout_s "
+                f"({self.request_timeout_s:g}), or a stop or swap ends requests that have been "
+                "taken: set both"
+            )
+        if bool(self.cert_file) != bool(self.key_file):
+            raise ValueError("cert_file and key_file go together: give both")
+        if self.client_ca_file and not self.cert_file:
+            raise ValueError("client_ca_file needs TLS: give cert_file and key_file")
+        if (self.client_ca_required or self.admin_clients) and not self.client_ca_file:
+            raise ValueError("client_ca_required and admin_clients need client_ca_file")
+        return self
 
     @model_validator(mode="after")
     def _peers(self) -> Self:

@@ -100,6 +100,7 @@ LAYERS = (
             "observe.events",
             "health.board",
             "serve.types",
+            "serve.budget",
             "serve.tensors",
             "serve.wire",
             "collective",

@@ -26,7 +26,8 @@ RETRY_AFTER_S = 1.0
 
 
 class Overloaded(Unavailable):
-    """The queue is full: another replica may have room."""
+    """The queue is full. 429 goes back to the client, through a gateway too: passed on to the next
+    replica, an overload of one would become one of all."""
 
     status = 429
 

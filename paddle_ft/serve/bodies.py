@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import re
 import zlib
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
-from typing import Any
+from collections.abc import Awaitable, Callable, Generator, Mapping, MutableMapping
+from typing import Any, TypeVar
 
 from paddle_ft.serve.tensors import BadRequest
 
+T = TypeVar("T")
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
 WBITS = {"gzip": 31, "deflate": 15}
@@ -23,10 +24,32 @@ class Disconnected(Exception):
     """The client is gone: nobody reads an answer."""
 
 
+async def gently(steps: Generator[None, None, T]) -> T:
+    """What ``steps`` returns; the event loop answers others after each of them."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            result: T = end.value
+            return result
+        await asyncio.sleep(0)
+
+
+def _not_counted(nbytes: int) -> None:
+    pass
+
+
 async def read_body(
-    receive: Receive, headers: Mapping[str, str], bytes_max: int, timeout_s: float
+    receive: Receive,
+    headers: Mapping[str, str],
+    bytes_max: int,
+    timeout_s: float,
+    count: Callable[[int], None] = _not_counted,
 ) -> bytes:
-    """The body, unpacked; raises BadRequest (400, 408, 413, 415) and Disconnected."""
+    """The body, unpacked; raises BadRequest (400, 408, 413, 415) and Disconnected.
+
+    ``count`` is told of bytes as they come and may raise.
+    """
     encoding = headers.get("content-encoding", "identity").strip().lower()
     if encoding not in ("identity", *WBITS):
         raise BadRequest(f"Content-Encoding {encoding[:40]!a} is not served: use gzip", 415)
@@ -34,17 +57,20 @@ async def read_body(
     if declared.isdecimal() and int(declared) > bytes_max:
         raise _too_large(bytes_max)
     try:
-        body = await asyncio.wait_for(_read(receive, bytes_max), timeout_s)
+        body = await asyncio.wait_for(_read(receive, bytes_max, count), timeout_s)
     except asyncio.TimeoutError:
         raise BadRequest(f"the body did not come within {timeout_s:g} s", 408) from None
     if encoding == "identity":
         return body
     if len(body) > IN_THREAD_BYTES:
-        return await asyncio.to_thread(unpack, body, encoding, bytes_max)
-    return unpack(body, encoding, bytes_max)
+        plain = await asyncio.to_thread(unpack, body, encoding, bytes_max)
+    else:
+        plain = unpack(body, encoding, bytes_max)
+    count(len(plain))
+    return plain
 
 
-async def _read(receive: Receive, bytes_max: int) -> bytes:
+async def _read(receive: Receive, bytes_max: int, count: Callable[[int], None]) -> bytes:
     parts: list[bytes] = []
     size = 0
     while True:
@@ -55,6 +81,7 @@ async def _read(receive: Receive, bytes_max: int) -> bytes:
         size += len(part)
         if size > bytes_max:
             raise _too_large(bytes_max)
+        count(len(part))
         parts.append(part)
         if not message.get("more_body", False):
             return b"".join(parts) if len(parts) > 1 else parts[0]

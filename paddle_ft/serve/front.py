@@ -21,10 +21,14 @@ from typing import Any
 import uvicorn
 
 from paddle_ft.errors import ConfigError, MachineError
-from paddle_ft.serve import grpc_api
+from paddle_ft.serve import connections, grpc_api
 from paddle_ft.serve.batching import Limits
+from paddle_ft.serve.budget import Budget
 from paddle_ft.serve.catalog import Catalog, Control
 from paddle_ft.serve.http import Access, HttpApi
+from paddle_ft.serve.tls import server_tls
+from paddle_ft.serve.types import ServeError
+from paddle_ft.serve.wire import Bounds
 from paddle_ft.serve_config import ServeConfig
 
 LOG = logging.getLogger(__name__)
@@ -44,7 +48,10 @@ class Front:
     """Both servers over one catalog of models."""
 
     def __init__(self, config: ServeConfig, control: Control | None = None) -> None:
-        """Opens nothing yet. ``control`` loads and unloads for administrators, if given."""
+        """Opens nothing yet. ``control`` loads and unloads for administrators, if given.
+
+        Raises ConfigError for files of TLS, and where TLS is missing.
+        """
         limits = Limits(
             config.batch_rows_max,
             config.batch_wait_ms / 1e3,
@@ -56,27 +63,36 @@ class Front:
             config.body_timeout_s,
             config.request_timeout_s,
             config.admin_token,
+            frozenset(config.admin_clients),
+            config.send_timeout_s,
+            Bounds(config.json_bytes_max, config.elements_max, config.strings_max),
         )
+        budget = Budget(config.requests_max, config.in_flight_bytes_max)
+        self._tls = server_tls(config)
         self.catalog = Catalog(limits, config.drain_s)
         self._config = config
         self._access = access
         self._http = _Server(
             uvicorn.Config(
-                HttpApi(self.catalog, access, control),
+                HttpApi(self.catalog, access, control, budget),
+                http=connections.protocol(
+                    config.connections_max, config.silent_timeout_s, config.send_timeout_s
+                ),
                 ws="none",
                 lifespan="off",
                 log_config=None,
                 access_log=False,
                 server_header=False,
                 proxy_headers=False,
-                limit_concurrency=config.connections_max,
                 timeout_keep_alive=KEEP_ALIVE_S,
                 timeout_graceful_shutdown=int(config.drain_s) + 1,
+                **(self._tls.of_uvicorn if self._tls else {}),
             )
         )
-        self._grpc_api = grpc_api.GrpcApi(self.catalog, access, control)
+        self._grpc_api = grpc_api.GrpcApi(self.catalog, access, control, budget)
         self._grpc: Any = None
         self._serving: asyncio.Task[None] | None = None
+        self._stopping = False
         self.http_port = 0
         self.grpc_port = 0
 
@@ -84,10 +100,12 @@ class Front:
         """Listens; returns once both answer. Raises ConfigError or MachineError."""
         listener = _listen(self._config.host, self._config.http_port)
         self.http_port = listener.getsockname()[1]
-        self._grpc = grpc_api.server(self._access)
+        self._grpc = grpc_api.server(self._access, self._config.requests_max)
         self._grpc_api.add_to(self._grpc)
         try:
-            self.grpc_port = grpc_api.bind(self._grpc, self._config.host, self._config.grpc_port)
+            self.grpc_port = grpc_api.bind(
+                self._grpc, self._config.host, self._config.grpc_port, self._tls
+            )
         except BaseException:
             listener.close()
             raise
@@ -95,9 +113,27 @@ class Front:
         self._serving = asyncio.create_task(self._http.serve(sockets=[listener]))
         while not (self._http.started or self._serving.done()):
             await asyncio.sleep(0.005)
+        if self._serving.done():
+            await self._grpc.stop(None)
+            listener.close()
+            await self.ended()
         LOG.info(
-            "serving on %s: HTTP %d, gRPC %d", self._config.host, self.http_port, self.grpc_port
+            "serving on %s%s: HTTP %d, gRPC %d",
+            self._config.host,
+            " with TLS" if self._tls else "",
+            self.http_port,
+            self.grpc_port,
         )
+
+    async def ended(self) -> None:
+        """Returns once HTTP has stopped as it was asked to; raises ServeError if it ended by itself
+        (a defect: nobody is answered any more)."""
+        assert self._serving is not None, "start() comes first"
+        await asyncio.wait([self._serving])
+        if self._stopping:
+            return
+        error = None if self._serving.cancelled() else self._serving.exception()
+        raise ServeError(f"the HTTP server has ended by itself ({error!r})") from error
 
     async def run(self) -> None:
         """Returns after SIGTERM or SIGINT, when everything that was taken is answered."""
@@ -118,9 +154,13 @@ class Front:
     async def stop(self) -> None:
         """Not ready any more, no new connections, answers what was taken, ends the runners."""
         self.catalog.drain()
+        self._stopping = True
+        self._grpc_api.leave()
         if self._serving is not None:
             self._http.should_exit = True
-            await asyncio.gather(self._serving, self._grpc.stop(self._config.drain_s))
+            await asyncio.gather(
+                self._serving, self._grpc.stop(self._config.drain_s), return_exceptions=True
+            )
         await self.catalog.close()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -13,9 +14,12 @@ from google.protobuf import json_format  # type: ignore[import-untyped]
 from paddle_ft.coordination.etcd_grpc import grpc
 from paddle_ft.errors import ConfigError
 from paddle_ft.serve import answers, grpc_messages, grpc_tensors
+from paddle_ft.serve.bodies import gently
+from paddle_ft.serve.budget import Budget, Charge
 from paddle_ft.serve.catalog import Catalog, Control
 from paddle_ft.serve.http import TIMEOUT_HEADER, Access, timeout_s
 from paddle_ft.serve.tensors import BadRequest
+from paddle_ft.serve.tls import ServerTls
 from paddle_ft.serve.types import ServeError, Unavailable
 
 LOG = logging.getLogger(__name__)
@@ -23,7 +27,11 @@ LOG = logging.getLogger(__name__)
 INFERENCE_SERVICE = "inference.GRPCInferenceService"
 HEALTH_SERVICE = "grpc.health.v1.Health"
 STREAM_REQUESTS_MAX = 64
-"""Of one stream under way at once."""
+"""Of one stream under way at once, answers that its client has not read among them."""
+STREAMS_MAX = 256
+"""Calls of one connection at once."""
+SPARE_CALLS = 64
+"""Above those of inference: for health checks."""
 
 _STATUS = {
     400: grpc.StatusCode.INVALID_ARGUMENT,
@@ -41,22 +49,31 @@ _STATUS = {
 Method = Callable[[Any, Any], Awaitable[Any]]
 
 
-def server(access: Access) -> Any:
+def server(access: Access, requests_max: int = 512) -> Any:
     """A grpc.aio server with this project's bounds, without services and ports."""
     return grpc.aio.server(
+        maximum_concurrent_rpcs=requests_max + SPARE_CALLS,
         options=[
+            ("grpc.max_concurrent_streams", STREAMS_MAX),
             ("grpc.max_receive_message_length", access.body_bytes_max),
             ("grpc.max_send_message_length", -1),
             ("grpc.so_reuseport", 0),  # a port that is taken is an error
-        ]
+        ],
     )
 
 
-def bind(server: Any, host: str, port: int) -> int:
+def bind(server: Any, host: str, port: int, tls: ServerTls | None = None) -> int:
     """Opens ``port`` (0: any free one) and says which it is; raises ConfigError if it is taken."""
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     try:
-        found: int = server.add_insecure_port(address)
+        if tls is None:
+            found: int = server.add_insecure_port(address)
+        else:
+            cert, key, authority = tls.read()
+            credentials = grpc.ssl_server_credentials(
+                [(key, cert)], authority if tls.required else None, tls.required
+            )
+            found = server.add_secure_port(address, credentials)
     except RuntimeError:
         found = 0
     if not found:
@@ -67,11 +84,24 @@ def bind(server: Any, host: str, port: int) -> int:
 class GrpcApi:
     """The two services, to be added to a server."""
 
-    def __init__(self, catalog: Catalog, access: Access, control: Control | None = None) -> None:
+    def __init__(
+        self,
+        catalog: Catalog,
+        access: Access,
+        control: Control | None = None,
+        budget: Budget | None = None,
+    ) -> None:
         self._catalog = catalog
         self._access = access
         self._control = control
+        self._budget = budget or Budget()
+        self._leaving = asyncio.Event()
         self._api = grpc_messages.inference()
+
+    def leave(self) -> None:
+        """Ends what would never end by itself: ``Watch``, and streams once what they have asked is
+        answered."""
+        self._leaving.set()
 
     def add_to(self, server: Any) -> None:
         api, health = self._api, grpc_messages.health()
@@ -81,6 +111,7 @@ class GrpcApi:
             "ModelReady": (self._model_ready, api.ModelReadyRequest),
             "ServerMetadata": (self._server_metadata, api.ServerMetadataRequest),
             "ModelMetadata": (self._model_metadata, api.ModelMetadataRequest),
+            "ModelConfig": (self._model_config, api.ModelConfigRequest),
             "ModelInfer": (self._model_infer, api.ModelInferRequest),
             "ModelStatistics": (self._statistics, api.ModelStatisticsRequest),
             "RepositoryIndex": (self._index, api.RepositoryIndexRequest),
@@ -123,6 +154,12 @@ class GrpcApi:
         found = answers.model(self._catalog, _named(request.name), request.version)
         return json_format.ParseDict(found, self._api.ModelMetadataResponse())
 
+    async def _model_config(self, request: Any, context: Any) -> Any:
+        found = answers.config(self._catalog, _named(request.name), request.version)
+        for feature in (*found["input"], *found["output"]):
+            feature["data_type"] = grpc_messages.DATA_TYPES[feature["data_type"]]
+        return json_format.ParseDict({"config": found}, self._api.ModelConfigResponse())
+
     async def _statistics(self, request: Any, context: Any) -> Any:
         found = answers.statistics(self._catalog, request.name, request.version)
         return json_format.ParseDict(found, self._api.ModelStatisticsResponse())
@@ -131,55 +168,91 @@ class GrpcApi:
         return self._api.RepositoryIndexResponse(models=answers.index(self._catalog, request.ready))
 
     async def _load(self, request: Any, context: Any) -> Any:
-        self._access.admit(_metadata(context).get("authorization", ""))
+        self._admit(context)
         parameters = {key: grpc_tensors.value(each) for key, each in request.parameters.items()}
         await answers.control(self._control).load(_named(request.model_name), parameters)
         return self._api.RepositoryModelLoadResponse()
 
     async def _unload(self, request: Any, context: Any) -> Any:
-        self._access.admit(_metadata(context).get("authorization", ""))
+        self._admit(context)
         await answers.control(self._control).unload(_named(request.model_name))
         return self._api.RepositoryModelUnloadResponse()
 
+    def _admit(self, context: Any) -> None:
+        (client,) = context.auth_context().get("x509_common_name", (b"",))
+        self._access.admit(_metadata(context).get("authorization", ""), client.decode())
+
     async def _model_infer(self, request: Any, context: Any) -> Any:
+        charge = self._budget.request()
+        context.add_done_callback(lambda _: charge.close())  # sent, or given up
+        return await self._inferred(request, context, charge)
+
+    async def _inferred(self, request: Any, context: Any, charge: Charge) -> Any:
+        bounds = self._access.bounds
+        charge.add(sum(map(len, request.raw_input_contents)))
         batcher = self._catalog.find(_named(request.model_name), request.model_version)
-        asked = grpc_tensors.decode(request, batcher.info)
+        asked = grpc_tensors.decode(request, batcher.info, bounds)
+        if not request.raw_input_contents:
+            charge.add(sum(array.nbytes for array in asked.inputs.values()))
         limits_s = [self._access.request_timeout_s, timeout_s(_metadata(context))]
         if (left_s := context.time_remaining()) is not None:
             limits_s.append(left_s)
         if asked.timeout_us:
             limits_s.append(asked.timeout_us / 1e6)
         outputs = await batcher.submit(asked.inputs, max(min(limits_s), 1e-3))
-        return grpc_tensors.encode(batcher.info, asked, outputs)
+        charge.add(sum(array.nbytes for array in outputs.values()))
+        return await gently(grpc_tensors.encoding(batcher.info, asked, outputs, bounds))
 
     async def _stream(self, requests: AsyncIterator[Any], context: Any) -> None:
         """Each request is answered on its own, as it is done; an error does not end the stream."""
         room = asyncio.Semaphore(STREAM_REQUESTS_MAX)
         writing = asyncio.Lock()
         tasks: set[asyncio.Task[None]] = set()
-
-        async def answer(request: Any) -> None:
-            reply = self._api.ModelStreamInferResponse()
-            try:
-                reply.infer_response.CopyFrom(await self._model_infer(request, context))
-            except ServeError as error:
-                reply.error_message = str(error)
-                reply.infer_response.id = request.id
-            finally:
-                room.release()
-            async with writing:
-                await context.write(reply)
-
+        over = asyncio.Event()
+        leaving = asyncio.create_task(_first(self._leaving, over))
         try:
-            async for request in requests:
+            while (request := await _next(requests, leaving)) is not None:
                 await room.acquire()
-                task = asyncio.create_task(answer(request))
+                task = asyncio.create_task(self._answer(request, context, writing, over))
                 tasks.add(task)
                 task.add_done_callback(tasks.discard)
-            await asyncio.gather(*tasks)
+                task.add_done_callback(lambda _: room.release())
+            while tasks and not over.is_set():
+                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            for task in tasks:
+            for task in (leaving, *tasks):
                 task.cancel()
+        if over.is_set():
+            await context.abort(
+                grpc.StatusCode.DEADLINE_EXCEEDED,
+                f"nothing was read for {self._access.send_timeout_s:g} s",
+            )
+        if self._leaving.is_set():
+            await context.abort(
+                grpc.StatusCode.UNAVAILABLE, "this replica is leaving: ask another one"
+            )
+
+    async def _answer(
+        self, request: Any, context: Any, writing: asyncio.Lock, over: asyncio.Event
+    ) -> None:
+        """Answers one request of a stream; returns once that is sent. ``over``: it cannot be."""
+        reply = self._api.ModelStreamInferResponse()
+        with contextlib.ExitStack() as held:
+            try:
+                charge = held.enter_context(self._budget.request())
+                reply.infer_response.CopyFrom(await self._inferred(request, context, charge))
+            except ServeError as error:
+                reply.error_message = str(error)
+            except Exception:
+                LOG.exception("a defect in answering ModelStreamInfer")
+                reply.error_message = str(_defect())
+            if reply.error_message:
+                reply.infer_response.id = request.id
+            async with writing:
+                with contextlib.suppress(Exception):  # the client is gone, or does not read
+                    await asyncio.wait_for(context.write(reply), self._access.send_timeout_s)
+                    return
+            over.set()
 
     # ------------------------------------------------------------ health
 
@@ -200,7 +273,9 @@ class GrpcApi:
                 if status != last:
                     yield grpc_messages.health().HealthCheckResponse(status=status)
                     last = status
-                await changed.wait()
+                if self._leaving.is_set():
+                    return
+                await _first(changed, self._leaving)
         finally:
             stop()
 
@@ -221,7 +296,7 @@ def _unary(method: Method, request: Any) -> Any:
             failure = error
         except Exception:
             LOG.exception("a defect in answering %s", method.__name__)
-            failure = ServeError("a defect of the server, which its log tells of")
+            failure = _defect()
         if isinstance(failure, Unavailable):
             after = str(max(1, math.ceil(failure.retry_after_s)))
             context.set_trailing_metadata((("retry-after", after),))
@@ -230,6 +305,29 @@ def _unary(method: Method, request: Any) -> Any:
         )
 
     return grpc.unary_unary_rpc_method_handler(call, request.FromString, _serialize)
+
+
+def _defect() -> ServeError:
+    return ServeError("a defect of the server, which its log tells of")
+
+
+async def _next(requests: AsyncIterator[Any], leaving: asyncio.Task[Any]) -> Any:
+    """The next one; None: there is none, or ``leaving`` is over."""
+    coming = asyncio.ensure_future(anext(requests, None))
+    try:
+        await asyncio.wait({coming, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        return coming.result() if coming.done() else None
+    finally:
+        coming.cancel()
+
+
+async def _first(*events: asyncio.Event) -> None:
+    waits = [asyncio.create_task(event.wait()) for event in events]
+    try:
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for wait in waits:
+            wait.cancel()
 
 
 def _serialize(message: Any) -> bytes:

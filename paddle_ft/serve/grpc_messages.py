@@ -50,6 +50,12 @@ ModelInferResponse: model_name=1 string, model_version=2 string, id=3 string,
   raw_output_contents=6 bytes*
 ModelStreamInferResponse: error_message=1 string, infer_response=2 .ModelInferResponse
 ModelConfigRequest: name=1 string, version=2 string
+ModelInput: name=1 string, data_type=2 int32, dims=4 int64*
+ModelOutput: name=1 string, data_type=2 int32, dims=3 int64*
+ModelDynamicBatching: preferred_batch_size=1 int32*, max_queue_delay_microseconds=2 uint64
+ModelConfig: name=1 string, platform=2 string, max_batch_size=4 int32, input=5 .ModelInput*,
+  output=6 .ModelOutput*, dynamic_batching=11 .ModelDynamicBatching
+ModelConfigResponse: config=1 .ModelConfig
 ModelStatisticsRequest: name=1 string, version=2 string
 StatisticDuration: count=1 uint64, ns=2 uint64
 InferStatistics: success=1 .StatisticDuration, fail=2 .StatisticDuration,
@@ -81,6 +87,14 @@ HealthCheckRequest: service=1 string
 HealthCheckResponse: status=1 int32
 """
 """``status`` is an enumeration there, which is the same on the wire."""
+
+DATA_TYPES = {
+    f"TYPE_{name}": number
+    for number, name in enumerate(
+        "BOOL UINT8 UINT16 UINT32 UINT64 INT8 INT16 INT32 INT64 FP16 FP32 FP64 STRING".split(), 1
+    )
+}
+"""``data_type`` of ModelConfig, an enumeration there."""
 
 UNKNOWN, SERVING, NOT_SERVING, SERVICE_UNKNOWN = range(4)
 

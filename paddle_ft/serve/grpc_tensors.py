@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,12 +13,14 @@ from paddle_ft.serve import wire
 from paddle_ft.serve.grpc_messages import inference
 from paddle_ft.serve.tensors import (
     DTYPES,
+    SLICE_ELEMENTS,
     BadRequest,
     datatype_of,
+    finish,
     from_raw,
+    raw_slices,
     short,
     tensor_shape,
-    to_raw,
 )
 from paddle_ft.serve.types import ModelInfo, Tensors
 
@@ -39,7 +41,7 @@ CONTENTS: Mapping[str, str] = {
 """FP16 has none and goes raw."""
 
 
-def decode(message: Any, info: ModelInfo) -> wire.Request:
+def decode(message: Any, info: ModelInfo, bounds: wire.Bounds = wire.BOUNDS) -> wire.Request:
     """The request in a ModelInferRequest; raises BadRequest."""
     raw = message.raw_input_contents
     if raw and len(raw) != len(message.inputs):
@@ -47,11 +49,14 @@ def decode(message: Any, info: ModelInfo) -> wire.Request:
             f"there are {len(message.inputs)} inputs, but {len(raw)} raw_input_contents"
         )
     inputs: dict[str, NDArray[Any]] = {}
+    counted = wire.Counted(bounds)
     for index, tensor in enumerate(message.inputs):
         if tensor.name in inputs:
             raise BadRequest(f"input {short(tensor.name)} is given twice")
         _no_shared_memory(tensor)
+        wire.check_name(info, tensor.name)
         shape = tensor_shape(tensor.name, list(tensor.shape))
+        counted.add(tensor.datatype, shape, listed=not raw)
         if raw and not tensor.HasField("contents"):
             array = from_raw(tensor.name, tensor.datatype, shape, raw[index])
         elif raw:
@@ -82,6 +87,13 @@ def decode(message: Any, info: ModelInfo) -> wire.Request:
 
 def encode(info: ModelInfo, request: wire.Request, outputs: Tensors) -> Any:
     """A ModelInferResponse: raw, unless the request was not and every output can be without."""
+    return finish(encoding(info, request, outputs))
+
+
+def encoding(
+    info: ModelInfo, request: wire.Request, outputs: Tensors, bounds: wire.Bounds = wire.BOUNDS
+) -> Generator[None, None, Any]:
+    """``encode`` in steps of a few milliseconds; raises BadRequest beyond ``bounds``."""
     response = inference().ModelInferResponse(
         model_name=info.name, model_version=info.version, id=request.id
     )
@@ -89,16 +101,25 @@ def encode(info: ModelInfo, request: wire.Request, outputs: Tensors) -> Any:
     raw = any(asked.binary for asked in request.outputs) or any(
         datatype_of(array) not in CONTENTS for array in arrays.values()
     )
+    counted = wire.Counted(bounds)
     for name, array in arrays.items():
         datatype = datatype_of(array)
         tensor = response.outputs.add(name=name, datatype=datatype, shape=array.shape)
         if raw:
-            response.raw_output_contents.append(to_raw(array))
-        else:
-            values = array.ravel().tolist()
+            parts = []
+            for part in raw_slices(array):
+                parts.append(part)
+                yield
+            response.raw_output_contents.append(parts[0] if len(parts) == 1 else b"".join(parts))
+            continue
+        counted.add(datatype, array.shape, listed=True)
+        contents, flat = getattr(tensor.contents, CONTENTS[datatype]), array.reshape(-1)
+        for at in range(0, len(flat), SLICE_ELEMENTS):
+            values = flat[at : at + SLICE_ELEMENTS].tolist()
             if datatype == "BYTES":
                 values = [v if isinstance(v, bytes) else str(v).encode() for v in values]
-            getattr(tensor.contents, CONTENTS[datatype]).extend(values)
+            contents.extend(values)
+            yield
     return response
 
 
@@ -115,12 +136,15 @@ def _from_contents(tensor: Any, shape: tuple[int, ...]) -> NDArray[Any]:
             f"{field}, but has {len(values)}"
         )
     dtype = DTYPES[datatype]
-    if dtype.kind in "iu" and len(values):
-        limits = np.iinfo(dtype)
-        if min(values) < limits.min or max(values) > limits.max:
-            raise BadRequest(f"input {short(name)} has elements outside the range of {datatype}")
-    array: NDArray[Any] = np.empty(len(values), dtype)
-    array[:] = list(values)
+    if dtype.kind == "O":
+        array: NDArray[Any] = np.empty(len(values), dtype)
+        array[:] = list(values)
+        return array.reshape(shape)
+    wide = np.uint64 if datatype == "UINT64" else np.int64
+    found = np.fromiter(values, wide if dtype.kind in "iu" else dtype, len(values))
+    array = found.astype(dtype)
+    if dtype.kind in "iu" and (array.astype(wide) != found).any():
+        raise BadRequest(f"input {short(name)} has elements outside the range of {datatype}")
     return array.reshape(shape)
 
 

@@ -7,12 +7,13 @@ Whatever is wrong with a request, its answer is ``{"error": "one sentence"}`` wi
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import json
 import logging
 import math
 import re
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,9 +23,11 @@ from paddle_ft.serve.bodies import (
     Disconnected,
     Receive,
     accepted,
+    gently,
     pack,
     read_body,
 )
+from paddle_ft.serve.budget import Budget, Charge
 from paddle_ft.serve.catalog import Catalog, Control, Loading
 from paddle_ft.serve.http_paths import NotAllowed, Route, find
 from paddle_ft.serve.tensors import BadRequest
@@ -37,8 +40,17 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 TIMEOUT_HEADER = "x-request-timeout-ms"
 JSON_LENGTH_HEADER = "inference-header-content-length"
 TIMEOUT_MS_MAX = 3_600_000
-LARGE_JSON_BYTES = 2**20
-"""What is larger is parsed beside the event loop, which then answers others in between."""
+LARGE_JSON_BYTES = 2**18
+"""What is larger is parsed in a thread. ``json.loads`` holds the interpreter all the same, which is
+why ``Bounds.json_bytes`` is low; the rest of it lets others in between."""
+CONTROL_BYTES_MAX = 2**20
+"""Of the JSON of a call that is not inference."""
+SEND_BYTES = 2**18
+"""Of an answer at a time: so much waits for a client that does not read."""
+_UNCOUNTED = frozenset({"live", "ready", "model_ready"})
+
+CLIENT = "paddle_ft.client"
+"""Key of the ASGI scope's ``state``: name in the verified certificate of the client, or ""."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +62,17 @@ class Access:
     request_timeout_s: float = 60.0
     """For those that bring no limit of their own, and at most."""
     admin_token: str = field(default="", repr=False)
-    """Empty: nobody administers over the network."""
+    """Empty: nobody administers over the network, but ``admin_clients``."""
+    admin_clients: frozenset[str] = frozenset()
+    """Names in certificates."""
+    send_timeout_s: float = 30.0
+    bounds: wire.Bounds = wire.BOUNDS
 
-    def admit(self, authorization: str) -> None:
-        """Raises BadRequest unless ``authorization`` is the administrator's (401, 403)."""
+    def admit(self, authorization: str, client: str = "") -> None:
+        """Raises BadRequest (401, 403) unless ``authorization``, or ``client``, the name in a
+        verified certificate, is an administrator's."""
+        if client and client in self.admin_clients:
+            return
         if not self.admin_token:
             raise BadRequest("no admin token is set on this server: it takes no such calls", 403)
         wanted = ("Bearer " + self.admin_token).encode()
@@ -74,6 +93,7 @@ class Call:
     headers: Mapping[str, str]
     body: bytes
     receive: Receive
+    charge: Charge
 
     @property
     def model(self) -> tuple[str, str]:
@@ -104,10 +124,18 @@ def refusal(error: ServeError) -> Reply:
 class HttpApi:
     """The ASGI application."""
 
-    def __init__(self, catalog: Catalog, access: Access, control: Control | None = None) -> None:
+    def __init__(
+        self,
+        catalog: Catalog,
+        access: Access,
+        control: Control | None = None,
+        budget: Budget | None = None,
+    ) -> None:
         self._catalog = catalog
         self._access = access
         self._control = control
+        self._budget = budget or Budget()
+        self._health = Budget(2**62)
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] != "http":  # a WebSocket: closed before it is accepted is a 403
@@ -116,28 +144,34 @@ class HttpApi:
         headers = {
             name.decode("latin1"): value.decode("latin1") for name, value in scope["headers"]
         }
-        try:
-            reply = await self._answer(scope, headers, receive)
-        except ServeError as error:
-            reply = refusal(error)
-        except Disconnected:
-            return
-        except Exception:
-            LOG.exception("a defect in answering %s %a", scope["method"], scope["path"][:100])
-            reply = refusal(ServeError("a defect of the server, which its log tells of"))
-        await _send(reply, accepted(headers.get("accept-encoding", "")), send)
+        with contextlib.ExitStack() as held:
+            try:
+                route, names = find(scope["method"], scope["path"])
+                counted = self._health if route.operation in _UNCOUNTED else self._budget
+                charge = held.enter_context(counted.request())
+                if route.admin:
+                    client = scope.get("state", {}).get(CLIENT, "")
+                    self._access.admit(headers.get("authorization", ""), client)
+                body = await self._body(route, headers, receive, charge)
+                reply = await self._operation(route)(Call(names, headers, body, receive, charge))
+            except ServeError as error:
+                reply = refusal(error)
+            except Disconnected:
+                return
+            except Exception:
+                LOG.exception("a defect in answering %s %a", scope["method"], scope["path"][:100])
+                reply = refusal(ServeError("a defect of the server, which its log tells of"))
+            await _send(reply, accepted(headers.get("accept-encoding", "")), send)
 
-    async def _answer(
-        self, scope: MutableMapping[str, Any], headers: Mapping[str, str], receive: Receive
-    ) -> Reply:
-        route, names = find(scope["method"], scope["path"])
-        if route.admin:
-            self._access.admit(headers.get("authorization", ""))
-        body = b""
-        if route.method == "POST":
-            access = self._access
-            body = await read_body(receive, headers, access.body_bytes_max, access.body_timeout_s)
-        return await self._operation(route)(Call(names, headers, body, receive))
+    async def _body(
+        self, route: Route, headers: Mapping[str, str], receive: Receive, charge: Charge
+    ) -> bytes:
+        if route.method != "POST":
+            return b""
+        access = self._access
+        return await read_body(
+            receive, headers, access.body_bytes_max, access.body_timeout_s, charge.add
+        )
 
     def _operation(self, route: Route) -> Callable[[Call], Awaitable[Reply]]:
         found: Callable[[Call], Awaitable[Reply]] = getattr(self, f"_{route.operation}")
@@ -194,21 +228,27 @@ class HttpApi:
     async def _infer(self, call: Call) -> Reply:
         batcher = self._catalog.find(*call.model)
         json_bytes = json_length(call.headers)
+        bounds = self._access.bounds
         if (len(call.body) if json_bytes is None else json_bytes) > LARGE_JSON_BYTES:
-            request = await asyncio.to_thread(wire.decode, call.body, json_bytes, batcher.info)
+            request = await asyncio.to_thread(
+                wire.decode, call.body, json_bytes, batcher.info, bounds
+            )
             now = self._catalog.find(*call.model)
             if now is not batcher:  # another version has taken over meanwhile
+                wire.check_inputs(now.info, dict(request.inputs))
+                wire.check_outputs(now.info, [asked.name for asked in request.outputs])
                 batcher = now
-                request = wire.decode(call.body, json_bytes, batcher.info)
         else:
-            request = wire.decode(call.body, json_bytes, batcher.info)
+            request = wire.decode(call.body, json_bytes, batcher.info, bounds)
         limits_s = [self._access.request_timeout_s, timeout_s(call.headers)]
         if request.timeout_us:
             limits_s.append(request.timeout_us / 1e6)
         outputs = await _while_connected(
             batcher.submit(request.inputs, min(limits_s)), call.receive
         )
-        parts, json_bytes = wire.encode(batcher.info, request, outputs)
+        call.charge.add(sum(array.nbytes for array in outputs.values()))
+        steps = wire.encoding(batcher.info, request, outputs, bounds)
+        parts, json_bytes = await gently(steps)
         if json_bytes is None:
             return Reply(200, parts, {"content-type": "application/json"})
         headers = {"content-type": "application/octet-stream", JSON_LENGTH_HEADER: str(json_bytes)}
@@ -240,7 +280,27 @@ async def _send(reply: Reply, encoding: str, send: Send) -> None:
     reply.headers["content-length"] = str(sum(map(len, parts)))
     headers = [(name.encode(), value.encode("latin1")) for name, value in reply.headers.items()]
     await send({"type": "http.response.start", "status": reply.status, "headers": headers})
-    await send({"type": "http.response.body", "body": b"".join(parts)})
+    pieces = _grouped(parts)
+    last = next(pieces, b"")
+    for piece in pieces:
+        await send({"type": "http.response.body", "body": last, "more_body": True})
+        last = piece
+    await send({"type": "http.response.body", "body": last})
+
+
+def _grouped(parts: list[bytes]) -> Iterator[bytes]:
+    """``parts`` as pieces of about SEND_BYTES, each of which waits until its client has read."""
+    group: list[memoryview] = []
+    size = 0
+    for part in parts:
+        for at in range(0, len(part), SEND_BYTES):
+            group.append(memoryview(part)[at : at + SEND_BYTES])
+            size += len(group[-1])
+            if size >= SEND_BYTES:
+                yield b"".join(group)
+                group, size = [], 0
+    if group:
+        yield b"".join(group)
 
 
 def json_length(headers: Mapping[str, str]) -> int | None:
@@ -263,6 +323,8 @@ def _whole(text: str, what: str, least: int, most: int) -> int:
 
 
 def _object(body: object) -> dict[str, Any]:
+    if isinstance(body, bytes) and len(body) > CONTROL_BYTES_MAX:
+        raise BadRequest(f"the body has more than {CONTROL_BYTES_MAX} bytes", 413)
     value = wire.parse_json(body) if isinstance(body, bytes) and body else body or {}
     if not isinstance(value, dict):
         raise BadRequest("the request must be a JSON object")

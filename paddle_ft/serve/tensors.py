@@ -6,14 +6,16 @@ Whatever a client sends gives an array of just the type and shape that it names,
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from paddle_ft.serve.types import ServeError
+
+T = TypeVar("T")
 
 DTYPES: Mapping[str, np.dtype[Any]] = {
     "BOOL": np.dtype(np.bool_),
@@ -27,6 +29,9 @@ DTYPES: Mapping[str, np.dtype[Any]] = {
 _NAMES = {(dtype.kind, dtype.itemsize): name for name, dtype in DTYPES.items()}
 
 DIMENSIONS_MAX = 16
+SLICE_ELEMENTS = 8192
+"""Are turned into JSON or strings at a time, some 5 ms."""
+SLICE_BYTES = 2**20
 
 
 class BadRequest(ServeError):
@@ -102,27 +107,58 @@ def from_raw(
 
 
 def to_json(name: str, array: NDArray[Any]) -> list[Any]:
-    """The elements in row order."""
+    """The elements in row order; raises BadRequest for what JSON cannot hold."""
+    return list(chain.from_iterable(json_slices(name, array)))
+
+
+def json_slices(name: str, array: NDArray[Any]) -> Iterator[list[Any]]:
+    """``to_json`` in parts."""
+    flat = array.reshape(-1)
+    for at in range(0, len(flat), SLICE_ELEMENTS):
+        yield _to_json(name, flat[at : at + SLICE_ELEMENTS])
+
+
+def _to_json(name: str, array: NDArray[Any]) -> list[Any]:
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         raise BadRequest(
             f"output {name} has elements that are not finite, which JSON cannot hold: "
             "ask for binary_data"
         )
     if datatype_of(array) != "BYTES":
-        values: list[Any] = array.ravel().tolist()
+        values: list[Any] = array.tolist()
         return values
     try:
-        return [_bytes_of(element).decode() for element in array.ravel().tolist()]
+        return [_bytes_of(element).decode() for element in array.tolist()]
     except UnicodeDecodeError:
         raise BadRequest(f"output {name} is not text: ask for binary_data") from None
 
 
 def to_raw(array: NDArray[Any]) -> bytes:
     """Little-endian elements in row order; those of BYTES each after its 4-byte length."""
-    if datatype_of(array) == "BYTES":
-        parts = [_bytes_of(element) for element in array.ravel().tolist()]
-        return b"".join(chain.from_iterable((len(p).to_bytes(4, "little"), p) for p in parts))
-    return array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes()
+    return b"".join(raw_slices(array))
+
+
+def raw_slices(array: NDArray[Any]) -> Iterator[bytes]:
+    """``to_raw`` in parts."""
+    flat = array.reshape(-1)
+    if datatype_of(array) != "BYTES":
+        flat = flat.astype(array.dtype.newbyteorder("<"), copy=False)
+        step = max(1, SLICE_BYTES // array.dtype.itemsize)
+        yield from (flat[at : at + step].tobytes() for at in range(0, len(flat), step))
+        return
+    for at in range(0, len(flat), SLICE_ELEMENTS):
+        parts = map(_bytes_of, flat[at : at + SLICE_ELEMENTS].tolist())
+        yield b"".join(chain.from_iterable((len(p).to_bytes(4, "little"), p) for p in parts))
+
+
+def finish(steps: Generator[None, None, T]) -> T:
+    """What ``steps`` returns, without a pause."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            result: T = end.value
+            return result
 
 
 def datatype_of(array: NDArray[Any]) -> str:

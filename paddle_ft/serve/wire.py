@@ -9,7 +9,8 @@ ten times its body (elements of JSON are Python objects for a moment).
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,17 +19,54 @@ from numpy.typing import NDArray
 from paddle_ft.serve.tensors import (
     BadRequest,
     datatype_of,
+    finish,
     from_json,
     from_raw,
+    json_slices,
+    raw_slices,
     short,
     tensor_shape,
-    to_json,
-    to_raw,
 )
 from paddle_ft.serve.types import Feature, ModelInfo, Tensors
 
 TENSORS_MAX = 256
 TIMEOUT_US_MAX = 3_600_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """On what costs time for each element: Python makes an object of it."""
+
+    json_bytes: int = 8 * 2**20
+    """Of a request's JSON."""
+    listed: int = 2**20
+    """Elements of a request, and of an answer, in JSON or in typed contents of gRPC."""
+    strings: int = 65_536
+    """Elements of BYTES of a request, however they come; and of an answer in JSON."""
+
+
+BOUNDS = Bounds()
+
+
+class Counted:
+    """Elements of one message so far, as its tensors come, before anything is made of them."""
+
+    def __init__(self, bounds: Bounds) -> None:
+        self._bounds = bounds
+        self._strings = self._listed = 0
+
+    def add(self, datatype: str, shape: Sequence[int], listed: bool) -> None:
+        """Raises BadRequest (413) beyond a bound."""
+        elements, bounds = math.prod(shape), self._bounds
+        self._listed += elements if listed else 0
+        self._strings += elements if datatype == "BYTES" else 0
+        if self._strings > bounds.strings:
+            raise BadRequest(f"more than {bounds.strings} elements of BYTES: split them up", 413)
+        if self._listed > bounds.listed:
+            raise BadRequest(
+                f"more than {bounds.listed} elements one by one: send, and ask for, binary data",
+                413,
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +93,9 @@ class Request:
 # ---------------------------------------------------------------- requests
 
 
-def decode(body: bytes, header_bytes: int | None, info: ModelInfo) -> Request:
+def decode(
+    body: bytes, header_bytes: int | None, info: ModelInfo, bounds: Bounds = BOUNDS
+) -> Request:
     """The request in ``body``, whose first ``header_bytes`` are JSON (all, if None).
 
     Raises:
@@ -65,6 +105,12 @@ def decode(body: bytes, header_bytes: int | None, info: ModelInfo) -> Request:
         raise BadRequest(
             f"Inference-Header-Content-Length is {header_bytes}, but the body has {len(body)} bytes"
         )
+    if (json_bytes := len(body) if header_bytes is None else header_bytes) > bounds.json_bytes:
+        raise BadRequest(
+            f"the JSON of a request may have {bounds.json_bytes} bytes, not {json_bytes}: "
+            "send tensors as binary data",
+            413,
+        )
     header = _object(parse_json(body[:header_bytes]), "the request")
     parameters = _object(header.get("parameters", {}), "parameters")
     asked_id = header.get("id", "")
@@ -72,11 +118,14 @@ def decode(body: bytes, header_bytes: int | None, info: ModelInfo) -> Request:
         raise BadRequest("id must be a string")
     raw = memoryview(body)[len(body) if header_bytes is None else header_bytes :]
     inputs: dict[str, NDArray[Any]] = {}
+    counted = Counted(bounds)
     for entry in _tensors(header.get("inputs"), "inputs"):
         name, datatype, shape = _described(entry)
         if name in inputs:
             raise BadRequest(f"input {short(name)} is given twice")
+        check_name(info, name)
         size = _binary_size(name, entry)
+        counted.add(datatype, shape, listed=size is None)
         if size is None:
             inputs[name] = from_json(name, datatype, shape, entry.get("data"))
             continue
@@ -118,10 +167,6 @@ def timeout_of(value: object) -> int:
 
 def check_inputs(info: ModelInfo, inputs: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
     """``inputs`` in the model's order, if they are all that it wants, of its types and shapes."""
-    wanted = {feature.name for feature in info.inputs}
-    if unknown := next((name for name in inputs if name not in wanted), None):
-        names = ", ".join(feature.name for feature in info.inputs)
-        raise BadRequest(f"{info.name} has no input {short(unknown)}: its inputs are {names}")
     rows: int | None = None
     for feature in info.inputs:
         array = inputs.get(feature.name)
@@ -145,6 +190,12 @@ def check_inputs(info: ModelInfo, inputs: dict[str, NDArray[Any]]) -> dict[str, 
     return {feature.name: inputs[feature.name] for feature in info.inputs}
 
 
+def check_name(info: ModelInfo, name: str) -> None:
+    if all(name != feature.name for feature in info.inputs):
+        names = ", ".join(feature.name for feature in info.inputs)
+        raise BadRequest(f"{info.name} has no input {short(name)}: its inputs are {names}")
+
+
 def fits(feature: Feature, shape: Sequence[int]) -> bool:
     return len(shape) == len(feature.shape) and all(
         wanted in (size, -1) for size, wanted in zip(shape, feature.shape, strict=True)
@@ -154,31 +205,63 @@ def fits(feature: Feature, shape: Sequence[int]) -> bool:
 # ---------------------------------------------------------------- responses
 
 
-def encode(info: ModelInfo, request: Request, outputs: Tensors) -> tuple[list[bytes], int | None]:
+def encode(
+    info: ModelInfo, request: Request, outputs: Tensors, bounds: Bounds = BOUNDS
+) -> tuple[list[bytes], int | None]:
     """The parts of the body, and the length of its JSON where binary tensors follow it.
 
-    Raises BadRequest for an element that JSON cannot hold: the client is to ask for binary data.
+    Raises BadRequest for what JSON cannot hold: the client is to ask for binary data.
     """
-    entries: list[dict[str, Any]] = []
-    parts: list[bytes] = []
-    for asked in request.outputs:
-        array = outputs[asked.name]
-        entry: dict[str, Any] = {
-            "name": asked.name,
-            "datatype": datatype_of(array),
-            "shape": list(array.shape),
-        }
-        if asked.binary:
-            parts.append(to_raw(array))
-            entry["parameters"] = {"binary_data_size": len(parts[-1])}
-        else:
-            entry["data"] = to_json(asked.name, array)
-        entries.append(entry)
+    return finish(encoding(info, request, outputs, bounds))
+
+
+def encoding(
+    info: ModelInfo, request: Request, outputs: Tensors, bounds: Bounds = BOUNDS
+) -> Generator[None, None, tuple[list[bytes], int | None]]:
+    """``encode`` in steps of a few milliseconds, however large the outputs are."""
     header: dict[str, Any] = {"model_name": info.name, "model_version": info.version}
     if request.id:
         header["id"] = request.id
-    text = json.dumps({**header, "outputs": entries}, separators=(",", ":")).encode()
-    return [text, *parts], len(text) if parts else None
+    text = [_open(header, "outputs").encode()]
+    parts: list[bytes] = []
+    counted = Counted(bounds)
+    for number, asked in enumerate(request.outputs):
+        array = outputs[asked.name]
+        datatype = datatype_of(array)
+        entry: dict[str, Any] = {
+            "name": asked.name,
+            "datatype": datatype,
+            "shape": list(array.shape),
+        }
+        text.append(b"," if number else b"")
+        if asked.binary:
+            size = 0
+            for part in raw_slices(array):
+                parts.append(part)
+                size += len(part)
+                yield
+            entry["parameters"] = {"binary_data_size": size}
+            text.append(_compact(entry).encode())
+            continue
+        counted.add(datatype, array.shape, listed=True)
+        text.append(_open(entry, "data").encode())
+        for at, values in enumerate(json_slices(asked.name, array)):
+            text.append((b"," if at else b"") + _compact(values)[1:-1].encode())
+            yield
+        text.append(b"]}")
+    text.append(b"]}")
+    whole = b"".join(text)
+    binary = any(asked.binary for asked in request.outputs)
+    return [whole, *parts], len(whole) if binary else None
+
+
+def _compact(value: object) -> str:
+    return json.dumps(value, separators=(",", ":"))
+
+
+def _open(entry: dict[str, Any], key: str) -> str:
+    """``entry`` as JSON with a list ``key`` at its end, which is left open."""
+    return f'{_compact(entry)[:-1]},"{key}":['
 
 
 def error_body(message: str) -> bytes:

@@ -155,7 +155,7 @@ def front(**settings: Any) -> Iterator[Running]:
     thread.start()
     keeper = Keeper()
     config = ServeConfig(
-        **{"http_port": 0, "grpc_port": 0, "admin_token": TOKEN, "drain_s": 5.0} | settings
+        **{"http_port": 0, "grpc_port": 0, "admin_token": TOKEN, "drain_s": 30.0} | settings
     )
 
     async def begin() -> Running:

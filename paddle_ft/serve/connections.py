@@ -1,0 +1,109 @@
+"""Connections of HTTP: what one may hold without asking or reading anything.
+
+uvicorn bounds neither the time until a request is there nor the time an answer waits for its
+client, and refuses health checks with all else. Here a connection that is silent, or does not read,
+is ended; beyond the bound the one that has been idle for longest makes room for the new one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import ssl
+from typing import Any
+
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
+
+from paddle_ft.serve.http import CLIENT
+
+_Base: Any = AutoHTTPProtocol
+
+
+class Connection(_Base):  # type: ignore[misc]
+    """uvicorn's protocol (of h11 or httptools) with these bounds."""
+
+    def __init__(
+        self, *positional: Any, connections_max: int, silent_s: float, unread_s: float, **named: Any
+    ) -> None:
+        super().__init__(*positional, **named)
+        self.app_state: dict[str, Any]
+        self._connections_max = connections_max
+        self._silent_s = silent_s
+        self._unread_s = unread_s
+        self._silent: asyncio.TimerHandle | None = None
+        self._unread: asyncio.TimerHandle | None = None
+        self._quiet_since_s = self.loop.time()
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        super().connection_made(transport)
+        self.app_state = {**self.app_state, CLIENT: client_name(transport)}
+        self._await_request()
+        if len(self.connections) > self._connections_max:
+            quiet = [each for each in self.connections if each is not self and not each.busy]
+            idle = min(quiet, key=lambda each: each._quiet_since_s, default=self)
+            idle.transport.abort()
+
+    @property
+    def busy(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._await_request()
+
+    def on_response_complete(self) -> None:
+        self._quiet_since_s = self.loop.time()
+        super().on_response_complete()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._unread = _again(self._unread, self, self._unread_s)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._unread = _again(self._unread)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._silent, self._unread = _again(self._silent), _again(self._unread)
+        super().connection_lost(exc)
+
+    def _await_request(self) -> None:
+        """A request that has begun, or never begins, has so long to be there with its headers."""
+        if self.busy:
+            self._silent = _again(self._silent)
+        elif self._silent is None and not self.transport.is_closing():
+            self._silent = _again(None, self, self._silent_s)
+
+
+def _again(
+    timer: asyncio.TimerHandle | None, of: Connection | None = None, seconds: float = 0.0
+) -> asyncio.TimerHandle | None:
+    """Ends ``timer``; a new one that ends the connection ``of``, if given."""
+    if timer is not None:
+        timer.cancel()
+    if of is None:
+        return None
+    new: asyncio.TimerHandle = of.loop.call_later(seconds, of.transport.abort)
+    return new
+
+
+def protocol(connections_max: int, silent_s: float, unread_s: float) -> Any:
+    """For ``uvicorn.Config(http=…)``."""
+
+    class Bounded(Connection):
+        __init__ = functools.partialmethod(
+            Connection.__init__,
+            connections_max=connections_max,
+            silent_s=silent_s,
+            unread_s=unread_s,
+        )
+
+    return Bounded
+
+
+def client_name(transport: asyncio.Transport) -> str:
+    """The common name in the client's certificate, which TLS has verified; "": it showed none."""
+    tls: ssl.SSLObject | None = transport.get_extra_info("ssl_object")
+    certificate = tls.getpeercert() if tls is not None else None
+    subject: Any = certificate.get("subject", ()) if certificate else ()
+    return next((value for part in subject for key, value in part if key == "commonName"), "")
