@@ -21,6 +21,8 @@ EPILOG = """exit codes:
   71   this machine is short of disk space, memory, descriptors or processes
   130  stopped by a second Ctrl-C, 143 by a second SIGTERM: at once
 
+Reached from other machines it needs TLS: cert_file and key_file of [serve], or plain = true there.
+
 Models are loaded and unloaded over the network by who sends the admin token, which is never a flag:
 set PADDLE_FT_SERVE__ADMIN_TOKEN, or admin_token of [serve] in the configuration.
 

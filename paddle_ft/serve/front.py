@@ -67,7 +67,7 @@ class Front:
             config.send_timeout_s,
             Bounds(config.json_bytes_max, config.elements_max, config.strings_max),
         )
-        budget = Budget(config.requests_max, config.in_flight_bytes_max)
+        self.budget = budget = Budget(config.requests_max, config.in_flight_bytes_max)
         self._tls = server_tls(config)
         self.catalog = Catalog(limits, config.drain_s)
         self._config = config

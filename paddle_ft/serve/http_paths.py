@@ -47,7 +47,7 @@ def _model(path: str, operation: str, summary: str, answer: str, **more: str) ->
 
 
 ROUTES: tuple[Route, ...] = (
-    Route("GET", "/v2", "server", "Name and version of the server", "Server"),
+    Route("GET", "/v2", "server", "Name and version of the server", "Server", refusals=(503,)),
     Route("GET", "/v2/health/live", "live", "The process answers", ""),
     Route("GET", "/v2/health/ready", "ready", "Every model is answered", "", refusals=(503,)),
     *_model("", "model", "Inputs and outputs of a model", "Model"),
@@ -55,7 +55,14 @@ ROUTES: tuple[Route, ...] = (
     *_model("/config", "config", "How requests for a model are batched", "Config"),
     *_model("/stats", "stats", "What a model has done", "Statistics"),
     *_model("/infer", "infer", "Outputs for inputs", "InferResponse", body="InferRequest"),
-    Route("GET", "/v2/models/stats", "stats", "What all models have done", "Statistics"),
+    Route(
+        "GET",
+        "/v2/models/stats",
+        "stats",
+        "What all models have done",
+        "Statistics",
+        refusals=(503,),
+    ),
     Route(
         "POST",
         "/v2/repository/index",
@@ -63,7 +70,7 @@ ROUTES: tuple[Route, ...] = (
         "Models and their states",
         "Index",
         "IndexRequest",
-        refusals=(400, 408, 413, 415),
+        refusals=(400, 408, 413, 415, 503),
     ),
     *(
         Route(

@@ -23,12 +23,13 @@ _REFUSALS = {
     403: "No admin token is set on the server",
     404: "There is no such model or path",
     408: "The body or the result did not come within the limit",
-    413: "The body is too large",
+    413: "The body, its JSON, or the number of its elements is too large",
     415: "The Content-Encoding is not served",
     421: "Changes go to the primary of the group, which the error names",
     429: "Too many requests are waiting; see Retry-After",
     500: "The model is damaged, or not signed by whom it must be",
-    503: "Not now: the model is being loaded, or this replica is leaving; see Retry-After",
+    503: "Not now: the model is being loaded, too much is under way, or this replica is leaving; "
+    "see Retry-After",
 }
 
 

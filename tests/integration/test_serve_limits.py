@@ -1,0 +1,288 @@
+"""What one client may take from the others: time of the event loop, memory, connections."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import http.client
+import json
+import queue
+import socket
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+
+from paddle_ft.coordination.etcd_grpc import grpc
+from paddle_ft.serve.bodies import gently
+from paddle_ft.serve.budget import Budget
+from paddle_ft.serve.grpc_messages import inference
+from paddle_ft.serve.types import Feature, ModelInfo, ServeError, Tensors, Unavailable
+from paddle_ft.serve.wire import Asked, Request, encode, encoding
+from paddle_ft.serve_config import ServeConfig
+from tests.integration.serve_world import DOUBLE, doubled, front
+
+INFER = "/v2/models/double/infer"
+MAP = ModelInfo(
+    "map", "1", "numpy", (Feature("n", "INT64", (1,)),), (Feature("y", "FP32", (-1,)),), False
+)
+TEXTS = ModelInfo("texts", "1", "numpy", (Feature("t", "BYTES", (-1,)),), (), False)
+
+
+def asked(value: float) -> dict[str, Any]:
+    return {"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 1], "data": [value]}]}
+
+
+def of_size(n: int, **more: Any) -> dict[str, Any]:
+    return {"inputs": [{"name": "n", "datatype": "INT64", "shape": [1], "data": [n]}]} | more
+
+
+def ones(inputs: Tensors) -> Tensors:
+    return {"y": np.full(int(inputs["n"][0]), 1 / 3, np.float32)}
+
+
+# ---------------------------------------------------------------- elements
+
+
+@pytest.mark.parametrize("binary", [False, True])
+def test_a_large_answer_is_made_in_many_steps(binary: bool) -> None:
+    array = {"y": np.full(400_000, 1 / 3, np.float32 if not binary else np.float64)}
+    request = Request({}, (Asked("y", binary),))
+    steps, result = 0, encoding(MAP, request, array)
+    with contextlib.suppress(StopIteration):
+        while True:
+            next(result)
+            steps += 1
+    assert steps >= (400_000 // 8192 if not binary else 3)
+
+    async def others_meanwhile() -> int:
+        turns = 0
+
+        async def tick() -> None:
+            nonlocal turns
+            while True:
+                turns += 1
+                await asyncio.sleep(0)
+
+        ticker = asyncio.create_task(tick())
+        parts, json_bytes = await gently(encoding(MAP, request, array))
+        ticker.cancel()
+        assert (parts, json_bytes) == encode(MAP, request, array)
+        return turns
+
+    assert asyncio.run(others_meanwhile()) >= steps
+
+
+def test_what_is_listed_one_by_one_is_bounded_and_binary_data_is_not() -> None:
+    with front(elements_max=1000, json_bytes_max=20_000, strings_max=50) as made:
+        made.serve(MAP, ones)
+        made.serve(DOUBLE, doubled)
+        made.serve(TEXTS, lambda _: {})
+        path = "/v2/models/map/infer"
+        assert made.ask("POST", path, of_size(1000))[0] == 200
+        status, _, answer = made.ask("POST", path, of_size(1001))
+        assert (status, "binary data" in answer["error"]) == (413, True)
+        binary = of_size(100_000, parameters={"binary_data_output": True})
+        status, headers, content = made.ask("POST", path, binary)
+        length = int(headers["inference-header-content-length"])
+        assert (status, len(content) - length) == (200, 400_000)
+        assert json.loads(content[:length])["outputs"][0]["shape"] == [100_000]
+
+        wide = {"name": "x", "datatype": "FP32", "shape": [1, 1001], "data": [0] * 1001}
+        assert made.ask("POST", INFER, {"inputs": [wide]})[0] == 413
+        assert made.ask("POST", INFER, b" " * 20_001)[0] == 413
+        with grpc.insecure_channel(made.grpc) as channel:
+            message = inference().ModelInferRequest(model_name="double")
+            tensor = message.inputs.add(name="x", datatype="FP32", shape=[1, 1001])
+            tensor.contents.fp32_contents.extend([0.0] * 1001)
+            assert _code(channel, message) is grpc.StatusCode.RESOURCE_EXHAUSTED
+            tensor.ClearField("contents")
+            message.raw_input_contents.append(bytes(4004))
+            assert _infer(channel)(message, timeout=10).raw_output_contents[0] == bytes(4004)
+
+        for count, expected in ((50, 200), (51, 413)):
+            head = {"name": "t", "datatype": "BYTES", "shape": [count]}
+            head["parameters"] = {"binary_data_size": 4 * count}
+            text = json.dumps({"inputs": [head]}).encode()
+            status, _, answer = made.ask(
+                "POST",
+                "/v2/models/texts/infer",
+                text + bytes(4 * count),
+                Inference_Header_Content_Length=str(len(text)),
+            )
+            assert (status, answer.get("error", "BYTES").count("BYTES")) == (expected, 1)
+
+
+def _infer(channel: Any) -> Any:
+    api = inference()
+    return channel.unary_unary(
+        "/inference.GRPCInferenceService/ModelInfer",
+        api.ModelInferRequest.SerializeToString,
+        api.ModelInferResponse.FromString,
+    )
+
+
+def _code(channel: Any, message: Any) -> Any:
+    with pytest.raises(grpc.RpcError) as caught:
+        _infer(channel)(message, timeout=10)
+    return caught.value.code()
+
+
+# ---------------------------------------------------------------- what is under way
+
+
+def test_the_budget_bounds_requests_and_bytes_and_gets_everything_back() -> None:
+    budget = Budget(2, 100)
+    with budget.request() as first:
+        first.add(500)  # alone, whatever its size
+        with budget.request() as second:
+            with pytest.raises(Unavailable, match="hold 500 bytes"):
+                second.add(1)
+            with pytest.raises(Unavailable, match="2 requests"):
+                budget.request()
+            first.close()
+            second.add(60)
+            second.add(60)
+    assert (budget.requests, budget.nbytes) == (0, 0)
+
+
+def test_beyond_the_bound_are_503_and_health_checks_are_answered(
+    wait_for: Callable[..., None],
+) -> None:
+    with front(requests_max=1) as made, ThreadPoolExecutor(1) as pool:
+        runner = made.serve(DOUBLE, doubled, gate=made.do(asyncio.Event))
+        first = pool.submit(made.ask, "POST", INFER, asked(1))
+        wait_for(lambda: runner.batches == [1])
+        status, headers, answer = made.ask("POST", INFER, asked(2))
+        assert (status, headers["retry-after"]) == (503, "1")
+        assert "under way" in answer["error"]
+        assert made.ask("GET", "/v2/health/ready")[0] == 200
+        with grpc.insecure_channel(made.grpc) as channel:
+            message = inference().ModelInferRequest(model_name="double")
+            assert _code(channel, message) is grpc.StatusCode.UNAVAILABLE
+        made.do(runner.gate.set)
+        assert first.result()[0] == 200
+        assert made.ask("POST", INFER, asked(2))[0] == 200
+
+
+def test_bodies_that_come_slowly_count_in_the_budget(wait_for: Callable[..., None]) -> None:
+    with front(in_flight_bytes_max=2**20) as made:
+        made.serve(DOUBLE, doubled)
+        budget = made.front.budget
+        with socket.create_connection(("127.0.0.1", made.front.http_port), timeout=10) as slow:
+            head = f"POST {INFER} HTTP/1.1\r\nHost: x\r\nContent-Length: 3000000\r\n\r\n"
+            slow.sendall(head.encode() + bytes(2**20))
+            wait_for(lambda: budget.nbytes >= 2**20)
+            assert made.ask("POST", INFER, asked(2))[0] == 503
+        wait_for(lambda: budget.nbytes == 0)
+        assert made.ask("POST", INFER, asked(2))[0] == 200
+
+
+def test_silent_and_unread_connections_are_closed(wait_for: Callable[..., None]) -> None:
+    with front(silent_timeout_s=0.2, send_timeout_s=0.3) as made:
+        made.serve(MAP, ones)
+        address = ("127.0.0.1", made.front.http_port)
+        with (
+            socket.create_connection(address, timeout=10) as silent,
+            contextlib.suppress(ConnectionResetError),
+        ):
+            assert silent.recv(1) == b""
+        body = json.dumps(of_size(2**22, parameters={"binary_data_output": True}))
+        with socket.socket() as unread:
+            unread.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            unread.connect(address)
+            head = f"POST /v2/models/map/infer HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}"
+            unread.sendall(f"{head}\r\n\r\n{body}".encode())
+            wait_for(lambda: made.front.budget.nbytes > 0)
+            wait_for(lambda: made.front.budget.nbytes == 0)
+
+
+def test_the_longest_idle_connection_makes_room(wait_for: Callable[..., None]) -> None:
+    with front(connections_max=2) as made:
+        kept = [http.client.HTTPConnection(made.http, timeout=10) for _ in range(2)]
+        for each in kept:
+            each.request("GET", "/v2")
+            assert each.getresponse().read()
+        assert made.ask("GET", "/v2")[0] == 200
+        kept[1].request("GET", "/v2")
+        assert kept[1].getresponse().status == 200
+        with pytest.raises((ConnectionError, http.client.HTTPException)):  # noqa: PT012
+            kept[0].request("GET", "/v2")
+            kept[0].getresponse()
+        for each in kept:
+            each.close()
+
+
+# ---------------------------------------------------------------- streams and stopping
+
+
+def _stream(channel: Any, requests: Iterator[Any]) -> Any:
+    api = inference()
+    return channel.stream_stream(
+        "/inference.GRPCInferenceService/ModelStreamInfer",
+        api.ModelInferRequest.SerializeToString,
+        api.ModelStreamInferResponse.FromString,
+    )(requests, timeout=30)
+
+
+def _message(value: float) -> Any:
+    request = inference().ModelInferRequest(model_name="double", id=str(value))
+    tensor = request.inputs.add(name="x", datatype="FP32", shape=[1, 1])
+    tensor.contents.fp32_contents.append(value)
+    return request
+
+
+def test_a_defect_answers_the_request_of_a_stream(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> Any:
+        raise ZeroDivisionError
+
+    with front() as made, grpc.insecure_channel(made.grpc) as channel:
+        made.serve(DOUBLE, doubled)
+        monkeypatch.setattr("paddle_ft.serve.grpc_tensors.decode", broken)
+        (answer,) = list(_stream(channel, iter([_message(1)])))
+        assert ("a defect" in answer.error_message, answer.infer_response.id) == (True, "1")
+    assert "ZeroDivisionError" in caplog.text
+
+
+def test_a_stop_waits_for_no_open_stream_or_watch(wait_for: Callable[..., None]) -> None:
+    messages = pytest.importorskip("grpc_health.v1.health_pb2")
+    with front() as made:
+        runner = made.serve(DOUBLE, doubled, gate=made.do(asyncio.Event))
+        requests: queue.Queue[Any] = queue.Queue()
+        with grpc.insecure_channel(made.grpc) as channel:
+            stream = _stream(channel, iter(requests.get, None))
+            watch = channel.unary_stream(
+                "/grpc.health.v1.Health/Watch",
+                messages.HealthCheckRequest.SerializeToString,
+                messages.HealthCheckResponse.FromString,
+            )(messages.HealthCheckRequest(), timeout=30)
+            assert next(watch).status == 1
+            requests.put(_message(4))
+            wait_for(lambda: runner.batches == [1])
+            stopped = made.start(made.front.stop())
+            assert [each.status for each in watch] == [2]  # and its end
+            made.do(runner.gate.set)
+            assert list(next(stream).infer_response.outputs[0].contents.fp32_contents) == [8.0]
+            with pytest.raises(grpc.RpcError) as caught:
+                next(stream)
+            assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+            stopped.result(10)  # drain_s is 30
+            requests.put(None)
+
+
+def test_a_server_that_ends_by_itself_is_noticed() -> None:
+    with front() as made:
+        ended = made.start(made.front.ended())
+        made.do(lambda: setattr(made.front._http, "should_exit", True))
+        with pytest.raises(ServeError, match="ended by itself"):
+            ended.result(10)
+
+
+def test_a_stop_gives_requests_the_time_they_have() -> None:
+    with pytest.raises(ValueError, match=r"drain_s \(10\) must be at least request_timeout_s"):
+        ServeConfig(drain_s=10)
+    ServeConfig(drain_s=10, request_timeout_s=10)
