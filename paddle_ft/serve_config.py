@@ -98,6 +98,12 @@ class ServeConfig(BaseModel):
     in_sync_min: int = Field(1, ge=1, le=64)
     """In a group, so many replicas, with the primary, must have a change of the shared state before
     it is acknowledged."""
+    session_ttl_s: float = Field(3600.0, ge=0)
+    """In a group, a session that has not been written to for so long is deleted; 0: none is."""
+    session_bytes_max: int = Field(16 * 2**20, ge=1024)
+    """Of what a group keeps for one session."""
+    state_bytes_max: int = Field(256 * 2**20, ge=2**20, le=2**29)
+    """Of all that a group keeps."""
     peer_ca_file: str = ""
     """Mutual TLS between replicas: PEM files of the authority, this replica's certificate, its key.
     Each certificate names the host it is for."""

@@ -98,6 +98,10 @@ class Batcher:
         """Requests that have not begun."""
         return len(self._queue)
 
+    def limit(self, limits: Limits) -> None:
+        """``limits`` hold from now on; what waits already stays, however many there are."""
+        self.limits = self._queue.limits = limits
+
     def submit(self, inputs: Tensors, timeout_s: float) -> asyncio.Future[Tensors]:
         """The outputs to come for checked ``inputs``. Cancelled before they run, they do not run.
 

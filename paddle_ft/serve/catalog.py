@@ -107,6 +107,17 @@ class Catalog:
             del self._coming[info.name]
         self._changed()
 
+    @property
+    def limits(self) -> Limits:
+        """Of each version."""
+        return self._limits
+
+    def limit(self, limits: Limits) -> None:
+        """``limits`` hold from now on, also for what is served already."""
+        self._limits = limits
+        for batcher in self._served.values():
+            batcher.limit(limits)
+
     async def retire(self, name: str, version: str) -> None:
         """Takes ``version`` out, lets it finish, ends its runner. Nothing, if it is not here."""
         batcher = self._served.pop((name, version), None)

@@ -26,6 +26,8 @@ from paddle_ft.serve.batching import Limits
 from paddle_ft.serve.budget import Budget
 from paddle_ft.serve.catalog import Catalog, Control
 from paddle_ft.serve.http import Access, HttpApi
+from paddle_ft.serve.settings import Settings
+from paddle_ft.serve.state_api import StateApi
 from paddle_ft.serve.tls import server_tls
 from paddle_ft.serve.types import ServeError
 from paddle_ft.serve.wire import Bounds
@@ -72,9 +74,13 @@ class Front:
         self.catalog = Catalog(limits, config.drain_s)
         self._config = config
         self._access = access
+        self.state = StateApi(Settings(config, self.catalog))
+        http_api = HttpApi(self.catalog, access, control, budget)
+        http_api.more |= self.state.operations
+        http_api.term = self.state.term
         self._http = _Server(
             uvicorn.Config(
-                HttpApi(self.catalog, access, control, budget),
+                http_api,
                 http=connections.protocol(
                     config.connections_max, config.silent_timeout_s, config.send_timeout_s
                 ),
@@ -90,6 +96,7 @@ class Front:
             )
         )
         self._grpc_api = grpc_api.GrpcApi(self.catalog, access, control, budget)
+        self._grpc_api.term = self.state.term
         self._grpc: Any = None
         self._serving: asyncio.Task[None] | None = None
         self._stopping = False

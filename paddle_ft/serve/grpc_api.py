@@ -44,6 +44,7 @@ _STATUS = {
     421: grpc.StatusCode.FAILED_PRECONDITION,
     429: grpc.StatusCode.RESOURCE_EXHAUSTED,
     503: grpc.StatusCode.UNAVAILABLE,
+    507: grpc.StatusCode.RESOURCE_EXHAUSTED,
 }
 
 Method = Callable[[Any, Any], Awaitable[Any]]
@@ -96,6 +97,8 @@ class GrpcApi:
         self._control = control
         self._budget = budget or Budget()
         self._leaving = asyncio.Event()
+        self.term: Callable[[], dict[str, str]] = dict
+        """As that of ``HttpApi``: goes in the trailing metadata."""
         self._api = grpc_messages.inference()
 
     def leave(self) -> None:
@@ -171,11 +174,13 @@ class GrpcApi:
         self._admit(context)
         parameters = {key: grpc_tensors.value(each) for key, each in request.parameters.items()}
         await answers.control(self._control).load(_named(request.model_name), parameters)
+        context.set_trailing_metadata(tuple(self.term().items()))
         return self._api.RepositoryModelLoadResponse()
 
     async def _unload(self, request: Any, context: Any) -> Any:
         self._admit(context)
         await answers.control(self._control).unload(_named(request.model_name))
+        context.set_trailing_metadata(tuple(self.term().items()))
         return self._api.RepositoryModelUnloadResponse()
 
     def _admit(self, context: Any) -> None:

@@ -16,6 +16,7 @@ import re
 from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import quote
 
 from paddle_ft.serve import answers, wire
 from paddle_ft.serve.bodies import (
@@ -136,6 +137,10 @@ class HttpApi:
         self._control = control
         self._budget = budget or Budget()
         self._health = Budget(2**62)
+        self.more: dict[str, Callable[[Call], Awaitable[Reply]]] = {}
+        """Operations of others, by the name in ``http_paths``."""
+        self.term: Callable[[], dict[str, str]] = dict
+        """Gives the headers that say up to where an answer knows the changes of the group."""
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] != "http":  # a WebSocket: closed before it is accepted is a 403
@@ -146,7 +151,7 @@ class HttpApi:
         }
         with contextlib.ExitStack() as held:
             try:
-                route, names = find(scope["method"], scope["path"])
+                route, names = find(scope["method"], _path(scope))
                 counted = self._health if route.operation in _UNCOUNTED else self._budget
                 charge = held.enter_context(counted.request())
                 if route.admin:
@@ -166,14 +171,15 @@ class HttpApi:
     async def _body(
         self, route: Route, headers: Mapping[str, str], receive: Receive, charge: Charge
     ) -> bytes:
-        if route.method != "POST":
+        if route.method not in ("POST", "PUT"):
             return b""
         access = self._access
-        return await read_body(
-            receive, headers, access.body_bytes_max, access.body_timeout_s, charge.add
-        )
+        bytes_max = min(access.body_bytes_max, route.body_bytes_max)
+        return await read_body(receive, headers, bytes_max, access.body_timeout_s, charge.add)
 
     def _operation(self, route: Route) -> Callable[[Call], Awaitable[Reply]]:
+        if route.operation in self.more:
+            return self.more[route.operation]
         found: Callable[[Call], Awaitable[Reply]] = getattr(self, f"_{route.operation}")
         return found
 
@@ -218,12 +224,12 @@ class HttpApi:
     async def _load(self, call: Call) -> Reply:
         parameters = _object(_object(call.body).get("parameters", {}))
         await answers.control(self._control).load(call.names["model"], parameters)
-        return Reply()
+        return Reply(headers=self.term())
 
     async def _unload(self, call: Call) -> Reply:
         _object(_object(call.body).get("parameters", {}))
         await answers.control(self._control).unload(call.names["model"])
-        return Reply()
+        return Reply(headers=self.term())
 
     async def _infer(self, call: Call) -> Reply:
         batcher = self._catalog.find(*call.model)
@@ -256,6 +262,12 @@ class HttpApi:
 
 
 # ---------------------------------------------------------------- parts
+
+
+def _path(scope: Mapping[str, Any]) -> str:
+    """As it was sent, without the query: ``scope["path"]`` no longer tells %2F from a slash."""
+    raw: bytes | None = scope.get("raw_path")
+    return quote(scope["path"]) if raw is None else raw.partition(b"?")[0].decode("latin1")
 
 
 async def _while_connected(future: asyncio.Future[Any], receive: Receive) -> Any:

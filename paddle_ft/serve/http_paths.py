@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from urllib.parse import unquote_to_bytes
 
+from paddle_ft.serve.ledger import VALUE_BYTES_MAX
 from paddle_ft.serve.tensors import BadRequest
 
 
@@ -22,11 +24,18 @@ class Route:
     """Schema of the request's body; empty: it has none."""
     admin: bool = False
     refusals: tuple[int, ...] = ()
+    body_bytes_max: int = 2**62
+    """Besides the bound for all."""
 
 
 _MODEL = (400, 404, 503)
 _INFER = (400, 401, 404, 408, 413, 415, 429, 503)
 _ADMIN = (400, 401, 403, 404, 408, 413, 415, 421, 500, 503)
+_KEY = "/v2/state/{session}/{key}"
+_CHANGE = (400, 404, 408, 413, 415, 421, 503, 507)
+_SETTINGS = "/v2/admin/settings"
+VALUE = "Bytes"
+"""Stands for a body that is no JSON."""
 
 
 def _model(path: str, operation: str, summary: str, answer: str, **more: str) -> list[Route]:
@@ -85,6 +94,37 @@ ROUTES: tuple[Route, ...] = (
         )
         for what, summary in (("load", "Load a model"), ("unload", "Take a model out"))
     ),
+    Route(
+        "GET",
+        _KEY,
+        "state_get",
+        "A value that the group keeps for a session",
+        VALUE,
+        refusals=(400, 404, 409, 503),
+    ),
+    Route(
+        "PUT",
+        _KEY,
+        "state_put",
+        "Keep a value for a session",
+        "",
+        VALUE,
+        refusals=_CHANGE,
+        body_bytes_max=VALUE_BYTES_MAX,
+    ),
+    Route("DELETE", _KEY, "state_delete", "Remove a value", "", refusals=_CHANGE),
+    Route("GET", _SETTINGS, "settings", "What is in force", "Settings", "", True, (401, 403)),
+    Route(
+        "PUT",
+        _SETTINGS,
+        "change_settings",
+        "Change some of them; null: back to the configured",
+        "Settings",
+        "Settings",
+        True,
+        (400, 401, 403, 408, 413, 415, 421, 503),
+        2**16,
+    ),
 )
 
 
@@ -99,17 +139,27 @@ _PATTERNS = [
 ]
 
 
+def _unquoted(name: str) -> str:
+    try:
+        return unquote_to_bytes(name.encode("latin1")).decode()
+    except UnicodeError:
+        raise BadRequest(f"{name[:60]!a} is not percent-encoded UTF-8") from None
+
+
 def find(method: str, path: str) -> tuple[Route, Mapping[str, str]]:
-    """The route for a request, and the names in its path; raises BadRequest (404, 405)."""
+    """The route for a request, and the names in its path, which is as it was sent (latin1).
+
+    Raises BadRequest (400, 404, 405).
+    """
     path = path.rstrip("/") or "/"
     allowed: list[str] = []
     for pattern, route in _PATTERNS:
         if (match := pattern.fullmatch(path)) is not None:
             if route.method == method:
-                return route, match.groupdict()
+                return route, {k: _unquoted(v) for k, v in match.groupdict().items()}
             allowed.append(route.method)
     if allowed:
-        raise NotAllowed(allowed[0])
+        raise NotAllowed(", ".join(allowed))
     raise BadRequest(f"there is nothing at {path[:100]!a}: see /v2", 404)
 
 

@@ -9,7 +9,7 @@ import json
 import re
 from typing import Any
 
-from paddle_ft.serve.http_paths import ROUTES, Route
+from paddle_ft.serve.http_paths import ROUTES, VALUE, Route
 from paddle_ft.serve.tensors import DIMENSIONS_MAX, DTYPES
 from paddle_ft.serve.wire import TENSORS_MAX, TIMEOUT_US_MAX
 
@@ -23,11 +23,13 @@ _REFUSALS = {
     403: "No admin token is set on the server",
     404: "There is no such model or path",
     408: "The body or the result did not come within the limit",
-    413: "The body, its JSON, or the number of its elements is too large",
+    409: "The change that Paddle-Ft-Term names is lost: a forced promotion gave it up",
+    413: "The body, its JSON, the number of its elements, or the state of the session is too large",
     415: "The Content-Encoding is not served",
     421: "Changes go to the primary of the group, which the error names",
     429: "Too many requests are waiting; see Retry-After",
     500: "The model is damaged, or not signed by whom it must be",
+    507: "The state of the group has no room for more",
     503: "Not now: the model is being loaded, too much is under way, or this replica is leaving; "
     "see Retry-After",
 }
@@ -107,6 +109,11 @@ SCHEMAS: dict[str, Schema] = {
             reason=_STRING,
         )
     ),
+    "Settings": _parameters(
+        batch_rows_max={"type": "integer", "minimum": 1, "maximum": 65_536, "nullable": True},
+        batch_wait_ms={"type": "number", "minimum": 0, "maximum": 60_000, "nullable": True},
+        queue_max={"type": "integer", "minimum": 1, "nullable": True},
+    ),
     "IndexRequest": _parameters(ready={"type": "boolean"}),
     "Parameters": _parameters(parameters={"type": "object"}),
     "InferRequest": _record(
@@ -174,14 +181,24 @@ def text() -> str:
     return json.dumps(document(), indent=1) + "\n"
 
 
+def _content(schema: str) -> dict[str, Any]:
+    if schema == VALUE:
+        return {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
+    return {"application/json": {"schema": _ref(schema)}}
+
+
+def _header(name: str, schema: Schema) -> dict[str, Any]:
+    return {"name": name, "in": "header", "schema": schema}
+
+
 def _operation(route: Route) -> dict[str, Any]:
     parts = [part.split("/")[0] for part in route.path.split("{")[1:]]
     names = [part.rstrip("}") for part in parts]
     answer: dict[str, Any] = {"description": "Done"}
     if route.answer:
-        media = {"application/json": {"schema": _ref(route.answer)}}
+        media = _content(route.answer)
         if route.operation == "infer":
-            media["application/octet-stream"] = {"schema": {"type": "string", "format": "binary"}}
+            media |= _content(VALUE)
         answer = {"description": "The answer", "content": media}
     refused = {"application/json": {"schema": _ref("Error")}}
     found: dict[str, Any] = {
@@ -199,19 +216,16 @@ def _operation(route: Route) -> dict[str, Any]:
             },
         },
     }
-    if route.operation == "infer":
+    if route.operation == "infer" or "{key}" in route.path:
+        limit = {"type": "integer", "minimum": 1, "maximum": 3_600_000}
+        found["parameters"].append(_header("x-request-timeout-ms", limit))
+    if route.operation == "state_get":
         found["parameters"].append(
-            {
-                "name": "x-request-timeout-ms",
-                "in": "header",
-                "schema": {"type": "integer", "minimum": 1, "maximum": 3_600_000},
-            }
+            _header("paddle-ft-term", {"type": "string", "pattern": r"^\d{1,19}\.\d{1,19}$"})
         )
     if route.body:
-        found["requestBody"] = {
-            "required": route.operation == "infer",
-            "content": {"application/json": {"schema": _ref(route.body)}},
-        }
+        needed = route.operation in ("infer", "change_settings")
+        found["requestBody"] = {"required": needed, "content": _content(route.body)}
     if route.admin:
         found["security"] = [{"admin": []}]
     return found

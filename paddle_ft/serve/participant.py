@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from paddle_ft.agent.peers import PeerLinks
@@ -22,6 +22,7 @@ from paddle_ft.config import EtcdConfig
 from paddle_ft.coordination.kv import TxnResult
 from paddle_ft.errors import ConfigError
 from paddle_ft.serve.broadcast import Answer, Append, Install, Primary
+from paddle_ft.serve.ledger import Bounds
 from paddle_ft.serve.log import Entry, Kind, Position
 from paddle_ft.serve.member import Member
 from paddle_ft.serve.registry import Group, Keys, ReplicaRecord
@@ -48,12 +49,8 @@ class GroupSettings:
     many are in sync, all of them must."""
     patience_s: float = PATIENCE_S
     """How long a replica may be behind before nobody waits for it."""
-    state_bytes_max: int = 2**28
-    """Of all that the group keeps."""
-    session_bytes_max: int = 2**24
-    """Of what it keeps for one session."""
-    session_ttl_s: float = 3600.0
-    """A session to which nothing has been written for so long is deleted; 0: none is."""
+    bounds: Bounds = field(default_factory=Bounds)
+    """Of what the group keeps."""
     tls: PeerTls | None = None
     """Between replicas."""
     plain: bool = False

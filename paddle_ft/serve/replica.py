@@ -24,6 +24,7 @@ from paddle_ft.serve import memory
 from paddle_ft.serve.catalog import Catalog
 from paddle_ft.serve.follow import Following
 from paddle_ft.serve.front import Front
+from paddle_ft.serve.ledger import Bounds
 from paddle_ft.serve.loader import Loader, Wanted, pool_settings, wanted
 from paddle_ft.serve.registry import Condition
 from paddle_ft.serve.replicated import GroupSettings, Replicated
@@ -151,11 +152,13 @@ class Replica:
                 self._front.http_port,
                 self._front.grpc_port,
                 serve.in_sync_min,
+                bounds=Bounds(serve.state_bytes_max, serve.session_bytes_max, serve.session_ttl_s),
                 tls=tls,
                 plain=serve.peer_plain,
             )
         )
         self._following.join(group)
+        self._front.state.join(group)
         try:
             await group.start()
         except BaseException:

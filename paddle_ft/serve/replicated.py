@@ -14,8 +14,6 @@ but the last of them. Decisions are ``seat``'s, carrying them out ``participant`
 from __future__ import annotations
 
 import asyncio
-import heapq
-import itertools
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -26,30 +24,24 @@ from typing import Any
 from paddle_ft.coordination.kv import TxnResult
 from paddle_ft.serve import registry
 from paddle_ft.serve.broadcast import Primary
-from paddle_ft.serve.log import Entry, Held, Kind, Position, size_of
+from paddle_ft.serve.ledger import Ledger
+from paddle_ft.serve.log import Entry, Held, Kind, Position
 from paddle_ft.serve.participant import GroupSettings, Participant
+from paddle_ft.serve.reads import Reads
 from paddle_ft.serve.registry import Group, Promote, ReplicaRecord
 from paddle_ft.serve.seat import Seat
-from paddle_ft.serve.types import (
-    Full,
-    Lost,
-    NotPrimary,
-    NotPromoted,
-    ServeError,
-    TooLarge,
-    Unavailable,
-)
+from paddle_ft.serve.types import Lost, NotPrimary, NotPromoted, ServeError, Unavailable
 
 log = logging.getLogger("paddle_ft")
 
 __all__ = ["GroupSettings", "Replicated", "Status"]
 
-KEY_BYTES_MAX = 512
-VALUE_BYTES_MAX = 2 * 2**20
 PENDING_MAX = 10_000
-"""Changes that are not acknowledged yet, and reads that wait for one."""
+"""Changes that are not acknowledged yet."""
 PENDING_BYTES_MAX = 2**26
-"""Of the changes."""
+EXPIRED_MAX = 256
+"""Keys of sessions deleted at one look."""
+LOOK_S = 1.0
 FORWARD_PAUSE_S = 0.005
 LEAVE_S = 2.0
 
@@ -82,23 +74,25 @@ class Replicated:
         self._party = Participant(settings, self, self.put)
         self._puts: dict[int, asyncio.Future[Position]] = {}
         """By sequence."""
-        self._reads: list[tuple[int, int, asyncio.Future[None]]] = []
-        """Heap of the sequences that are waited for."""
-        self._numbers = itertools.count()
+        self._reads = Reads()
+        self._ledger = Ledger(settings.bounds)
+        self._expiry: asyncio.Task[None] | None = None
         self._callbacks: list[Callable[[Entry], None]] = []
 
     async def start(self) -> None:
         """Listens, registers, and takes part from now on; raises CoordinationError, ConfigError."""
         await self._party.start()
+        self._expiry = asyncio.get_running_loop().create_task(self._expire())
 
     async def close(self) -> None:
         """Leaves: a primary hands over first, if somebody is in sync. Waits for etcd."""
         if self._seat.primary is not None:
             with suppress(ServeError):
                 await self._leave(self._seat.primary)
+        if self._expiry is not None:
+            self._expiry.cancel()
         await self._party.close()
-        for _, _, waiting in self._reads:
-            waiting.cancel()
+        self._reads.close()
 
     async def _leave(self, primary: Primary) -> None:
         replicas = self.group.replicas
@@ -136,6 +130,11 @@ class Replicated:
         """Of the primary; goes with every reply to a change."""
         primary = self._seat.primary
         return primary.term if primary is not None else self._seat.replica.term
+
+    @property
+    def at(self) -> Position:
+        """Where this replica's state stands; it holds all up to there that was acknowledged."""
+        return self._seat.replica.state.at
 
     @property
     def primary(self) -> ReplicaRecord | None:
@@ -186,15 +185,16 @@ class Replicated:
             NotPrimary: ask the one that it names.
             Unavailable: nobody can take it now; or whether it was taken is not known, in which
                 case the message says so.
-            TooLarge: it is beyond a bound.
+            TooLarge: it is beyond a bound; Full: that of the whole state.
         """
         until_s = time.monotonic() + timeout_s
-        self._check(kind, key, value)
+        self._ledger.check(self._seat.replica.state, kind, key, value)
         if self._seat.handing_over:
             position = await self._put_after_hand_over((kind, key, value), until_s)
             if position is not None:
                 return position
         self._refuse_unless_taking()
+        self._ledger.wrote(key, time.monotonic())
         sequence = self._party.put(kind, key, value).at.sequence
         waiting = self._puts[sequence] = asyncio.get_running_loop().create_future()
         self._party.advance()
@@ -212,22 +212,6 @@ class Replicated:
     async def delete(self, kind: Kind, key: str, timeout_s: float = 5.0) -> Position:
         """As ``put``; no error if there is no ``key``."""
         return await self.put(kind, key, None, timeout_s)
-
-    def _check(self, kind: Kind, key: str, value: bytes | None) -> None:
-        if len(key.encode()) > KEY_BYTES_MAX:
-            raise TooLarge(f"a key has at most {KEY_BYTES_MAX} bytes")
-        if value is None:
-            return
-        if len(value) > VALUE_BYTES_MAX:
-            raise TooLarge(f"a value has at most {VALUE_BYTES_MAX} bytes, and this {len(value)}")
-        replica, bytes_max = self._seat.replica, self._settings.state_bytes_max
-        old = replica.state.items.get((kind, key))
-        more_bytes = size_of(key, value) - (size_of(key, old.value) if old else 0)
-        if more_bytes > 0 and replica.state.size_bytes + more_bytes > bytes_max:
-            raise Full(
-                f"the state of the group would exceed {bytes_max} bytes: delete sessions, or let "
-                "them expire sooner (serve.session_ttl_s)"
-            )
 
     def _refuse_unless_taking(self) -> None:
         primary, other = self._seat.primary, self.primary
@@ -299,19 +283,7 @@ class Replicated:
         state = self._seat.replica.state
         behind = at_least is not None and state.at.sequence < at_least.sequence
         if at_least is not None and behind and not state.lost(at_least):
-            if len(self._reads) >= PENDING_MAX:
-                raise Unavailable(f"{PENDING_MAX} reads wait already: ask again", 1.0)
-            waiting: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            heapq.heappush(self._reads, (at_least.sequence, next(self._numbers), waiting))
-            try:
-                await asyncio.wait_for(waiting, timeout_s)
-            except asyncio.TimeoutError:
-                raise Unavailable(
-                    f"this replica has not got to {at_least.sequence} within {timeout_s:g} s", 0.5
-                ) from None
-            finally:
-                self._reads = [r for r in self._reads if not r[2].done()]
-                heapq.heapify(self._reads)
+            await self._reads.wait(at_least.sequence, timeout_s)
         if at_least is not None and self._seat.replica.state.lost(at_least):
             raise Lost(
                 f"the change {at_least.term}.{at_least.sequence} is lost: a replica without it was "
@@ -366,12 +338,10 @@ class Replicated:
                 waiting.set_exception(_unknown("this primary cannot renew its lease"))
 
     def applied(self, entries: Sequence[Entry]) -> None:
-        reached = self._seat.replica.state.at.sequence
-        while self._reads and self._reads[0][0] <= reached:
-            waiting = heapq.heappop(self._reads)[2]
-            if not waiting.done():
-                waiting.set_result(None)
+        self._reads.reached(self._seat.replica.state.at.sequence)
+        now_s = time.monotonic()
         for entry in entries:
+            self._ledger.took(entry, now_s)
             for callback in self._callbacks:
                 try:
                     callback(entry)
@@ -384,6 +354,24 @@ class Replicated:
         for waiting in puts.values():
             if not waiting.done():
                 waiting.set_exception(_unknown("this replica is the primary no longer"))
+        replica, now_s = self._seat.replica, time.monotonic()
+        for entry in replica.log.after(replica.state.at.sequence, len(replica.log.entries)) or ():
+            self._ledger.wrote(entry.key, now_s)
+
+    # ------------------------------------------------------------ sessions
+
+    async def _expire(self) -> None:
+        ttl_s = self._settings.bounds.session_ttl_s
+        while ttl_s:
+            await asyncio.sleep(min(LOOK_S, ttl_s / 4))
+            try:
+                self._refuse_unless_taking()
+            except ServeError:
+                continue
+            if not self._seat.handing_over:
+                for name in self._ledger.due(time.monotonic(), EXPIRED_MAX):
+                    self._party.put("state", name, None)
+                self._party.advance()
 
 
 def _unknown(why: str) -> Unavailable:

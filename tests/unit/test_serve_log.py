@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import pytest
-
-from paddle_ft.config import EtcdConfig
 from paddle_ft.serve.broadcast import Append, Install, Primary, Replica
 from paddle_ft.serve.log import Entry, Log, Position, State, size_of
-from paddle_ft.serve.participant import GroupSettings
-from paddle_ft.serve.replicated import Replicated
-from paddle_ft.serve.types import Full
 
 VALUE = b"x" * 1000
 
@@ -71,16 +65,3 @@ def test_a_position_is_lost_if_another_entry_is_in_its_place_or_can_only_come_th
     again = State.of(state.image())
     assert again.lost(Position(2, 5)) and not again.lost(Position(2, 4))
     assert again.size_bytes == state.size_bytes
-
-
-def test_a_full_state_takes_what_makes_it_no_larger() -> None:
-    etcd = EtcdConfig(endpoints=("127.0.0.1:1",))
-    group = Replicated(GroupSettings(etcd, "g", "n0", state_bytes_max=3 * size_of("k1", VALUE)))
-    replica = group._seat.replica
-    replica.hear(Append(1, "a.1", Position(), entries(1, 1, 3), 3))
-    group._check("state", "k2", VALUE[:-1])
-    group._check("state", "k2", VALUE)
-    group._check("state", "k2", None)
-    for key, value in (("k2", VALUE + b"x"), ("k4", b"")):
-        with pytest.raises(Full, match="delete sessions"):
-            group._check("state", key, value)

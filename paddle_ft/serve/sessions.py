@@ -1,0 +1,54 @@
+"""The state of sessions for pipelines: that of the group, or of one replica alone."""
+
+from __future__ import annotations
+
+import time
+
+from paddle_ft.serve.ledger import Bounds, Ledger, name_of
+from paddle_ft.serve.log import Log, State
+from paddle_ft.serve.replicated import Replicated
+
+TERM = 1
+"""Of a replica alone, which is its own primary."""
+
+
+class GroupSessions:
+    """``types.Sessions`` over what the group keeps."""
+
+    def __init__(self, group: Replicated) -> None:
+        self._group = group
+
+    async def get(self, session: str, key: str) -> bytes | None:
+        held = await self._group.get("state", name_of(session, key))
+        return held.value if held is not None else None
+
+    async def put(self, session: str, key: str, value: bytes) -> None:
+        await self._group.put("state", name_of(session, key), value)
+
+
+class LocalSessions:
+    """``types.Sessions`` of a replica without a group: they end with its process."""
+
+    def __init__(self, bounds: Bounds) -> None:
+        self._log, self._state, self._ledger = Log(), State(), Ledger(bounds)
+
+    async def get(self, session: str, key: str) -> bytes | None:
+        self._expire()
+        held = self._state.items.get(("state", name_of(session, key)))
+        return held.value if held is not None else None
+
+    async def put(self, session: str, key: str, value: bytes) -> None:
+        self._expire()
+        name = name_of(session, key)
+        self._ledger.check(self._state, "state", name, value)
+        self._write(name, value)
+
+    def _expire(self) -> None:
+        for name in self._ledger.due(time.monotonic(), 256):
+            self._write(name, None)
+
+    def _write(self, name: str, value: bytes | None) -> None:
+        self._log.append(TERM, "state", name, value)
+        for entry in self._state.apply(self._log, self._log.last.sequence):
+            self._ledger.took(entry, time.monotonic())
+        self._log.forget(self._log.last.sequence)
