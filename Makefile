@@ -21,7 +21,7 @@ STAMPTORCH := .venv-torch/.made-for
 PIP := install -qq --disable-pip-version-check --no-input
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-2.6 setup-torch bench-checkpoint bench-recovery soak demo test lint test-slow test-2.6 sim chaos chaos-all chaos-checkpoint clean
+.PHONY: help setup setup-2.6 setup-torch bench-checkpoint bench-recovery bench-serving soak demo test lint test-slow test-2.6 sim chaos chaos-all chaos-checkpoint clean
 
 help:
 	@sed -n 's/^\([a-z][a-z0-9.-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 12
@@ -64,6 +64,9 @@ bench-checkpoint: setup ## checkpoints against dd, boto3, memcpy, paddle.save an
 
 bench-recovery: setup ## recovery against paddle.distributed.launch, torchrun and torchft, into docs/
 	@$(BIN)/python -m bench.recovery --trials $(TRIALS) --peer_trials $(PEER_TRIALS) --slow_trials $(SLOW_TRIALS)
+
+bench-serving: setup ## serving under kills, stops, promotions, without etcd; batching, the hop, OCR; hours; into docs/
+	@$(BIN)/python -m bench.serving $(if $(ONLY),--only $(ONLY))
 
 soak: setup ## long jobs: 10,000 steps in which nobody is slow, 500 kills, a kill every 30 s; an hour; into docs/
 	@$(BIN)/python -m bench.recovery --soak --stragglers 20 --undisturbed_steps 10000 --faults 500 --goodput_s 600

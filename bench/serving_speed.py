@@ -1,0 +1,369 @@
+"""What batching gives, what a server adds to its predictor, what the gateway adds to both; OCR."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from bench.drive import Line
+from bench.recovery_analysis import percentile
+from bench.report import Row
+from bench.serving_analysis import failed, p99_s
+from bench.serving_load import LENGTH, Spec, infer_request
+from bench.serving_model import HERE, Model, environment
+from bench.serving_rows import Say
+from bench.serving_world import Broken, Load, Node, load, until
+from paddle_ft.agent.net import free_ports
+from paddle_ft.agent.tether import tethered
+from paddle_ft.serve.grpc_messages import inference
+from paddle_ft.serve.nginx import find_nginx
+
+CLIENTS = 16
+WARM_S = 1.0
+MINIMAL = """\
+worker_processes 1;
+pid {folder}/nginx.pid;
+error_log {folder}/nginx.log;
+events {{ worker_connections 1024; }}
+http {{
+    access_log off;
+    client_body_temp_path {folder}/body; proxy_temp_path {folder}/proxy;
+    fastcgi_temp_path {folder}/fcgi; uwsgi_temp_path {folder}/uwsgi; scgi_temp_path {folder}/scgi;
+    upstream replicas {{ {servers} keepalive 64; }}
+    server {{
+        listen 127.0.0.1:{port};
+        client_max_body_size 64m;
+        location / {{
+            proxy_pass http://replicas;
+            proxy_http_version 1.1;
+            proxy_set_header Connection "";
+        }}
+    }}
+}}
+"""
+
+
+@contextmanager
+def alone(folder: Path, model: Model, **settings: Any) -> Iterator[Node]:
+    """A replica without a group, ready."""
+    folder.mkdir(parents=True, exist_ok=True)
+    flags = ["--model", model.name, "--store", str(model.store), "--spares", "0", "--threads", "1"]
+    flags += ["--alone"] if knows("--alone") else []
+    named = {f"serve.{name}": value for name, value in settings.items()}
+    node = Node(folder, "alone", flags, named)
+    node.start()
+    try:
+        until(lambda: node.ended or ready(node), "a replica is ready", 120.0)
+        if node.ended:
+            raise Broken(f"a replica has ended: {node.last_words()}")
+        yield node
+    finally:
+        node.stop()
+
+
+def knows(flag: str) -> bool:
+    """Whether a replica has this flag."""
+    from paddle_ft.serve.command import build_parser
+
+    return flag in build_parser().format_help()
+
+
+def ready(node: Node) -> bool:
+    try:
+        return node.ask("GET", "/v2/health/ready", timeout_s=2.0)[0] == 200
+    except (OSError, http.client.HTTPException):
+        return False
+
+
+@contextmanager
+def bare(model: Model, rows: int = 1) -> Iterator[Line]:
+    """A predictor in a process of its own, that does what it is asked to."""
+    script = HERE / "scripts" / "serving_bare.py"
+    argv = [sys.executable, str(script), str(model.exported / "1"), str(rows)]
+    process = subprocess.Popen(
+        tethered(argv), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        env=environment({}), text=True,
+    )  # fmt: skip
+    try:
+        assert process.stdout is not None
+        if not process.stdout.readline():
+            raise Broken("the bare predictor does not start")
+        yield Line(process.stdout, process.stdin)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+# ---------------------------------------------------------------- latency, one client
+
+
+class Http:
+    """One kept connection, blocking: the least that a client can do."""
+
+    def __init__(self, port: int, request: bytes) -> None:
+        self._socket = socket.create_connection(("127.0.0.1", port), timeout=30)
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._request = request
+
+    def call(self) -> float:
+        """Seconds; raises Broken for anything but 200."""
+        begin_s = time.perf_counter()
+        self._socket.sendall(self._request)
+        data = b""
+        while True:
+            part = self._socket.recv(65536)
+            data += part
+            head, end, body = data.partition(b"\r\n\r\n")
+            found = LENGTH.search(head) if end else None
+            if not part or (found is not None and len(body) >= int(found[1])):
+                break
+        took_s = time.perf_counter() - begin_s
+        if data[9:12] != b"200":
+            raise Broken(f"{data[:200]!r} instead of 200")
+        return took_s
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+class Grpc:
+    """One channel, one message serialized beforehand."""
+
+    def __init__(self, port: int, model: str, row: Sequence[float]) -> None:
+        import numpy as np
+
+        messages = inference()
+        asked = messages.ModelInferRequest(model_name=model)
+        asked.inputs.add(name="image", datatype="FP32", shape=[1, len(row)])
+        asked.raw_input_contents.append(np.array(row, "<f4").tobytes())
+        self._data = asked.SerializeToString()
+        self._channel = grpc.insecure_channel(f"127.0.0.1:{port}")
+        self._ask = self._channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
+
+    def call(self) -> float:
+        begin_s = time.perf_counter()
+        self._ask(self._data, timeout=30)
+        return time.perf_counter() - begin_s
+
+    def close(self) -> None:
+        self._channel.close()
+
+
+def p50_ms(takes_s: Sequence[float]) -> float:
+    return 1000 * percentile(list(takes_s), 0.5)
+
+
+def row_of(model: Model) -> list[float]:
+    found: list[float] = json.loads(model.samples.read_text())["x"][0]
+    return found
+
+
+def added(folder: Path, model: Model, rounds: int, calls: int, say: Say) -> list[Row]:
+    """What a replica adds to a call of its predictor while nobody else asks; in turn."""
+    group = "Added latency, one client"
+    row = row_of(model)
+    takes: dict[str, list[float]] = {"bare": [], "HTTP": [], "gRPC": []}
+    with ExitStack() as stack:
+        node = stack.enter_context(alone(folder / "added", model))
+        line = stack.enter_context(bare(model))
+        clients: dict[str, Any] = {
+            "HTTP": Http(node.http_port, infer_request(model.name, row)),
+            "gRPC": Grpc(node.grpc_port, model.name, row),
+        }
+        for client in clients.values():
+            stack.callback(client.close)
+            for _ in range(100):
+                client.call()
+        for number in range(rounds):
+            say(f"{group}: round {number + 1} of {rounds}")
+            takes["bare"].append(p50_ms(line.ask(calls=calls)["s"]))
+            for name, client in clients.items():
+                takes[name].append(p50_ms([client.call() for _ in range(calls)]))
+    rows = []
+    for name in clients:
+        more = [a - b for a, b in zip(takes[name], takes["bare"], strict=True)]
+        note = (
+            f"p50 of {calls} calls each round: {statistics.median(takes[name]):.3f} ms, the bare "
+            f"predictor {statistics.median(takes['bare']):.3f} ms"
+        )
+        rows.append(Row(group, f"{name}, beyond a bare call", "ms", more, goal=1.0, note=note))
+    return rows
+
+
+# ---------------------------------------------------------------- throughput, many clients
+
+
+def batching(
+    folder: Path, models: Sequence[Model], rounds: int, for_s: float, say: Say
+) -> list[Row]:
+    rows: list[Row] = []
+    for model in models:
+        rows += _batching(folder, model, rounds, for_s, say)
+    return rows
+
+
+def _batching(folder: Path, model: Model, rounds: int, for_s: float, say: Say) -> list[Row]:
+    """The same server with and without batches, and a loop around a predictor; in turn."""
+    group = f"Batching, {CLIENTS} clients, {model.name}"
+    rates: dict[str, list[float]] = {"on": [], "off": [], "bare": []}
+    took: dict[str, list[float]] = {"on": [], "off": []}
+    bad = 0
+    with ExitStack() as stack:
+        nodes = {
+            "on": stack.enter_context(alone(folder / f"on-{model.name}", model)),
+            "off": stack.enter_context(
+                alone(folder / f"off-{model.name}", model, batch_rows_max=1)
+            ),
+        }
+        line = stack.enter_context(bare(model))
+        for number in range(rounds):
+            say(f"{group}: round {number + 1} of {rounds}")
+            for name, node in nodes.items():
+                found = closed(folder, node.http_port, model.name, str(model.samples), for_s)
+                bad += failed(found.requests)
+                rates[name].append(rate(found))
+                took[name].append(1000 * p99_s(found.requests))
+            rates["bare"].append(line.ask(for_s=for_s)["rows_per_s"])
+    peers = {"a bare predictor, row by row": rates["bare"]}
+    note = (
+        f"p99 {statistics.median(took['on']):.1f} ms on, {statistics.median(took['off']):.1f} ms "
+        f"off; {bad} failed; the clients take their share of the processors"
+    )
+    return [Row(group, "throughput", "rows/s", rates["on"], rates["off"], "batching off", peers,
+                goal=1.0, sense=">=", note=note)]  # fmt: skip
+
+
+def closed(folder: Path, port: int, model: str, samples: str, for_s: float) -> Load:
+    """16 clients, each one request after the other; what the first second has shown is left out."""
+    spec = Spec(port, str(folder / "closed"), samples, model, clients=CLIENTS)
+    with load(folder, spec) as found:
+        begin_s = time.monotonic() + WARM_S
+        time.sleep(WARM_S + for_s)
+    found.requests = [r for r in found.requests if begin_s <= r.intended_s < begin_s + for_s]
+    return found
+
+
+def rate(found: Load) -> float:
+    good = [r for r in found.requests if r.status == 200]
+    if not good:
+        raise Broken(f"nobody was answered: {found.told[:2]}")
+    return len(good) / (max(r.answered_s for r in good) - min(r.intended_s for r in good))
+
+
+# ---------------------------------------------------------------- the hop
+
+
+def hop(world: Any, rounds: int, calls: int, say: Say) -> list[Row]:
+    """p50 through the gateway and through a hand-written nginx, less that of a replica; in turn."""
+    group = "The hop"
+    ports = {n.http_port for n in world.nodes.values()}
+    request = infer_request(world.model.name, row_of(world.model))
+    takes: dict[str, list[float]] = {"direct": [], "gateway": [], "nginx": []}
+    with ExitStack() as stack:
+        port = stack.enter_context(by_hand(world.folder / "by-hand", sorted(ports)))
+        where = {"direct": min(ports), "gateway": world.http_port, "nginx": port}
+        clients = {name: Http(where[name], request) for name in takes}
+        for client in clients.values():
+            stack.callback(client.close)
+            for _ in range(100):
+                client.call()
+        for number in range(rounds):
+            say(f"{group}: round {number + 1} of {rounds}")
+            for name, client in clients.items():
+                takes[name].append(p50_ms([client.call() for _ in range(calls)]))
+    ours, theirs = (
+        [a - b for a, b in zip(takes[name], takes["direct"], strict=True)]
+        for name in ("gateway", "nginx")
+    )
+    told = ", ".join(f"{name} {statistics.median(v):.3f} ms" for name, v in takes.items())
+    return [Row(group, "the gateway, beyond a replica asked directly", "ms", ours, theirs,
+                "nginx with a configuration by hand", note=f"p50: {told}")]  # fmt: skip
+
+
+@contextmanager
+def by_hand(folder: Path, ports: Sequence[int]) -> Iterator[int]:
+    """The same nginx with the least of a configuration; gives its port."""
+    folder.mkdir()
+    (port,) = free_ports("127.0.0.1", 1)
+    servers = " ".join(f"server 127.0.0.1:{p};" for p in ports)
+    text = MINIMAL.format(folder=folder, servers=servers, port=port)
+    (folder / "nginx.conf").write_text(("user root;\n" if os.geteuid() == 0 else "") + text)
+    argv = [str(find_nginx().path), "-p", f"{folder}/", "-c", "nginx.conf", "-g", "daemon off;"]
+    process = subprocess.Popen(
+        tethered(argv, 15), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        until(lambda: process.poll() is not None or listens(port), "nginx listens")
+        if process.poll() is not None:
+            raise Broken(f"nginx has ended: {(folder / 'nginx.log').read_text()[-300:]}")
+        yield port
+    finally:
+        process.terminate()
+        process.wait(10)
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+# ---------------------------------------------------------------- OCR
+
+
+def ocr(folder: Path, for_s: float, say: Say) -> list[Row]:
+    """Recognition of PP-OCRv4 (strips of 48 x 320) at 16 clients."""
+    group, store = f"OCR recognition, {CLIENTS} clients", folder / "ocr-store"
+    script = HERE.parent / "examples" / "ocr" / "publish.py"
+    say(f"{group}: publishing")
+    store.mkdir(exist_ok=True)
+    run = subprocess.run([sys.executable, str(script), "--store", str(store)], text=True,
+                         capture_output=True, env=environment({}), timeout=400)  # fmt: skip
+    if run.returncode:
+        raise Broken(f"examples/ocr/publish.py ended with {run.returncode}: {run.stderr[-300:]}")
+    model = Model("ocr_rec", folder, store, 1)
+    with alone(folder / "ocr", model) as node:
+        name = json.loads(node.ask("GET", "/v2/models/ocr_rec")[2])["inputs"][0]["name"]
+        (folder / "strip.http").write_bytes(strip(name))
+        say(f"{group}: {for_s:g} s")
+        found = closed(folder, node.http_port, "ocr_rec", str(folder / "strip.http"), for_s)
+    took = [1000 * r.took_s for r in found.requests]
+    if not took:
+        raise Broken("nobody was answered")
+    share = 1 - failed(found.requests) / len(took)
+    note = f"of {len(took)} requests, {rate(found):.1f} a second; {found.told[:2] or ''}"
+    return [
+        Row(group, "success", "share", [share], goal=0.998, sense=">=", note=note),
+        Row(group, "mean", "ms", [statistics.fmean(took)]),
+        Row(group, "P95", "ms", [percentile(took, 0.95)]),
+    ]
+
+
+def strip(name: str) -> bytes:
+    """A request for one line of text."""
+    import numpy as np
+
+    raw = np.random.default_rng(0).standard_normal((1, 3, 48, 320)).astype("<f4").tobytes()
+    tensor = {"name": name, "datatype": "FP32", "shape": [1, 3, 48, 320]}
+    wanted = {"inputs": [tensor | {"parameters": {"binary_data_size": len(raw)}}],
+              "parameters": {"binary_data_output": True}}  # fmt: skip
+    head = json.dumps(wanted).encode()
+    lines = [
+        "POST /v2/models/ocr_rec/infer HTTP/1.1",
+        "Host: bench",
+        f"Content-Length: {len(head) + len(raw)}",
+        f"Inference-Header-Content-Length: {len(head)}",
+    ]
+    return "\r\n".join([*lines, "", ""]).encode() + head + raw
