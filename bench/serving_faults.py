@@ -204,13 +204,14 @@ def _without_etcd(world: World, how: str, for_s: float, rate_hz: float, say: Say
         after.append((found.primary, found.term))
 
     run = under_load(world, rate_hz, 2, act, say)
-    changed = [f"{a} instead of {b}" for b in before for a in after if a != b]
+    changed = [f"{a} after {b}" for b, _ in before for a, _ in after if a not in (None, b)]
+    terms = [term for _, term in (*before, *after) if term]
     times = [a.answered_s for a in run.load.acks]
     held_up = [longest_gap_s(times, *puts)] if times and puts else []
     return [
         failures(run, group),
         Row(group, "new primaries", "primaries", [len(changed)] if after else [], goal=0.0,
-            note=(changed[0] if changed else "") + run.broken),
+            note=f"{'; '.join(changed)} terms {terms}. {run.broken}".strip()),
         worst(group, "all registered again after its return", back, None),
         worst(group, "longest time in which nothing was acknowledged", held_up, None),
         *state(run, group),

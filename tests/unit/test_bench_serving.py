@@ -31,7 +31,6 @@ from bench.serving_analysis import (
 from bench.serving_load import WRONG, Load, Spec, infer_request, parsed
 from bench.serving_report import Part, document, from_json, to_json, unfinished
 
-
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 
