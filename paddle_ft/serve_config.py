@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from typing_extensions import Self
 
@@ -95,6 +97,20 @@ class ServeConfig(BaseModel):
     """Without TLS, although other machines reach the replica."""
     admin_token: str = Field("", repr=False)
     """Who loads and unloads models over the network sends it; empty: nobody does."""
+    level: Literal["active-active", "hot-standby", "cold-standby"] = "active-active"
+    """Of a new group: all replicas answer; only the primary, and the others are ready to; or the
+    others have the files and start workers once they are needed. Later: paddle-ft serving --level.
+    """
+    weight: int = Field(1, ge=1, le=1000)
+    """Requests that this replica takes, relative to others."""
+    follow: bool = True
+    """A model without a number is changed to the version that is registered when it is published.
+    """
+    follow_store_s: float = Field(0.0, ge=0)
+    """And so often the store is looked at for a newer one; 0: never."""
+    ramp_s: float = Field(10.0, ge=0, le=86_400)
+    """From a tenth of its share to the whole of it, for a replica that comes to others that serve,
+    and for a primary that takes the place of one that was lost; 0: at once."""
     in_sync_min: int = Field(1, ge=1, le=64)
     """In a group, so many replicas, with the primary, must have a change of the shared state before
     it is acknowledged."""

@@ -82,6 +82,8 @@ LAYERS = (
             "serve.breaker",
             "serve.rollout",
             "serve.cut",
+            "serve.wanted",
+            "serve.ramp",
             "serve.deadline",
             "observe.goodput",
             "observe.story",

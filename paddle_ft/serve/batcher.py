@@ -61,6 +61,8 @@ class Figures:
     last_ms: int = 0
     """Wall-clock time of the last success since 1970."""
     refused: int = 0
+    errors: int = 0
+    """Of those that failed, with a status of 500 or more."""
     rows_of_batches: dict[int, Duration] = field(default_factory=dict)
 
 
@@ -243,6 +245,7 @@ class Batcher:
             self._queue.again(tuple(pending.item for pending in living))
             return
         for pending in living:
+            self.figures.errors += error.status >= 500
             self.figures.fail.add(asyncio.get_running_loop().time() - pending.item.arrived_s)
             _fail(pending, error)
 

@@ -54,6 +54,8 @@ class _Coming:
     failure: str = ""
     extra: bool = False
     """The replica is ready without it."""
+    idle: bool = False
+    """Its files are here, its workers are not wanted now."""
 
 
 class Catalog:
@@ -85,9 +87,14 @@ class Catalog:
         self._coming[name] = _Coming(version, progress, retry_after_s, extra=extra)
         self._changed()
 
-    def failed(self, name: str, version: str, reason: str) -> None:
+    def failed(self, name: str, version: str, reason: str, extra: bool = False) -> None:
         """``version`` could not be loaded."""
-        self._coming[name] = _Coming(version, 0.0, 5.0, reason)
+        self._coming[name] = _Coming(version, 0.0, 5.0, reason, extra)
+        self._changed()
+
+    def idle(self, name: str, version: str) -> None:
+        """``version`` is here for the case of need: not ready; what still serves it answers."""
+        self._coming[name] = _Coming(version, 1.0, 1.0, idle=True)
         self._changed()
 
     def forget(self, name: str) -> None:
@@ -152,6 +159,8 @@ class Catalog:
         coming = self._coming.get(name)
         if coming is not None and version in ("", coming.version):
             named = f"{name} {coming.version}".strip()
+            if coming.idle:
+                raise Unavailable(f"{named} is not served by this standby: ask another replica")
             if coming.failure:
                 raise Unavailable(
                     f"{named} could not be loaded: {coming.failure}",
@@ -171,6 +180,12 @@ class Catalog:
     def served(self) -> dict[str, str]:
         """The version, by model, that is given to who names none."""
         return dict(self._default)
+
+    @property
+    def progress(self) -> float:
+        """Of all that is on its way, 0 to 1."""
+        coming = [c.progress for c in self._coming.values() if not c.failure and not c.extra]
+        return min(coming, default=1.0)
 
     def versions(self, name: str) -> list[str]:
         return [version for model, version in self._served if model == name]
@@ -192,6 +207,8 @@ class Catalog:
         if self._draining:
             return False
         if not name:
+            if any(c.idle for c in self._coming.values()):
+                return False
             coming = {each for each, c in self._coming.items() if not c.extra}
             names = {*self._default, *coming}
             return bool(names) and all(self.ready(each) for each in names)
@@ -205,7 +222,9 @@ class Catalog:
         for name, version in self._served:
             yield Entry(name, version, "READY")
         for name, coming in self._coming.items():
-            if coming.failure:
+            if coming.idle:
+                yield Entry(name, coming.version, "UNAVAILABLE", "its workers are not wanted now")
+            elif coming.failure:
                 yield Entry(name, coming.version, "UNAVAILABLE", coming.failure)
             else:
                 yield Entry(name, coming.version, "LOADING", f"{coming.progress:.0%} done")

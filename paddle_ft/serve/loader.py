@@ -11,7 +11,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,10 +21,17 @@ from typing import Any, TypeVar
 
 from paddle_ft.checkpoint.sign import Trust
 from paddle_ft.checkpoint.store import Store
-from paddle_ft.errors import ConfigError, PaddleFTError, StoreMissing, StoreUnavailable
+from paddle_ft.errors import (
+    ConfigError,
+    MachineError,
+    PaddleFTError,
+    StoreMissing,
+    StoreUnavailable,
+)
+from paddle_ft.serve import memory
 from paddle_ft.serve.catalog import Catalog
-from paddle_ft.serve.folder import load
-from paddle_ft.serve.models import VersionRef, check_name, read_version
+from paddle_ft.serve.folder import LoadedVersion, load
+from paddle_ft.serve.models import Version, VersionRef, check_name, list_versions, read_version
 from paddle_ft.serve.pool import Pool, PoolSettings, Progress
 from paddle_ft.serve.predictor import Settings
 from paddle_ft.serve.tensors import BadRequest
@@ -36,7 +43,6 @@ T = TypeVar("T")
 
 _FETCHED = 0.5
 """How much of the way it is until the files are there."""
-_RETRY_S, _RETRY_MAX_S = 1.0, 30.0
 _VERSION_MAX = 10**8
 
 
@@ -79,7 +85,7 @@ def pool_settings(config: ServeConfig) -> PoolSettings:
 
 
 class Loader:
-    """``catalog.Control`` over a store; for one event loop."""
+    """Loads from a store into a catalog; for one event loop."""
 
     def __init__(self, store: Store, trust: Trust, cache: Path, settings: PoolSettings) -> None:
         self._store, self._trust, self._cache = store, trust, cache
@@ -88,6 +94,8 @@ class Loader:
         self._locks: dict[str, asyncio.Lock] = {}
         self._leaving: dict[str, asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._nbytes: dict[str, int] = {}
+        """Of the files that are served, by model."""
         self._stopped = False
 
     def fill(self, catalog: Catalog) -> None:
@@ -99,21 +107,6 @@ class Loader:
         assert self._catalog is not None
         return self._catalog
 
-    async def begin(self, models: Sequence[Wanted]) -> None:
-        """Serves ``models``, all at once; without them the replica is not ready.
-
-        While the store does not answer it goes on trying. Raises PaddleFTError for what trying
-        again cannot mend.
-        """
-        for each in models:
-            self.catalog.loading(each.name, str(each.version or ""))
-        tasks = [self._spawn(self._bring_at_last(each)) for each in models]
-        try:
-            await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:
-                task.cancel()
-
     async def stop(self) -> None:
         """Gives up what is on its way; what is served stays."""
         self._stopped = True
@@ -122,66 +115,27 @@ class Loader:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    # ------------------------------------------------------------ for administrators
-
-    async def load(self, name: str, parameters: Mapping[str, Any]) -> None:
-        """Serves the newest version, or ``parameters["version"]``; see ``Control``."""
-        version = version_of(parameters)
-        try:
-            check_name(name)
-            # Goes on without a client that has lost its patience.
-            await asyncio.shield(self._spawn(self._bring(Wanted(name, version), extra=True)))
-        except asyncio.CancelledError:
-            if self._stopped:
-                raise self._leaves() from None
-            raise
-        except PaddleFTError as error:
-            raise _as_answer(error) from error
-
-    async def unload(self, name: str) -> None:
-        await asyncio.shield(self._spawn(self._unload(name)))
-
-    async def _unload(self, name: str) -> None:
-        async with self._lock(name):
-            versions = self.catalog.versions(name)
-            if not versions:
-                raise BadRequest(f"there is no model {name[:60]!a} here", 404)
-            self.catalog.forget(name)
-            for version in versions:
-                self._retire(name, version)
-        log.info("%s is no longer served here", name)
-
     # ------------------------------------------------------------ one model
 
-    async def _bring_at_last(self, wanted: Wanted) -> None:
-        pause_s = _RETRY_S
-        while True:
-            try:
-                await self._bring(wanted, extra=False)
-                return
-            except StoreUnavailable as error:
-                if pause_s == _RETRY_S:
-                    log.warning("%s is not there yet, and tried again: %s", wanted, error)
-                self.catalog.failed(wanted.name, str(wanted.version or ""), str(error))
-            await asyncio.sleep(pause_s)
-            pause_s = min(2 * pause_s, _RETRY_MAX_S)
+    async def bring(self, wanted: Wanted, extra: bool = False) -> None:
+        """Returns once that version is served. Raises PaddleFTError; then all is as before.
 
-    async def _bring(self, wanted: Wanted, extra: bool) -> None:
-        """Returns once that version is served. Raises PaddleFTError; then all is as before."""
+        Without what is ``extra`` the replica is ready, too.
+        """
         name = wanted.name
         if self._stopped:
             raise self._leaves()
         async with self._lock(name):
             if leaving := self._leaving.get(name):
                 await asyncio.wait([leaving])
-            _, ref = await beside(
-                partial(read_version, self._store, name, wanted.version, self._trust)
-            )
+            manifest, ref = await self._ref(wanted)
             version, before = str(ref.version), self.catalog.served.get(name)
             if version == before:
                 self.catalog.forget(name)
                 return
             try:
+                if before is not None:
+                    self._look_for_room(name, before, manifest.nbytes)
                 await self._serve(ref, extra or before is not None)
             except asyncio.CancelledError:
                 self.catalog.forget(name)
@@ -194,6 +148,45 @@ class Loader:
                 raise
             if before is not None:
                 self._retire(name, before)
+
+    async def fetch(self, wanted: Wanted) -> int:
+        """Has the files of that version on this machine; gives its number. Raises PaddleFTError."""
+        name = wanted.name
+        async with self._lock(name):
+            ref = (await self._ref(wanted))[1]
+
+            def tell(share: float) -> None:
+                with suppress(RuntimeError):  # the loop is closed
+                    loop.call_soon_threadsafe(
+                        self.catalog.loading, name, str(ref.version), share * _FETCHED
+                    )
+
+            loop = asyncio.get_running_loop()
+            await self._folder(ref, tell)
+            self.catalog.idle(name, str(ref.version))
+            return ref.version
+
+    async def newest(self, name: str) -> int | None:
+        """The newest version in the store; raises StoreError."""
+        found = await beside(partial(list_versions, self._store, name))
+        return max(found.get(name, ()), default=None)
+
+    async def cool(self, name: str) -> None:
+        """Ends the workers of a model, once they have finished; its files stay."""
+        async with self._lock(name):
+            for version in self.catalog.versions(name):
+                self._retire(name, version)
+
+    async def unload(self, name: str) -> None:
+        """Serves no version of it any more; raises BadRequest (404)."""
+        async with self._lock(name):
+            versions = self.catalog.versions(name)
+            if not versions:
+                raise BadRequest(f"there is no model {name[:60]!a} here", 404)
+            self.catalog.forget(name)
+            for version in versions:
+                self._retire(name, version)
+        log.info("%s is no longer served here", name)
 
     async def _serve(self, ref: VersionRef, extra: bool) -> None:
         name, version, loop = ref.name, str(ref.version), asyncio.get_running_loop()
@@ -215,24 +208,14 @@ class Loader:
                 self.catalog.loading(name, version, min(share, 0.99), extra=extra)
 
         tell(0.0)
-        found = await beside(
-            partial(
-                load,
-                self._store,
-                name,
-                ref.version,
-                self._cache,
-                trust=self._trust,
-                digest=ref.digest,
-                on_progress=fetched,
-            )
-        )
+        found = await self._folder(ref, fetched)
         stage = "starts"
         pool = await Pool.start(
             found.folder, name, version, self._settings, started, on_end=found.held.close
         )
         stage = "serves"
         self.catalog.serve(pool)
+        self._nbytes[name] = found.manifest.nbytes
         log.info(
             "%s %s is served: %.1f MB, of which %.1f MB fetched, after %.1f s",
             name,
@@ -241,6 +224,36 @@ class Loader:
             found.nbytes_fetched / 1e6,
             time.monotonic() - began_s,
         )
+
+    async def _ref(self, wanted: Wanted) -> tuple[Version, VersionRef]:
+        call = partial(read_version, self._store, wanted.name, wanted.version, self._trust)
+        return await beside(call)
+
+    async def _folder(self, ref: VersionRef, on_progress: Callable[[float], None]) -> LoadedVersion:
+        return await beside(
+            partial(
+                load,
+                self._store,
+                ref.name,
+                ref.version,
+                self._cache,
+                trust=self._trust,
+                digest=ref.digest,
+                on_progress=on_progress,
+            )
+        )
+
+    def _look_for_room(self, name: str, before: str, nbytes: int) -> None:
+        """Raises MachineError if a second version will not fit beside the one that is served."""
+        pids = getattr(self.catalog.find(name, before).runner, "pids", ())
+        need = memory.private_bytes(pids) * max(1.0, nbytes / self._nbytes.get(name, nbytes))
+        free = memory.free_bytes()
+        if free is not None and need > free:
+            raise MachineError(
+                f"another version of {name} beside version {before} would take about "
+                f"{need / 1e9:.2f} GB of memory, and {free / 1e9:.2f} GB are free; make room, or "
+                "give it fewer workers and spares."
+            )
 
     def _retire(self, name: str, version: str) -> None:
         """Lets that version finish, beside whatever goes on."""
@@ -319,7 +332,7 @@ def _is_version(text: str) -> bool:
     return text.isascii() and text.isdigit() and 0 < int(text[:9]) < _VERSION_MAX
 
 
-def _as_answer(error: PaddleFTError) -> ServeError:
+def as_answer(error: PaddleFTError) -> ServeError:
     """What a client that asked for a model is told."""
     if isinstance(error, ServeError):
         return error
@@ -327,6 +340,6 @@ def _as_answer(error: PaddleFTError) -> ServeError:
         return BadRequest(str(error), 404)
     if isinstance(error, ConfigError):
         return BadRequest(str(error), 400)
-    if isinstance(error, StoreUnavailable):
+    if isinstance(error, (StoreUnavailable, MachineError)):
         return Unavailable(str(error), 5.0)
     return ServeError(str(error))

@@ -22,8 +22,9 @@ from paddle_ft.coordination.etcd import EtcdCoordinator
 from paddle_ft.errors import ConfigError, StoreMissing
 from paddle_ft.serve import memory
 from paddle_ft.serve.catalog import Catalog
-from paddle_ft.serve.follow import Following
+from paddle_ft.serve.follow import Following, Policy
 from paddle_ft.serve.front import Front
+from paddle_ft.serve.gray import Gray
 from paddle_ft.serve.ledger import Bounds
 from paddle_ft.serve.loader import Loader, Wanted, pool_settings, wanted
 from paddle_ft.serve.registry import Condition
@@ -32,19 +33,20 @@ from paddle_ft.serve.stream import PeerTls
 
 log = logging.getLogger("paddle_ft")
 
-LOOK_S = 1.0
-"""Between two looks at the memory."""
+LOOK_S = 0.2
+"""Between two looks at the memory and at the group."""
+REASON_MAX = 500
 _ENOUGH = 0.05
 """So far below the bound must the memory be again for a replica to be no longer degraded."""
 _ANY = ("0.0.0.0", "::", "")
 
 
-def condition(ready: bool, draining: bool, degraded: bool) -> Condition:
+def condition(ready: bool, draining: bool, degraded: bool, standby: bool = False) -> Condition:
     """What the others are told of a replica."""
     if draining:
         return "draining"
     if not ready:
-        return "loading"
+        return "standby" if standby else "loading"
     return "degraded" if degraded else "ready"
 
 
@@ -60,7 +62,11 @@ class Replica:
         self._loader = Loader(
             _store(config), trust, _cache(settings.cache), pool_settings(settings)
         )
-        self._following = Following(self._loader)
+        self._following = Following(
+            self._loader,
+            Policy(settings.follow, settings.follow_store_s, settings.level, settings.notice_s),
+        )
+        self._gray = Gray(settings.ramp_s)
         self._front = Front(settings, self._following)
         self._loader.fill(self._front.catalog)
         self._group: Replicated | None = None
@@ -89,7 +95,7 @@ class Replica:
 
     async def _serve(self) -> bool:
         """Returns once asked to stop."""
-        begin = asyncio.create_task(self._loader.begin(self._models))
+        begin = asyncio.create_task(self._following.run(self._models))
         watch = asyncio.create_task(self._watch())
         asked = asyncio.create_task(self._asked.wait())
         try:
@@ -194,9 +200,23 @@ class Replica:
             cancel()
 
     def _tell(self, catalog: Catalog) -> None:
-        if self._group is not None:
-            now = condition(catalog.ready(), self._draining, self._degraded)
-            self._group.tell(condition=now, models=catalog.served)
+        if self._group is None:
+            return
+        failures, ready = self._following.failures, catalog.ready()
+        self._gray.look(self._group, catalog, ready)
+        reasons = [self._following.reason, self._gray.why]
+        if self._degraded:
+            reasons.append(f"{100 * memory.used_share():.0f} % of the memory are used")
+        degraded = self._degraded or bool(failures)
+        self._group.tell(
+            condition=condition(ready, self._draining, degraded, self._following.standby),
+            models=catalog.served,
+            progress=round(catalog.progress, 1),
+            reason="; ".join(filter(None, reasons))[:REASON_MAX],
+            failed={name: str(each.version) for name, each in failures.items()},
+            share=self._gray.share,
+            weight=self._config.serve.weight,
+        )
 
 
 def models_of(config: Config) -> Sequence[Wanted]:

@@ -174,6 +174,12 @@ class Replicated:
         """Sets fields of this replica's record (condition, models, weight, share, ports)."""
         self._party.tell(**changes)
 
+    async def choose(self, level: registry.Level) -> None:
+        """How the group is served, unless somebody has chosen by now."""
+        member = self._party.member
+        txn = registry.choose(member.keys, level, self.group)
+        await self._party.in_thread(member.transact, txn)
+
     # ------------------------------------------------------------ changes
 
     async def put(
