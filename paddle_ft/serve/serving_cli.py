@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import json
+import threading
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
+
+from paddle_ft.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from paddle_ft.config import EtcdConfig
     from paddle_ft.serve.registry import Group
+
+WATCH_S = 1.0
 
 
 def serve(context: typer.Context) -> None:
@@ -26,25 +33,95 @@ def serve(context: typer.Context) -> None:
 def serving(
     etcd: Annotated[str, typer.Option(help="etcd members, host:port,…", envvar="PADDLE_FT_ETCD")],
     group: Annotated[str, typer.Option(help="name of the serving group")] = "default",
-    as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
+    level: Annotated[
+        str, typer.Option(help="serve it so: active-active, hot-standby or cold-standby")
+    ] = "",
+    watch: Annotated[
+        bool, typer.Option("--watch", help="whenever it changes, until Ctrl-C")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="for programs; with --watch, a line for each change")
+    ] = False,
 ) -> None:
     """Show the replicas of a serving group, what they serve, and who is the primary."""
     import os
-
-    from rich.console import Console
 
     from paddle_ft.config import load
     from paddle_ft.serve.gateway import read_group
 
     endpoints = tuple(filter(None, etcd.removeprefix("etcd://").split(",")))
     config = load({"etcd.endpoints": endpoints, "serve.group": group}, os.environ).config
-    found = read_group(config.etcd, config.serve.group)
+    if level:
+        _choose(config.etcd, config.serve.group, level)
+    if watch:
+        _watch(config.etcd, config.serve.group, as_json)
+        return
+    _show(config.serve.group, read_group(config.etcd, config.serve.group), as_json)
+
+
+def _choose(etcd: EtcdConfig, group: str, level: str) -> None:
+    """Raises ConfigError, EtcdUnavailable."""
+    from paddle_ft.coordination.etcd import EtcdCoordinator
+    from paddle_ft.serve import registry
+
+    levels: tuple[registry.Level, ...] = get_args(registry.Level)
+    found = next((each for each in levels if each == level), None)
+    if found is None:
+        raise ConfigError(f"--level {level} is none: give one of {', '.join(levels)}")
+    coordinator = EtcdCoordinator(etcd)
+    try:
+        coordinator.transact(registry.choose(registry.Keys(group), found))
+    finally:
+        coordinator.close()
+
+
+def _show(name: str, group: Group, as_json: bool) -> None:
+    from rich.console import Console
+
     if as_json:
-        typer.echo(json.dumps(asdict(found)))
+        typer.echo(json.dumps(asdict(group)))
         return
     screen = Console(soft_wrap=True)
-    for line in describe(group, found):
+    for line in describe(name, group):
         screen.print(line, markup=False, highlight=False)
+
+
+def _watch(etcd: EtcdConfig, name: str, as_json: bool) -> None:
+    """Shows each state of the group that differs from the one before. Raises EtcdUnavailable."""
+    import time
+
+    from paddle_ft.serve.gateway import Registry
+
+    news = threading.Event()
+    registry = Registry(etcd, name, news.set)
+    shown: list[str] = []
+    try:
+        registry.start()
+        while True:
+            news.clear()
+            if (group := registry.group()) is not None:
+                lines = _lines(name, group)
+                if lines != shown:
+                    shown = lines
+                    if not as_json:
+                        typer.echo(time.strftime("%H:%M:%S "), nl=False)
+                    _show(name, group, as_json)
+            news.wait(WATCH_S)
+    except KeyboardInterrupt:
+        return
+    finally:
+        registry.close()
+
+
+def _lines(name: str, group: Group) -> list[str]:
+    """As they are shown: ends of logs grow all the time, and are not."""
+    from rich.console import Console
+
+    screen = Console(soft_wrap=True, file=io.StringIO(), width=400)
+    with screen.capture() as text:
+        for line in describe(name, group):
+            screen.print(line, markup=False, highlight=False)
+    return text.get().splitlines()
 
 
 def describe(name: str, group: Group) -> Iterator[str | Table]:
@@ -54,8 +131,11 @@ def describe(name: str, group: Group) -> Iterator[str | Table]:
         return
     count = f"{len(group.replicas)} replica{'s' if len(group.replicas) > 1 else ''}"
     primary = f"primary {group.primary}, term {group.term}" if group.primary else "no primary"
-    yield f"serving group {name}: {count}, {primary}"
+    yield f"serving group {name}: {count}, {primary}, {group.level}"
     yield _replicas(group)
+    for each, record in sorted(group.replicas.items()):
+        if record.reason:
+            yield f"{each}: {record.reason}"
 
 
 def _replicas(group: Group) -> Table:
@@ -68,11 +148,13 @@ def _replicas(group: Group) -> Table:
         models = ", ".join(f"{model} {version}" for model, version in sorted(record.models.items()))
         notes = ["primary"] if name == group.primary else ["in sync"] if name in in_sync else []
         notes += [f"{record.share:.0%} of its share"] if record.share < 1 else []
+        notes += [f"weight {record.weight}"] if record.weight != 1 else []
+        share = f" {record.progress:.0%}" if record.condition == "loading" else ""
         table.add_row(
             name,
             f"{host}:{record.http_port}",
             f"{host}:{record.grpc_port}",
-            record.condition,
+            f"{record.condition}{share}",
             models or "none yet",
             ", ".join(notes),
         )

@@ -226,7 +226,7 @@ def test_replicas_of_a_group_follow_their_primary(
                     wait_for(lambda: clients.answers[3] > 2)
                 assert not clients.failures
                 wait_for(lambda: group()["right"]["models"] == {"times": "2"})
-                wait_for(lambda: "in sync" in told())
+                wait_for(lambda: "in sync" in told() and "share" not in told(), 30)
                 lines = told().splitlines()
                 assert [line.split()[3:] for line in lines[2:]] == [
                     ["ready", "times", "2", "primary"],
