@@ -206,7 +206,8 @@ class Replica:
         self._gray.look(self._group, catalog, ready)
         reasons = [self._following.reason, self._gray.why]
         if self._degraded:
-            reasons.append(f"{100 * memory.used_share():.0f} % of the memory are used")
+            most = self._config.serve.memory_used_max
+            reasons.append(f"more than {most:.0%} of the memory are used")
         degraded = self._degraded or bool(failures)
         self._group.tell(
             condition=condition(ready, self._draining, degraded, self._following.standby),
