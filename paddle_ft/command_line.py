@@ -9,6 +9,7 @@ import argparse
 import difflib
 import importlib.util
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Collection, Iterable, Sequence
@@ -39,6 +40,7 @@ examples:
   python -m paddle_ft.launch --nproc_per_node 2 train.py --epochs 10
   python -m paddle_ft.launch --nnodes 2:4 --etcd 10.0.0.1:2379 --checkpoint s3://bucket/run \\
       train.py
+  python -m paddle_ft.launch --then-serve '--model digits --http_port 8000' train.py
 """
 
 IGNORED = {
@@ -65,6 +67,8 @@ class Command:
     quiet: bool
     print_config: bool
     chaos: Plan | None = None
+    then_serve: tuple[str, ...] = ()
+    """Flags of ``paddle_ft.serve`` for what this node does once training has ended well."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -99,6 +103,8 @@ _FLAGS = (
     ("job", "--node", "NAME", "name of this node (name of the host)"),
     ("job", "--log_dir", "DIR", "directory for the workers' output (log)"),
     ("job", "--module", "", "the script is the name of a module, as with python -m"),
+    ("job", "--then_serve", "FLAGS", ("once training has ended well this node serves what was "
+     "published, as python -m paddle_ft.serve FLAGS in the job's group: '--model NAME'")),
     ("fault tolerance", "--etcd", "ENDPOINTS", ("etcd members, host:port,… (a private etcd for "
      "this launcher alone)")),
     ("fault tolerance", "--checkpoint", "URL", ("where the state is kept: a directory, "
@@ -179,8 +185,7 @@ def parse(arguments: Sequence[str], environ: dict[str, str]) -> Command:
             "the current directory is no longer there: change to one that is"
         ) from None
     parser = build_parser()
-    _refuse_unknown(parser, arguments)
-    given = parser.parse_args(arguments)
+    given = parser.parse_args(_known(parser, arguments))
     values: dict[str, object] = {}
     notes = [
         f"--{name} has no effect here" + (f": {why}" if why else "")
@@ -211,7 +216,8 @@ def parse(arguments: Sequence[str], environ: dict[str, str]) -> Command:
     loaded = load(values, environ, given.config, flags)
     worker = ("-m", *given.script) if given.module else tuple(given.script)
     chaos = chaos_plan.of_own_job(given.chaos) if given.chaos else None
-    return Command(loaded, worker, tuple(notes), given.quiet, given.print_config, chaos)
+    then = _then_serve(given)
+    return Command(loaded, worker, tuple(notes), given.quiet, given.print_config, chaos, then)
 
 
 _DIRECT = {
@@ -238,12 +244,18 @@ _OTHER_FLAGS = {
 }
 
 
-def _refuse_unknown(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
-    """Names an unknown flag before the script, which argparse would hand to the script."""
+def _known(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> list[str]:
+    """``arguments``, so that flags in the value of one are not taken for flags of the launcher.
+
+    Raises ConfigError for an unknown flag before the script, which argparse would hand to the
+    script.
+    """
+    joined: list[str] = []
     known = {option: action for action in parser._actions for option in action.option_strings}
     pending = list(arguments)
     while pending and pending[0].startswith("-") and pending[0] != "--":
-        name, equals, _ = pending.pop(0).partition("=")
+        joined.append(pending.pop(0))
+        name, equals, _ = joined[-1].partition("=")
         action = known.get(name)
         if action is None:
             near = difflib.get_close_matches(name, known, n=1)
@@ -256,7 +268,21 @@ def _refuse_unknown(parser: argparse.ArgumentParser, arguments: Sequence[str]) -
         if not equals and action.nargs != 0:
             if not pending:
                 raise ConfigError(f"{name} needs a value (see --help)")
-            pending.pop(0)
+            if action.dest == "then_serve":
+                joined[-1] += f"={pending.pop(0)}"
+            else:
+                joined.append(pending.pop(0))
+    return joined + pending
+
+
+def _then_serve(given: argparse.Namespace) -> tuple[str, ...]:
+    if given.then_serve is None:
+        return ()
+    try:
+        flags = shlex.split(given.then_serve)
+    except ValueError as error:
+        raise ConfigError(f"--then-serve {given.then_serve!r}: {str(error).lower()}") from None
+    return (*(("--config", given.config) if given.config else ()), *flags)
 
 
 def _nnodes(text: str) -> dict[str, object]:

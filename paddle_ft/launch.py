@@ -14,13 +14,16 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from paddle_ft import policies
 from paddle_ft.command_line import Command, parse
 from paddle_ft.config import Config
 from paddle_ft.coordination.kv import Coordinator
 from paddle_ft.errors import EXIT_BUG, EXIT_SIGINT, ConfigError, MachineError, PaddleFTError
+
+if TYPE_CHECKING:
+    from paddle_ft.coordination.embedded import EmbeddedEtcd
 
 _SPACE = "free disk space, or set TMPDIR to a directory that has some"
 _DESCRIPTORS = "end what holds files open, or raise the limit (ulimit -n)"
@@ -41,17 +44,14 @@ SOCKET_PLACE_BYTES_MAX = 60
 def run(command: Command) -> int:
     """Runs this node of the job; gives the exit code. Raises PaddleFTError."""
     # Heavy imports (grpc, boto3) come after the command line was found good.
-    from paddle_ft.agent.agent import Agent
-    from paddle_ft.agent.console import Console
-    from paddle_ft.agent.membership import Node
-    from paddle_ft.agent.net import NodeName
-    from paddle_ft.agent.snapshots import own_directory, remove_leftovers, shared_directory
-    from paddle_ft.checkpoint.room import CheckpointRoom, alone
+    from paddle_ft.agent.snapshots import own_directory, remove_leftovers
     from paddle_ft.coordination.embedded import EmbeddedEtcd
-    from paddle_ft.coordination.etcd import EtcdCoordinator
+    from paddle_ft.serve import then_serve
 
     config = command.loaded.config
     check(config)
+    if command.then_serve:
+        then_serve.check(command.then_serve, config)
     with contextlib.ExitStack() as stack:
         place = _temporary_directory()
         remove_leftovers(Path(place))
@@ -59,6 +59,32 @@ def run(command: Command) -> int:
             place = "/tmp"  # noqa: S108  the directory made there is private
         run_dir = own_directory("run", Path(place))
         stack.callback(shutil.rmtree, run_dir, ignore_errors=True)
+        etcd, embedded = config.etcd, None
+        if not etcd.endpoints:
+            embedded = EmbeddedEtcd(run_dir)
+            stack.callback(embedded.stop)
+        exit_code = _train(command, Path(run_dir), embedded)
+        if exit_code or not command.then_serve:
+            return exit_code
+        if embedded is not None:
+            etcd = etcd.model_copy(update={"endpoints": (embedded.endpoint,)})
+        config = config.model_copy(update={"etcd": etcd})
+        tend = embedded.revive if embedded is not None else lambda: None
+        return then_serve.serve(command.then_serve, config, tend)
+
+
+def _train(command: Command, run_dir: Path, embedded: EmbeddedEtcd | None) -> int:
+    """Runs the agent; ``embedded`` is started as soon as this is a launcher that may run."""
+    from paddle_ft.agent.agent import Agent
+    from paddle_ft.agent.console import Console
+    from paddle_ft.agent.membership import Node
+    from paddle_ft.agent.net import NodeName
+    from paddle_ft.agent.snapshots import shared_directory
+    from paddle_ft.checkpoint.room import CheckpointRoom, alone
+    from paddle_ft.coordination.etcd import EtcdCoordinator
+
+    config, etcd = command.loaded.config, command.loaded.config.etcd
+    with contextlib.ExitStack() as stack:
         name = NodeName(config.job.id, config.job.node)
         stack.callback(name.release)
         console = Console(name.name, command.quiet)
@@ -67,10 +93,8 @@ def run(command: Command) -> int:
         stack.enter_context(alone(config))
         room = CheckpointRoom.open(config)
         stack.callback(room.close)
-        etcd, embedded = config.etcd, None
-        if not etcd.endpoints:
-            embedded = stack.enter_context(EmbeddedEtcd(run_dir))
-            etcd = etcd.model_copy(update={"endpoints": (embedded.endpoint,)})
+        if embedded is not None:
+            etcd = etcd.model_copy(update={"endpoints": (embedded.start(),)})
         coordinator = EtcdCoordinator(etcd)
         stack.callback(coordinator.close)
         coordinator.ping()

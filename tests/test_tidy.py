@@ -154,6 +154,7 @@ LAYERS = (
             "serve.publish_cli",
             "serve.serving_cli",
             "serve.command",
+            "serve.then_serve",
             "serve.__main__",
             "chaos.cli",
             "chaos.run",

@@ -2,6 +2,8 @@
 
     python train.py                                               one process
     python -m paddle_ft.launch --nproc_per_node 2 train.py        two ranks, killed at will
+    python -m paddle_ft.launch --nproc_per_node 2 --then-serve '--model digits' \\
+        train.py --publish digits                                 served afterwards: see ask.py
 
 The last line holds the sha256 of the weights, so that two runs can be compared bit for bit.
 """
@@ -16,6 +18,7 @@ import numpy as np
 import paddle
 from paddle import nn
 from paddle.nn import functional as F
+from paddle.static import InputSpec
 from sklearn.datasets import load_digits
 
 import paddle_ft as ft
@@ -88,6 +91,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--log-every", type=int, default=100, metavar="STEPS")
+    parser.add_argument("--publish", metavar="NAME", help="as the next version of model NAME")
     parser.add_argument(
         "--step-delay-ms", type=float, default=0.0, help="slows training down, to watch it"
     )
@@ -121,6 +125,8 @@ def main() -> None:
                 f"weights={weights_hash(model)} world={s.world_size} restarts={s.restarts}",
                 flush=True,
             )
+        if args.publish:
+            s.publish(args.publish, [InputSpec([None, 1, 8, 8], "float32", "image")])
 
 
 if __name__ == "__main__":
