@@ -17,8 +17,11 @@ from typing import Any
 
 from paddle_ft.config import EtcdConfig
 from paddle_ft.errors import PaddleFTError
+from paddle_ft.serve.front import Front
+from paddle_ft.serve.ledger import Bounds
 from paddle_ft.serve.log import Position
 from paddle_ft.serve.replicated import GroupSettings, Replicated
+from paddle_ft.serve_config import ServeConfig
 
 
 async def answer(group: Replicated, request: dict[str, Any]) -> Any:
@@ -34,6 +37,8 @@ async def answer(group: Replicated, request: dict[str, Any]) -> Any:
         return await group.promote(**request)
     if op == "items":
         return {key: value.decode() for key, value in group.items("state").items()}
+    if op == "address":
+        return group.group.replicas[group.name].http_port
     if op == "tell":
         return group.tell(**request)
     if op == "block":
@@ -61,7 +66,15 @@ async def main() -> None:
     config = EtcdConfig(
         endpoints=(etcd,), lease_ttl_s=ttl_s, renew_interval_s=0.4, rpc_timeout_s=0.5
     )
-    group = Replicated(GroupSettings(config, name, node, **settings))
+    front = None
+    if settings.pop("http", False):
+        front = Front(ServeConfig(http_port=0, grpc_port=0, admin_token="let me in"))
+        await front.start()
+        settings["http_port"] = front.http_port
+    bounds = Bounds(**settings.pop("bounds", {}))
+    group = Replicated(GroupSettings(config, name, node, bounds=bounds, **settings))
+    if front is not None:
+        front.state.join(group)
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
     group.tell(condition="ready")
@@ -70,6 +83,8 @@ async def main() -> None:
     print(server.sockets[0].getsockname()[1], flush=True)
     await stop.wait()
     await group.close()
+    if front is not None:
+        await front.stop()
     server.close()
 
 
