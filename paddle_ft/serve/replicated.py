@@ -76,6 +76,8 @@ class Replicated:
         """By sequence."""
         self._reads = Reads()
         self._ledger = Ledger(settings.bounds)
+        self._inherited = 0
+        """Up to where the log went when this replica became the primary."""
         self._expiry: asyncio.Task[None] | None = None
         self._callbacks: list[Callable[[Entry], None]] = []
 
@@ -282,19 +284,23 @@ class Replicated:
     ) -> Held | None:
         """The value as this replica has it, once it has got to ``at_least``; None: there is none.
 
+        A new primary first learns that what it has of its predecessor is acknowledged, as it may
+        have been before: who reads there, and then writes, goes on from the newest.
+
         Raises:
             Unavailable: it does not get there in time; another replica may be ahead.
             Lost: ``at_least`` is gone.
         """
         state = self._seat.replica.state
-        behind = at_least is not None and state.at.sequence < at_least.sequence
-        if at_least is not None and behind and not state.lost(at_least):
-            await self._reads.wait(at_least.sequence, timeout_s)
+        if at_least is not None and state.lost(at_least):
+            raise _lost(at_least)
+        wanted = at_least.sequence if at_least is not None else 0
+        if self._seat.primary is not None:
+            wanted = max(wanted, self._inherited)
+        if state.at.sequence < wanted:
+            await self._reads.wait(wanted, timeout_s)
         if at_least is not None and self._seat.replica.state.lost(at_least):
-            raise Lost(
-                f"the change {at_least.term}.{at_least.sequence} is lost: a replica without it was "
-                "made the primary by force; read without it, and make it again"
-            )
+            raise _lost(at_least)
         return self._seat.replica.state.items.get((kind, key))
 
     # ------------------------------------------------------------ promotion
@@ -361,6 +367,7 @@ class Replicated:
             if not waiting.done():
                 waiting.set_exception(_unknown("this replica is the primary no longer"))
         replica, now_s = self._seat.replica, time.monotonic()
+        self._inherited = replica.log.last.sequence
         for entry in replica.log.after(replica.state.at.sequence, len(replica.log.entries)) or ():
             self._ledger.wrote(entry.key, now_s)
 
@@ -378,6 +385,13 @@ class Replicated:
                 for name in self._ledger.due(time.monotonic(), EXPIRED_MAX):
                     self._party.put("state", name, None)
                 self._party.advance()
+
+
+def _lost(at: Position) -> Lost:
+    return Lost(
+        f"the change {at.term}.{at.sequence} is lost: a replica without it was made the primary by "
+        "force; read without it, and make it again"
+    )
 
 
 def _unknown(why: str) -> Unavailable:

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+
+import pytest
+
+from paddle_ft.config import EtcdConfig
 from paddle_ft.serve.broadcast import Append, Install, Primary, Replica
 from paddle_ft.serve.log import Entry, Log, Position, State, size_of
+from paddle_ft.serve.participant import GroupSettings
+from paddle_ft.serve.replicated import Replicated
+from paddle_ft.serve.types import Unavailable
 
 VALUE = b"x" * 1000
 
@@ -65,3 +73,27 @@ def test_a_position_is_lost_if_another_entry_is_in_its_place_or_can_only_come_th
     again = State.of(state.image())
     assert again.lost(Position(2, 5)) and not again.lost(Position(2, 4))
     assert again.size_bytes == state.size_bytes
+
+
+def test_a_new_primary_answers_reads_once_it_knows_what_was_acknowledged() -> None:
+    """Its predecessor had acknowledged the third change, and said so to nobody here."""
+
+    async def work() -> None:
+        group = Replicated(GroupSettings(EtcdConfig(endpoints=("127.0.0.1:1",)), "g", "n0"))
+        seat, other = group._seat, Replica("b.1")
+        seat.hear(Append(1, "a.1", Position(), entries(1, 1, 3), 2), 0.0)
+        assert await group.get("state", "k3") is None  # a replica: what it has
+        seat.primary = Primary(seat.replica, 2, [seat.name, "b.1"], 2, 0.0)
+        group.role_changed()
+        with pytest.raises(Unavailable, match="has not got to 3"):
+            await group.get("state", "k2", timeout_s=0.01)
+        reading = asyncio.ensure_future(group.get("state", "k3", timeout_s=20.0))
+        await asyncio.sleep(0)
+        while not reading.done():
+            seat.primary.hear(other.hear(seat.primary.message("b.1", 0.0)), 0.0)
+            group.applied(())
+            await asyncio.sleep(0)
+        held = reading.result()
+        assert held is not None and held.value == VALUE
+
+    asyncio.run(work())
