@@ -26,22 +26,23 @@ class GatewayConfig(BaseModel):
     """Requests with the same value in this header go to the same replica while it is there; those
     without it are balanced. Empty: all are."""
     max_fails: int = Field(3, ge=0)
-    """So many failed tries within ``fail_timeout_s`` and nginx leaves a replica out for as long,
-    whatever its health check says; 0: never."""
+    """So many failed tries within ``fail_timeout_s`` and an nginx of your own (``--print``) leaves
+    a replica out for as long; 0: never. The gateway's own has health checks, which are quicker."""
     fail_timeout_s: float = Field(30.0, gt=0)
     connect_timeout_s: float = Field(10.0, gt=0)
     send_timeout_s: float = Field(30.0, gt=0)
     read_timeout_s: float = Field(30.0, gt=0)
     learn_timeouts: bool = True
     """Ask another replica as soon as one takes much longer than any request of the last minutes."""
-    timeout_floor_s: float = Field(1.0, gt=0)
+    timeout_floor_s: float = Field(0.3, gt=0)
     """No learnt time-out is shorter."""
     tries: int = Field(3, ge=1, le=10)
     """Replicas that are asked for one request."""
     check_interval_s: float = Field(0.1, gt=0)
     """Between two health checks of a replica; longer with more than ten of them."""
     check_timeout_s: float = Field(0.25, gt=0)
-    """A replica whose health check takes longer is left out until one does not."""
+    """A replica whose health check takes longer is left out until one does not; less where all of
+    the last minute were quick."""
     body_bytes_max: int = Field(64 * 2**20, ge=1024)
     """Of one request."""
     keepalive: int = Field(64, ge=1, le=4096)

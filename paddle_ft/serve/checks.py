@@ -2,7 +2,9 @@
 
 Invariant: what is told of a replica is what its last check found, except that one which did not
 answer must answer twice in a row to count as ready, and that a check says nothing when this
-process itself did not get to run.
+process itself did not get to run. A check is given ``FACTOR`` times as long as any of the last
+minute has taken, but at least ``PATIENCE_S`` and at most the configured time: where all is quick,
+a replica that stands still is seen early; where it is not, a slow one is not taken for dead.
 """
 
 from __future__ import annotations
@@ -22,6 +24,11 @@ from paddle_ft.serve.routing import Health
 CHECKS_PER_S = 100.0
 """Over all replicas; with more of them each is asked less often."""
 STALL_S = 0.1
+FACTOR = 8.0
+PATIENCE_S = 0.1
+WINDOW_S = 60.0
+LEAST = 50
+"""Checks before less than the configured time is given."""
 RETURNS = 2
 _ANSWER_BYTES_MAX = 4096
 
@@ -32,6 +39,31 @@ class Target:
 
     host: str
     port: int
+
+
+class Pace:
+    """How long a check may take, from how long the last ones have taken. Pure."""
+
+    def __init__(self, most_s: float) -> None:
+        self._most_s = most_s
+        self._begins_s = -WINDOW_S
+        self._slowest_s = [most_s, most_s]
+        """Of the window before, and of this one."""
+        self._seen = 0
+
+    def saw(self, took_s: float, now_s: float) -> None:
+        """An answer. One that comes late counts too: it was no sign of death."""
+        if now_s - self._begins_s >= WINDOW_S / 2:
+            self._slowest_s = [self._slowest_s[1] if self._seen else 0.0, 0.0]
+            self._begins_s = now_s
+        self._seen += 1
+        self._slowest_s[1] = max(self._slowest_s[1], took_s)
+
+    @property
+    def timeout_s(self) -> float:
+        if self._seen < LEAST:
+            return self._most_s
+        return min(self._most_s, max(PATIENCE_S, FACTOR * max(self._slowest_s)))
 
 
 class Checks:
@@ -48,6 +80,7 @@ class Checks:
         self._settings = settings
         self._notify = notify
         self._tls = _tls(settings)
+        self._pace = Pace(settings.check_timeout_s)
         self._lock = threading.Lock()
         self._targets: dict[str, Target] = {}
         self._health: dict[str, Health] = {}
@@ -98,13 +131,19 @@ class Checks:
                 self._tasks[name] = (target, self._loop.create_task(self._follow(name, target)))
 
     async def _follow(self, name: str, target: Target) -> None:
-        answered = RETURNS
+        answered, given_up, gave_up_s = RETURNS, 0, 0.0
         while True:
-            began_s = time.monotonic()
-            found = await self._check(target)
+            began_s, timeout_s = time.monotonic(), self._pace.timeout_s
+            found = await self._check(target, timeout_s)
             took_s = time.monotonic() - began_s
+            if found == "silent":
+                given_up, gave_up_s = given_up + 1, took_s
+            else:
+                # Answering right after it was given up once, it was slow rather than dead.
+                self._pace.saw(max(took_s, gave_up_s) if given_up == 1 else took_s, began_s)
+                given_up = 0
             # Late by itself: the machine or this process stood still, not the replica.
-            blind = found == "silent" and took_s > self._settings.check_timeout_s + STALL_S
+            blind = found == "silent" and took_s > timeout_s + STALL_S
             if not blind:
                 answered = 0 if found == "silent" else answered + 1
                 if found == "silent" or answered >= RETURNS:
@@ -119,9 +158,9 @@ class Checks:
             self._health[name] = health
         self._notify()
 
-    async def _check(self, target: Target) -> Health:
+    async def _check(self, target: Target, timeout_s: float) -> Health:
         try:
-            status = await asyncio.wait_for(self._ask(target), self._settings.check_timeout_s)
+            status = await asyncio.wait_for(self._ask(target), timeout_s)
         except (OSError, ValueError, EOFError, asyncio.TimeoutError):
             return "silent"
         return "ready" if status == 200 else "refusing"

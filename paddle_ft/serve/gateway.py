@@ -1,8 +1,9 @@
 """The gateway: keeps nginx routing to the replicas that are there and answer.
 
-Invariant: nginx always has the newest routes that it has accepted. Neither the loss of etcd nor
-an empty registry takes a replica away that answers its health check; a replica that does not is
-left out without asking etcd. One loop decides; the watch and the checks only wake it.
+Invariant: nginx always has the newest routes that it has accepted, or will within ``PAUSE_S``.
+Neither the loss of etcd nor an empty registry takes a replica away that answers its health check;
+one that does not is left out without asking etcd, and without waiting for nginx to reload. One
+loop decides; the watch and the checks only wake it.
 """
 
 from __future__ import annotations
@@ -24,19 +25,20 @@ from paddle_ft.coordination.kv import Event, KeyValue, Snapshot
 from paddle_ft.errors import EtcdUnavailable, PaddleFTError
 from paddle_ft.gateway_config import GatewayConfig
 from paddle_ft.serve.checks import Checks, Target
-from paddle_ft.serve.latency import Learner, Try, tries_of
+from paddle_ft.serve.latency import Learners, tries_of
 from paddle_ft.serve.nginx import Nginx, find_nginx, workers_user, write_whole
 from paddle_ft.serve.nginx_text import FIRST_MIN_TIMEOUT, LOG, Place, whole_nginx
 from paddle_ft.serve.registry import Group, Keys, parse
-from paddle_ft.serve.routing import Health, Routes, configured, fault_of, routes
+from paddle_ft.serve.routing import Health, Routes, configured, fault_of, models_of, routes
+from paddle_ft.serve.steady import Damper, Roster
 from paddle_ft.serve.types import ServeError
 from paddle_ft.types import decode, encode
 
 TICK_S = 0.1
 ETCD_RETRY_S = 1.0
 APPLY_RETRY_S = 1.0
-REVIVE_S = 1.0
-"""At most so often is nginx told to forget that all replicas have failed."""
+PAUSE_S = 0.5
+"""Between two reloads, unless somebody could not be served meanwhile."""
 DEATHS = 3
 DEATHS_WITHIN_S = 10.0
 LOG_BYTES_MAX = 16 * 2**20
@@ -123,14 +125,6 @@ def _foreign(name: str, error: ValueError) -> str:
     )
 
 
-def kept(previous: Group | None, fresh: Group) -> Group:
-    """``fresh``, with the replicas of before if it has none: their leases may only have ended
-    because etcd was away, and whether they answer the checks will tell."""
-    if previous is None or fresh.replicas:
-        return fresh
-    return replace(fresh, replicas=previous.replicas)
-
-
 class Log:
     """What nginx has written about requests since the last look; the file stays small."""
 
@@ -162,7 +156,8 @@ class _Running:
     """What nginx was last given."""
 
     text: str
-    epoch: int
+    routes: Routes
+    at_s: float
 
 
 class Gateway:
@@ -179,12 +174,13 @@ class Gateway:
         self._binary = find_nginx(settings.nginx)
         self._registry = Registry(etcd, name, self._wake.set)
         self._checks = Checks(settings, self._wake.set)
-        self._learner = Learner(configured(settings), settings.timeout_floor_s)
+        self._learners = Learners(configured(settings), settings.timeout_floor_s)
+        self._roster, self._damper = Roster(), Damper()
         self._group: Group | None = None
-        self._running = _Running("", 0)
+        self._running = _Running("", routes(name, Group(), settings), 0.0)
         self._told: dict[str, str] = {}
         self._deaths: deque[float] = deque(maxlen=DEATHS)
-        self._retry_at_s = self._revived_s = 0.0
+        self._retry_at_s = 0.0
 
     def run(self, stop: threading.Event) -> None:
         """Until ``stop`` is set. On the main thread, which nginx's life hangs on.
@@ -216,12 +212,13 @@ class Gateway:
             if self._group is None:
                 raise
             self._tell(f"{error}; going on with the group of the last run")
-        self._renew()
-        wanted = self._routes()
-        text, digest = self._text(wanted, 0)
+        now_s = time.monotonic()
+        self._renew(now_s)
+        wanted = self._routes(now_s)
+        text, digest = self._text(wanted)
         place = self._place()
         self._nginx.start(text, digest)
-        self._running = _Running(text, 0)
+        self._running = _Running(text, wanted, now_s)
         s = self._settings
         version = ".".join(map(str, place.version))
         grpc = f", gRPC on {s.listen_grpc}" if s.listen_grpc else ""
@@ -234,29 +231,34 @@ class Gateway:
         self._tell_of(wanted)
 
     def _step(self, log: Log) -> None:
-        self._renew()
-        lost = self._learn(log)
         now_s = time.monotonic()
+        self._renew(now_s)
+        self._learn(log, now_s)
         if not self._nginx.alive:
             self._restart(now_s)
             return
-        wanted = self._routes()
-        epoch = self._running.epoch
-        if lost and now_s - self._revived_s > REVIVE_S:
-            self._revived_s, epoch = now_s, epoch + 1
-        text, digest = self._text(wanted, epoch)
-        if text == self._running.text or now_s < self._retry_at_s:
-            return
+        wanted = self._routes(now_s)
+        self._nginx.leave_out(_asked(self._running.routes) - _asked(wanted))
+        text, digest = self._text(wanted)
+        if text == self._running.text:
+            self._nginx.let_in(_asked(wanted))
+        elif now_s >= self._retry_at_s and (
+            _pressing(self._running.routes, wanted) or now_s >= self._running.at_s + PAUSE_S
+        ):
+            self._apply(wanted, text, digest)
+            self._nginx.trim_log(LOG_BYTES_MAX)
+
+    def _apply(self, wanted: Routes, text: str, digest: str) -> None:
         try:
             self._nginx.apply(text, digest)
         except PaddleFTError as error:
             self._once("apply", f"{error}; it goes on as before")
-            self._retry_at_s = now_s + APPLY_RETRY_S
+            self._retry_at_s = time.monotonic() + APPLY_RETRY_S
         else:
             self._once("apply", "")
-            self._running = _Running(text, epoch)
+            self._running = _Running(text, wanted, time.monotonic())
+            self._nginx.let_in(_asked(wanted))
             self._tell_of(wanted)
-        self._nginx.trim_log(LOG_BYTES_MAX)
 
     def _restart(self, now_s: float) -> None:
         self._deaths.append(now_s)
@@ -266,11 +268,13 @@ class Gateway:
                 f"{self._folder} says why"
             )
         self._tell("nginx has ended: it is started again")
-        text, digest = self._text(self._routes(), self._running.epoch)
+        wanted = self._routes(now_s)
+        text, digest = self._text(wanted)
         self._nginx.start(text, digest)
-        self._running = replace(self._running, text=text)
+        self._running = _Running(text, wanted, now_s)
+        self._tell_of(wanted)
 
-    def _renew(self) -> None:
+    def _renew(self, now_s: float) -> None:
         """Takes over what etcd has, and what is to be checked."""
         try:
             fresh = self._registry.group()
@@ -279,7 +283,9 @@ class Gateway:
             fresh = None
         else:
             self._once("registry", "")
-        group = kept(self._group, fresh) if fresh is not None else self._group
+        group = self._group
+        if fresh is not None:
+            group = self._roster.renew(group, fresh, self._checks.health(), now_s)
         assert group is not None, "read or loaded before"
         if group.replicas and _lasting(group) != _lasting(self._group):
             with suppress(OSError):
@@ -289,43 +295,48 @@ class Gateway:
             r.name: Target(r.host, r.http_port) for r in group.replicas.values() if not fault_of(r)
         }
         self._checks.watch(targets)
+        self._learners.know(models_of(group))
 
     def _saved(self) -> Group | None:
         with suppress(OSError, ValueError):
             return decode(Group, (self._folder / GROUP_FILE).read_bytes())
         return None
 
-    def _routes(self) -> Routes:
+    def _routes(self, now_s: float) -> Routes:
         assert self._group is not None
-        health = self._checks.health()
-        timeouts = self._learner.timeouts() if self._settings.learn_timeouts else None
-        found = routes(self._name, self._group, self._settings, health, timeouts)
+        found = self._checks.health()
+        health = self._damper.settle(found, now_s)
+        learnt = self._learners.learnt() if self._settings.learn_timeouts else None
+        wanted = routes(self._name, self._group, self._settings, health, learnt)
         for name in self._group.replicas:
-            self._once(f"replica {name}", _told_of(name, health.get(name)))
-        for sentence in found.refused:
-            self._once(sentence, sentence)
-        return found
+            sentence = _told_of(name, health.get(name))
+            if found.get(name) == "ready" and health[name] != "ready":
+                hold_s = self._damper.hold_s(name)
+                sentence = f"replica {name} answers again: let in once it has for {hold_s:g} s"
+            self._once(f"replica {name}", sentence)
+        for sentence in wanted.refused:
+            self._once(f"refused: {sentence}", sentence)
+        for about in list(self._told):
+            if about.startswith("replica ") and about[8:] not in self._group.replicas:
+                del self._told[about]
+        return wanted
 
-    def _learn(self, log: Log) -> bool:
-        """Whether nginx had no replica left to ask."""
+    def _learn(self, log: Log, now_s: float) -> None:
         assert self._group is not None
         health = self._checks.health()
         ready = [r for r in self._group.replicas.values() if health.get(r.name) == "ready"]
         answering = {f"{r.host}:{port}" for r in ready for port in (r.http_port, r.grpc_port)}
-        lost, now_s = False, time.monotonic()
         for line in log.lines():
             for tried in tries_of(line):
-                lost |= _nobody_left(tried) and bool(ready)
-                self._learner.observe(tried, now_s, answering)
-        return lost
+                self._learners.observe(tried, now_s, answering)
 
     def _place(self) -> Place:
         return Place(self._binary.version, workers_user(self._folder))
 
-    def _text(self, wanted: Routes, epoch: int) -> tuple[str, str]:
+    def _text(self, wanted: Routes) -> tuple[str, str]:
         """A configuration, and the digest that it answers with."""
         place = self._place()
-        plain = whole_nginx(wanted, place, f"{epoch}")
+        plain = whole_nginx(wanted, place, "")
         digest = hashlib.sha256(plain.encode()).hexdigest()[:16]
         return whole_nginx(wanted, place, digest), digest
 
@@ -333,6 +344,9 @@ class Gateway:
         """What nginx does now, where that is new."""
         t = taken.timeouts
         self._once("time-outs", f"time-outs: connect {t.connect_s:g} s, read {t.read_s:g} s")
+        for model in taken.models:
+            read_s, about = model.timeouts.read_s, f"time-outs of {model.name}"
+            self._once(about, f"{about}: read {read_s:g} s")
         main = ", ".join(server.name for server in taken.main.servers) if taken.main else "nobody"
         primary = taken.primary.servers[0].name if taken.primary else "nobody"
         self._once("asked", f"requests go to {main}; state goes to {primary}")
@@ -353,9 +367,15 @@ def _lasting(group: Group | None) -> object:
     return replicas, group.primary, group.level
 
 
-def _nobody_left(tried: Try) -> bool:
-    """nginx names the pool where it has found no replica in it."""
-    return tried.address.startswith("pft_")
+def _asked(taken: Routes) -> set[str]:
+    """Names of the replicas that answer for models."""
+    return {server.name for server in taken.main.servers} if taken.main else set()
+
+
+def _pressing(running: Routes, wanted: Routes) -> bool:
+    """Whether somebody is asked who is not there, or nobody although somebody is."""
+    left = _asked(running) - _asked(wanted)
+    return bool(left) or running.main is None or running.primary != wanted.primary
 
 
 def _told_of(name: str, health: Health | None) -> str:

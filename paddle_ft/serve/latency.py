@@ -5,8 +5,10 @@ nothing of how long a model takes, and the log has the connection and the answer
 
 Invariant: a learnt time-out is at least ``FACTOR`` times the slowest answer of the last
 ``WINDOW_S``, at least the floor, and at most the configured one. A try that was given up at a
-replica whose health check passes was too slow for the time-out, not dead: it counts as twice as
-long, so that a time-out that has become too short grows at once, and shrinks minutes later. Pure.
+replica whose health check passes was too slow for the time-out, not dead: it counts as four times
+as long, so that a time-out that has become too short grows at once, and shrinks minutes later.
+Each model is learnt for itself, so that a slow one does not make a quick one wait; gRPC, which
+names the model where nginx does not look, is learnt as a whole. Pure.
 """
 
 from __future__ import annotations
@@ -17,9 +19,12 @@ from collections import deque
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
-from paddle_ft.serve.routing import Timeouts
+from paddle_ft.serve.routing import Learnt, Timeouts
 
 FACTOR = 5.0
+GROWTH = 4.0
+GRPC = "grpc call"
+"""What a call by gRPC is about; no model has such a name."""
 LEAST = 20
 """Answers before anything is learnt."""
 WINDOW_S = 300.0
@@ -27,6 +32,7 @@ _SLOTS = 10
 _STEP = 1.25
 """Time-outs are rounded up to powers of it: each change costs nginx a reload."""
 _FALL = 0.7
+_MODEL = re.compile(r"/v2/models/([^/]+)/")
 _BETWEEN = re.compile(r"\s*(?:,| : )\s*")
 
 
@@ -34,6 +40,8 @@ _BETWEEN = re.compile(r"\s*(?:,| : )\s*")
 class Try:
     """One replica asked for one request; times in s, None where it did not come so far."""
 
+    about: str
+    """A model, ``GRPC``, or "" for everything else."""
     address: str
     status: int
     """0 where there was no answer."""
@@ -44,14 +52,22 @@ class Try:
 def tries_of(line: str) -> Iterator[Try]:
     """The tries of one request in nginx's log (``nginx_text``); none if the line is cut off."""
     fields = line.rstrip("\n").split("\t")
-    if len(fields) != 6:
+    if len(fields) != 7:
         return
-    columns = [_BETWEEN.split(text) for text in fields[2:]]
+    about = _about(fields[2])
+    columns = [_BETWEEN.split(text) for text in fields[3:]]
     if len({len(column) for column in columns}) != 1:
         return
     for address, status, connect, answer in zip(*columns, strict=True):
         code = int(status) if re.fullmatch(r"[0-9]{3}", status) else 0
-        yield Try(address, code, _number(connect), _number(answer))
+        yield Try(about, address, code, _number(connect), _number(answer))
+
+
+def _about(path: str) -> str:
+    if path.startswith("/inference."):
+        return GRPC
+    found = _MODEL.match(path)
+    return found[1] if found else ""
 
 
 def _number(text: str) -> float | None:
@@ -63,6 +79,29 @@ class _Slot:
     begins_s: float
     connect_s: float = 0.0
     answer_s: float = 0.0
+
+
+class Learners:
+    """What is learnt of each model, of gRPC, and of the rest; bounded by the models there are."""
+
+    def __init__(self, configured: Timeouts, floor_s: float) -> None:
+        self._configured, self._floor_s = configured, floor_s
+        self._learners = {about: Learner(configured, floor_s) for about in ("", GRPC)}
+
+    def know(self, models: Collection[str]) -> None:
+        """Others are learnt together with the rest."""
+        kept = {"", GRPC, *models}
+        self._learners = {
+            about: self._learners.get(about) or Learner(self._configured, self._floor_s)
+            for about in sorted(kept)
+        }
+
+    def observe(self, tried: Try, now_s: float, answering: Collection[str]) -> None:
+        self._learners.get(tried.about, self._learners[""]).observe(tried, now_s, answering)
+
+    def learnt(self) -> Learnt:
+        found = {about: learner.timeouts() for about, learner in self._learners.items()}
+        return Learnt(found.pop(""), found.pop(GRPC), found)
 
 
 class Learner:
@@ -83,9 +122,9 @@ class Learner:
                 return
             connected = tried.connect_s is not None
             if connected:
-                slot.answer_s = max(slot.answer_s, 2 * tried.answer_s / FACTOR)
+                slot.answer_s = max(slot.answer_s, GROWTH * tried.answer_s / FACTOR)
             else:
-                slot.connect_s = max(slot.connect_s, 2 * tried.answer_s / FACTOR)
+                slot.connect_s = max(slot.connect_s, GROWTH * tried.answer_s / FACTOR)
         elif 200 <= tried.status < 500 and tried.connect_s is not None:
             self._seen += 1
             slot.connect_s = max(slot.connect_s, tried.connect_s)

@@ -17,6 +17,7 @@ import socket
 import stat
 import subprocess
 import time
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -24,6 +25,7 @@ from pathlib import Path
 
 from paddle_ft.agent.tether import tethered
 from paddle_ft.errors import ConfigError, MachineError
+from paddle_ft.serve.nginx_pools import OUT
 from paddle_ft.serve.nginx_text import CONTROL
 from paddle_ft.serve.types import ServeError
 
@@ -98,8 +100,9 @@ class Nginx:
         self._folder = folder
         self._process: subprocess.Popen[bytes] | None = None
         self._text = ""
+        self._left_out: set[str] = set()
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            (folder / OUT).mkdir(parents=True, exist_ok=True)
             self._lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             self._here = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError as error:
@@ -135,6 +138,8 @@ class Nginx:
         self._write(CONF, text)
         with suppress(FileNotFoundError):  # of one that was killed: nginx would find it in use
             (self._folder / CONTROL).unlink()
+        self._left_out = {path.name for path in (self._folder / OUT).iterdir()}
+        self.let_in(self._left_out.copy())
         argv = [str(self._binary.path.resolve()), "-p", f"{self._folder.resolve()}/", "-c", CONF]
         with (self._folder / ERRORS).open("ab") as log:
             log.truncate(0)
@@ -171,6 +176,20 @@ class Nginx:
                 f"{self._last_error() or 'no new worker answers'}"
             )
         self._text = text
+
+    def leave_out(self, names: Collection[str]) -> None:
+        """Takes these replicas out at once, without a reload: one at a time can be so."""
+        for name in set(names) - self._left_out:
+            with suppress(OSError):  # then the reload takes it out
+                (self._folder / OUT / name).touch()
+                self._left_out.add(name)
+
+    def let_in(self, names: Collection[str]) -> None:
+        """Undoes ``leave_out``. A file of one that never comes back stays: old workers may look."""
+        for name in self._left_out.intersection(names):
+            with suppress(OSError):
+                (self._folder / OUT / name).unlink(missing_ok=True)
+                self._left_out.discard(name)
 
     def stop(self, grace_s: float = STOP_GRACE_S) -> None:
         """Lets requests under way end within ``grace_s``, then ends nginx. Safe to call twice."""

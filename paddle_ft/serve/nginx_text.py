@@ -9,8 +9,14 @@ What is not obvious:
 - gRPC bodies are passed on as they come in, and what has been passed on in part cannot be sent
   again; ``mirror`` makes nginx read the whole body first, and so a lost call can be repeated.
 - A try that takes longer than the learnt time-out is given up for the next replica. If that was
-  the last one, ``@patient_…`` starts again with the configured time-outs: a request that is slower
-  than any before it is answered late rather than not at all.
+  the last one, ``@patient_…`` starts again with longer ones, at last with those configured: a
+  request that is slower than any before it is answered late rather than not at all.
+- Old workers serve kept connections for seconds after a reload, by the old configuration, and a
+  reload takes nginx 0.1 s at the least. A file ``out/<replica>`` takes one replica out at once, in
+  old and new workers: while it is there, they use a second set of pools, without that replica.
+- nginx counts an answer that it passes on to another replica as a failure of the first. A model
+  that loads would so take its replica away from all others: the gateway's own nginx counts nothing
+  (``max_fails=0``), for its checks are quicker; somebody else's has nothing but that.
 - A client that reuses its connection just as an old worker closes it, after a reload, would see
   its request fail: ``keepalive_min_timeout`` (nginx 1.27.4) leaves such connections open. Older
   versions get a connection for each HTTP request.
@@ -19,11 +25,20 @@ What is not obvious:
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from paddle_ft.serve.routing import Pool, Routes, Timeouts, configured, split_listen
+from paddle_ft.serve.nginx_pools import (
+    Without,
+    block,
+    choice,
+    indented,
+    switches,
+    target_of,
+    upstreams,
+    without_one,
+)
+from paddle_ft.serve.routing import Routes, Timeouts, configured, split_listen
 
 NEW = (1, 28, 0)
 FIRST_HTTP2_ON = (1, 25, 1)
@@ -33,10 +48,12 @@ TO_PRIMARY_GRPC = r"^/inference\.GRPCInferenceService/Repository(ModelLoad|Model
 STREAMS_GRPC = (
     r"^/(inference\.GRPCInferenceService/ModelStreamInfer|grpc\.health\.v1\.Health/Watch)$"
 )
+RETRY = "error timeout invalid_header non_idempotent http_502 http_503 http_504"
 NOBODY = "no replica can answer now: try again"
 NO_PRIMARY = "there is no primary now: try again"
 UNKNOWN = "the primary has not answered: whether this call took effect is not known"
 LOG = "requests.log"
+PATIENCE = 8.0
 CONTROL = "control.sock"
 """Where nginx tells which configuration it runs, beside its other files."""
 STREAM_S = 3600
@@ -75,7 +92,7 @@ http {{
         "~^02000\\.0[0-9]*$" 0;
         default 1;
     }}
-    log_format pft "$msec\\t$status\\t$upstream_addr\\t$upstream_status\\t"
+    log_format pft "$msec\\t$status\\t$uri\\t$upstream_addr\\t$upstream_status\\t"
                    "$upstream_connect_time\\t$upstream_response_time";
     access_log {LOG} pft if=$pft_told;
     server {{
@@ -85,73 +102,32 @@ http {{
         location / {{ return 404; }}
     }}
 """
-    return head + _indented(to_nginx(routes, place.version)) + "}\n"
+    return head + indented(to_nginx(routes, place.version, own=True)) + "}\n"
 
 
-def to_nginx(routes: Routes, version: tuple[int, ...] = NEW) -> str:
-    """Directives for ``http { }``: upstreams, and a server each for HTTP and gRPC."""
-    blocks = [*_upstreams(routes), *_choice(routes), _http_server(routes, version)]
+def to_nginx(routes: Routes, version: tuple[int, ...] = NEW, *, own: bool = False) -> str:
+    """Directives for ``http { }``: upstreams, and a server each for HTTP and gRPC.
+
+    ``own``: for an nginx that a gateway stands beside.
+    """
+    without = without_one(routes) if own else ()
+    blocks = [*upstreams(routes, without, own), *choice(routes, without)]
+    blocks.append(_http_server(routes, version, without))
     if routes.settings.listen_grpc:
-        blocks.append(_grpc_server(routes, version))
+        blocks.append(_grpc_server(routes, version, without))
     told = ".".join(map(str, version))
     return f"# serving group {routes.group}, for nginx {told} or later\n" + "".join(blocks)
-
-
-def _upstreams(routes: Routes) -> Iterator[str]:
-    kinds = ("http", "grpc") if routes.settings.listen_grpc else ("http",)
-    for pool in routes.pools:
-        for kind in kinds:
-            yield _upstream(routes, pool, kind)
-
-
-def _upstream(routes: Routes, pool: Pool, kind: str) -> str:
-    s = routes.settings
-    lines = [f"zone pft_{kind}_{pool.name} 256k;"]
-    if pool is routes.sticky:
-        lines.append(f"hash $http_{s.sticky_header.lower().replace('-', '_')} consistent;")
-    elif s.balance == "least_conn":
-        lines.append("least_conn;")
-    for server in pool.servers:
-        port = server.http_port if kind == "http" else server.grpc_port
-        backup = " backup" if server.backup else ""
-        lines.append(
-            f"server {server.host}:{port} weight={server.weight} max_fails={s.max_fails} "
-            f"fail_timeout={math.ceil(s.fail_timeout_s)}s{backup};  # {server.name}"
-        )
-    if pool is routes.primary:
-        # A call on a kept connection that the other end is closing would be lost, and is not sent
-        # again. Newer versions keep connections unless told otherwise, and take no 0.
-        lines += ["keepalive 1;", "keepalive_requests 1;"]
-    else:
-        lines.append(f"keepalive {s.keepalive};")
-    return _block(f"upstream pft_{kind}_{pool.name}", lines)
-
-
-def _choice(routes: Routes) -> Iterator[str]:
-    """Variables with the name of the pool, where there is a choice."""
-    if routes.shares:
-        parts = [f"{share.percent:.2f}% {share.pool.name};" for share in routes.shares]
-        yield _block('split_clients "$request_id" $pft_share', [*parts, "* main;"])
-    if routes.sticky is not None:
-        rest = "$pft_share" if routes.shares else "main"
-        header = routes.settings.sticky_header.lower().replace("-", "_")
-        yield _block(f"map $http_{header} $pft_pool", [f'"" {rest};', "default sticky;"])
-
-
-def _target(routes: Routes) -> str:
-    if routes.sticky is not None:
-        return "$pft_pool"
-    return "$pft_share" if routes.shares else "main"
 
 
 # ---------------------------------------------------------------- servers
 
 
-def _http_server(routes: Routes, version: tuple[int, ...]) -> str:
+def _http_server(routes: Routes, version: tuple[int, ...], without: Sequence[Without]) -> str:
     s = routes.settings
     scheme = "https" if s.replica_ca_file else "http"
     lines = [
         *_listen(routes, s.listen, version, ""),
+        *switches(without),
         "client_body_buffer_size 1m;",
         "proxy_http_version 1.1;",
         'proxy_set_header Connection "";',
@@ -164,24 +140,35 @@ def _http_server(routes: Routes, version: tuple[int, ...]) -> str:
         "proxy_busy_buffers_size 128k;",
         *_tls_to_replicas(routes, "proxy"),
     ]
-    return _block("server", [*lines, *_locations(routes, "proxy", scheme, "http", TO_PRIMARY)])
+    target = f"proxy_pass {scheme}://pft_http_{target_of(routes, without)};"
+    retry = f"{RETRY} http_404"  # from one that has not got the model yet
+    way = _Way("proxy", "http", target, f"proxy_next_upstream {retry};")
+    if routes.main is not None:
+        lines += _chain(way, routes, "/", "", routes.timeouts, s.tries)
+        for i, model in enumerate(routes.models):
+            at = f"^~ /v2/models/{model.name}/"
+            lines += _chain(way, routes, at, f"_{i}", model.timeouts, model.tries)
+    to_primary = f"proxy_pass {scheme}://pft_http_primary;"
+    return block("server", [*lines, *_others(routes, "proxy", to_primary, TO_PRIMARY)])
 
 
-def _grpc_server(routes: Routes, version: tuple[int, ...]) -> str:
+def _grpc_server(routes: Routes, version: tuple[int, ...], without: Sequence[Without]) -> str:
     s = routes.settings
     scheme = "grpcs" if s.replica_ca_file else "grpc"
     lines = [
         *_listen(routes, s.listen_grpc, version, "http2"),
+        *switches(without),
         "client_body_buffer_size 1m;",
         "http2_max_concurrent_streams 1024;",
         "keepalive_timeout 1h;",
         "grpc_buffer_size 64k;",
         *_tls_to_replicas(routes, "grpc"),
-        _block("location = /pft_nowhere", ["internal;", "access_log off;", "return 204;"]),
+        block("location = /pft_nowhere", ["internal;", "access_log off;", "return 204;"]),
     ]
+    target = f"grpc_pass {scheme}://pft_grpc_{target_of(routes, without)};"
     if routes.main is not None:
         stream = [
-            f"grpc_pass {scheme}://pft_grpc_{_target(routes)};",
+            target,
             "grpc_next_upstream error;",
             f"grpc_next_upstream_tries {s.tries};",
             *_timeouts("grpc", configured(s), STREAM_S),
@@ -189,9 +176,11 @@ def _grpc_server(routes: Routes, version: tuple[int, ...]) -> str:
             "client_max_body_size 0;",
             "access_log off;",
         ]
-        lines.append(_block(f'location ~ "{STREAMS_GRPC}"', stream))
-    found = _locations(routes, "grpc", scheme, "grpc", TO_PRIMARY_GRPC)
-    return _block("server", [*lines, *found])
+        lines.append(block(f'location ~ "{STREAMS_GRPC}"', stream))
+        way = _Way("grpc", "grpc", target, f"grpc_next_upstream {RETRY};")
+        lines += _chain(way, routes, "/", "", routes.timeouts_grpc, s.tries)
+    to_primary = f"grpc_pass {scheme}://pft_grpc_primary;"
+    return block("server", [*lines, *_others(routes, "grpc", to_primary, TO_PRIMARY_GRPC)])
 
 
 def _listen(routes: Routes, address: str, version: tuple[int, ...], protocol: str) -> Iterator[str]:
@@ -231,41 +220,65 @@ def _tls_to_replicas(routes: Routes, module: str) -> Iterator[str]:
         yield f"{module}_ssl_certificate_key {s.replica_key_file};"
 
 
-def _locations(
-    routes: Routes, module: str, scheme: str, kind: str, to_primary: str
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """How requests that any replica may answer are passed on."""
+
+    module: str
+    kind: str
+    target: str
+    retry: str
+
+
+def _chain(
+    way: _Way, routes: Routes, at: str, mark: str, timeouts: Timeouts, tries: int
 ) -> Iterator[str]:
-    s = routes.settings
-    usual = configured(s)
-    to = f"{module}_pass {scheme}://pft_{kind}_"
-    pages = ["error_page 502 = @nobody;", "error_page 413 = @too_large;"]
+    """A location, and those that it goes on to while no replica has answered in time."""
+    stages = _stages(timeouts, configured(routes.settings))
+    tried = [way.retry, f"{way.module}_next_upstream_tries {tries};"]
+    for number, stage in enumerate(stages):
+        lines = [way.target, *tried, *_retry_time(way.module, stage)]
+        lines += _timeouts(way.module, stage, stage.read_s)
+        lines.append("error_page 502 = @nobody;")
+        if number == 0:
+            lines += ["mirror /pft_nowhere;"] if way.kind == "grpc" else []
+            lines.append("error_page 413 = @too_large;")
+        if number + 1 < len(stages):
+            lines.append(f"error_page 504 = @patient_{way.kind}{mark}_{number + 1};")
+        name = at if number == 0 else f"@patient_{way.kind}{mark}_{number}"
+        yield block(f"location {name}", lines)
+
+
+def _stages(timeouts: Timeouts, usual: Timeouts) -> list[Timeouts]:
+    """The learnt ones; longer ones, lest one unlucky request that is slow and meets a replica that
+    stands still wait for all of the last; those configured."""
+    if timeouts == usual:
+        return [usual]
+    longer_s = PATIENCE * timeouts.read_s
+    if longer_s >= usual.read_s:
+        return [timeouts, usual]
+    connect_s = min(PATIENCE * timeouts.connect_s, usual.connect_s)
+    return [timeouts, Timeouts(connect_s, min(longer_s, usual.send_s), longer_s), usual]
+
+
+def _others(routes: Routes, module: str, to_primary: str, paths: str) -> Iterator[str]:
+    """What goes to the primary, and to nobody."""
+    usual = configured(routes.settings)
     if routes.main is None:
-        yield _block("location /", _refusal(503, NOBODY))
-    else:
-        retry = "error timeout invalid_header non_idempotent http_502 http_503 http_504"
-        tries = [f"{module}_next_upstream {retry};", f"{module}_next_upstream_tries {s.tries};"]
-        whole = ["mirror /pft_nowhere;"] if kind == "grpc" else []
-        body = [f"{to}{_target(routes)};", *whole, *tries, *_retry_time(module, routes.timeouts)]
-        patient = routes.timeouts != usual
-        late = [f"error_page 504 = @patient_{kind};"] if patient else []
-        within = _timeouts(module, routes.timeouts, routes.timeouts.read_s)
-        yield _block("location /", [*body, *within, *pages, *late])
-        if patient:
-            body = [f"{to}{_target(routes)};", *tries, *_retry_time(module, usual)]
-            within = _timeouts(module, usual, usual.read_s)
-            yield _block(f"location @patient_{kind}", [*body, *within, pages[0]])
+        yield block("location /", _refusal(503, NOBODY))
     if routes.primary is None:
-        refusal = _refusal(503, NO_PRIMARY)
-        yield _block(f'location ~ "{to_primary}"', refusal)
+        yield block(f'location ~ "{paths}"', _refusal(503, NO_PRIMARY))
     else:
         # Nothing here is sent twice: whether the first try took effect is not known.
-        once = [f"{to}primary;", f"{module}_next_upstream off;"]
+        once = [to_primary, f"{module}_next_upstream off;"]
         once += _timeouts(module, usual, usual.read_s)
         lost = ["error_page 502 = @broken;", "error_page 504 = @late;"]
-        yield _block(f'location ~ "{to_primary}"', [*once, *lost, pages[1]])
-        yield _block("location @broken", _refusal(502, UNKNOWN))
-        yield _block("location @late", _refusal(504, UNKNOWN))
-    yield _block("location @nobody", _refusal(503, NOBODY))
-    yield _block("location @too_large", _refusal(413, f"more than {s.body_bytes_max} bytes"))
+        yield block(f'location ~ "{paths}"', [*once, *lost, "error_page 413 = @too_large;"])
+        yield block("location @broken", _refusal(502, UNKNOWN))
+        yield block("location @late", _refusal(504, UNKNOWN))
+    yield block("location @nobody", _refusal(503, NOBODY))
+    most = routes.settings.body_bytes_max
+    yield block("location @too_large", _refusal(413, f"more than {most} bytes"))
 
 
 def _timeouts(module: str, timeouts: Timeouts, read_s: float) -> list[str]:
@@ -294,15 +307,3 @@ def _seconds(value: float) -> str:
     """nginx counts in milliseconds, and 0 is often no limit at all."""
     value_ms = max(1, round(value * 1000))
     return f"{value_ms}ms" if value_ms % 1000 else f"{value_ms // 1000}s"
-
-
-def _block(head: str, lines: list[str]) -> str:
-    return f"{head} {{\n{_indented(''.join(_line(line) for line in lines))}}}\n"
-
-
-def _line(text: str) -> str:
-    return text if text.endswith("\n") else f"{text}\n"
-
-
-def _indented(text: str) -> str:
-    return "".join(f"    {line}\n" for line in text.splitlines())

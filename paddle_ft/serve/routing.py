@@ -27,6 +27,8 @@ _HOST = re.compile(
 )
 _PATH = re.compile(r"[^\x00-\x20\x7f\"'$\\;{}#]+")
 WEIGHT_MAX = 1000
+MODELS_MAX = 128
+"""With time-outs of their own; those beyond have the ones of the rest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,25 @@ class Timeouts:
     connect_s: float
     send_s: float
     read_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Learnt:
+    """Time-outs by what is asked for."""
+
+    rest: Timeouts
+    """For HTTP that is about no known model."""
+    grpc: Timeouts
+    models: Mapping[str, Timeouts] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A model that is asked for otherwise than the rest."""
+
+    name: str
+    timeouts: Timeouts
+    tries: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +97,8 @@ class Routes:
     settings: GatewayConfig
     timeouts: Timeouts
     """For a try after which there may be another; the last one has those of ``settings``."""
+    timeouts_grpc: Timeouts
+    models: tuple[Model, ...] = ()
     main: Pool | None = None
     """None: nobody is known, every request is refused with 503."""
     shares: tuple[Share, ...] = ()
@@ -103,7 +126,7 @@ def routes(
     group: Group,
     settings: GatewayConfig,
     health: Mapping[str, Health] | None = None,
-    timeouts: Timeouts | None = None,
+    learnt: Learnt | None = None,
 ) -> Routes:
     """Routes for ``group``, which is called ``name``.
 
@@ -115,11 +138,15 @@ def routes(
     """
     check_settings(name, settings)
     health = health or {}
+    learnt = learnt or Learnt(configured(settings), configured(settings))
     known, refused = _usable(group)
     ready = [r for r in known if _is_ready(r, health.get(r.name))]
     # With nobody ready, a replica that loads its model says so better than a proxy could, and one
     # that seems silent may only be slow.
     answering = ready or [r for r in known if health.get(r.name) != "silent"] or known
+    if group.level == "cold-standby" and not ready:
+        # A standby has nothing running that could answer; the primary may be about to.
+        answering = [r for r in known if r.name == group.primary]
     main, shares = _spread(group, answering)
     standby = group.level != "active-active"
     sticky = None
@@ -131,13 +158,36 @@ def routes(
     return Routes(
         group=name,
         settings=settings,
-        timeouts=timeouts or configured(settings),
+        timeouts=learnt.rest,
+        timeouts_grpc=learnt.grpc,
+        models=_models(answering, settings, learnt),
         main=main,
         shares=shares,
         sticky=sticky,
         primary=Pool("primary", (_server(primary),)) if primary else None,
         refused=tuple(refused),
     )
+
+
+def models_of(group: Group) -> list[str]:
+    """Names of the models in it that may stand in a configuration."""
+    found = {model for r in group.replicas.values() for model in r.models}
+    return sorted(filter(_NAME.fullmatch, found))[:MODELS_MAX]
+
+
+def _models(
+    answering: Sequence[ReplicaRecord], settings: GatewayConfig, learnt: Learnt
+) -> tuple[Model, ...]:
+    """Those with time-outs of their own, and those that not every replica has: it takes as many
+    tries as there are replicas to find one that does."""
+    found = []
+    for name in models_of(Group(replicas={r.name: r for r in answering})):
+        partial = any(name not in r.models for r in answering)
+        tries = max(settings.tries, len(answering)) if partial else settings.tries
+        timeouts = learnt.models.get(name, configured(settings))
+        if (timeouts, tries) != (learnt.rest, settings.tries):
+            found.append(Model(name, timeouts, tries))
+    return tuple(found)
 
 
 def _is_ready(replica: ReplicaRecord, found: Health | None) -> bool:
@@ -269,5 +319,9 @@ def check_settings(name: str, settings: GatewayConfig) -> None:
             raise ConfigError(
                 f"{path!r:.110} has a blank or a sign that proxies give a meaning: rename the file"
             )
-    if settings.replica_name and not is_host(settings.replica_name):
-        raise ConfigError(f"gateway.replica_name {settings.replica_name!r:.110} is no host name")
+    name = settings.replica_name
+    if name and (not is_host(name) or ":" in name or re.fullmatch(r"[0-9.]+", name)):
+        raise ConfigError(
+            f"gateway.replica_name {name!r:.110} is no host name: give a DNS name that the "
+            f"certificates of all replicas hold (nginx compares no addresses)"
+        )

@@ -13,6 +13,7 @@ import http.client
 import json
 import os
 import signal
+import ssl
 import subprocess
 import sys
 import threading
@@ -62,10 +63,19 @@ class Told:
 
 
 def call(
-    port: int, method: str, path: str, body: bytes = b"", headers: dict[str, str] | None = None
+    port: int,
+    method: str,
+    path: str,
+    body: bytes = b"",
+    headers: dict[str, str] | None = None,
+    tls: ssl.SSLContext | None = None,
 ) -> tuple[int, dict[str, str], Any]:
     """Status, headers (lower case) and JSON of one request on a connection of its own."""
-    connection = http.client.HTTPConnection(HOST, port, timeout=20)
+    connection = (
+        http.client.HTTPSConnection(HOST, port, timeout=20, context=tls)
+        if tls
+        else http.client.HTTPConnection(HOST, port, timeout=20)
+    )
     try:
         connection.request(method, path, body, headers or {})
         answer = connection.getresponse()
@@ -84,6 +94,8 @@ class World:
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self.records: dict[str, ReplicaRecord] = {}
         self.gateway: subprocess.Popen[bytes] | None = None
+        self.tls: ssl.SSLContext | None = None
+        """With which replicas are controlled; None: they speak plainly."""
 
     def __enter__(self) -> Self:
         nginx_binary()
@@ -104,16 +116,17 @@ class World:
 
     # ------------------------------------------------------------ replicas
 
-    def add(self, name: str, **fields: Any) -> None:
-        """Starts a replica and registers it."""
+    def add(self, name: str, *files: str, **fields: Any) -> None:
+        """Starts a replica and registers it; ``files``: as ``backend.py`` wants them for TLS."""
         ports = free_ports(HOST, 2)
         self.records[name] = ReplicaRecord(name, HOST, *ports, 1, condition="ready")
-        self.run(name)
+        self.run(name, *files)
         self.register(name, **fields)
 
-    def run(self, name: str) -> None:
+    def run(self, name: str, *files: str) -> None:
         record = self.records[name]
         argv = [sys.executable, str(BACKEND), name, str(record.http_port), str(record.grpc_port)]
+        argv += files
         self._processes[name] = subprocess.Popen(tethered(argv))
         self.until(lambda: self.control(name), f"{name} answers")
 
@@ -133,7 +146,9 @@ class World:
     def control(self, name: str, **state: Any) -> bool:
         port = self.records[name].http_port
         try:
-            return call(port, "POST", "/control", json.dumps(state).encode())[0] == 200
+            return (
+                call(port, "POST", "/control", json.dumps(state).encode(), tls=self.tls)[0] == 200
+            )
         except OSError:
             return False
 
@@ -175,6 +190,12 @@ class World:
     def said(self) -> str:
         return (self.folder / "gateway.txt").read_text()
 
+    def asked(self, name: str) -> int:
+        """How often nginx has given up asking this one, by the log of its tries."""
+        port = f":{self.records[name].http_port}"
+        text = (self.folder / "run/requests.log").read_text()
+        return sum(line.count(port) for line in text.splitlines() if "504" in line)
+
     def goes_to(self, requests: str, state: str = "nobody") -> None:
         """Waits until nginx asks these, and no others."""
         wanted = f"requests go to {requests}; state goes to {state}"
@@ -196,7 +217,7 @@ class World:
         return Counter(self.ask(**headers)[2]["name"] for _ in range(count))
 
     @contextlib.contextmanager
-    def load(self, clients: int = 4, pause_s: float = 0.015) -> Iterator[Told]:
+    def load(self, clients: int = 4, pause_s: float = 0.015, model: str = "m") -> Iterator[Told]:
         """POSTs from so many clients, each on a connection that it keeps, until the end."""
         told, over, lock = Told(), threading.Event(), threading.Lock()
 
@@ -205,7 +226,7 @@ class World:
             while not over.is_set():
                 began_s = time.monotonic()
                 try:
-                    connection.request("POST", "/v2/models/m/infer", b"x" * 1000)
+                    connection.request("POST", f"/v2/models/{model}/infer", b"x" * 1000)
                     answer = connection.getresponse()
                     said = json.loads(answer.read() or b"{}")
                     fault = "" if answer.status == 200 else f"{answer.status} {said}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import signal
@@ -48,7 +49,7 @@ def pair(world: World) -> World:
 
 
 def learnt(world: World) -> bool:
-    return "read 1 s" in world.said()
+    return "read 0.3 s" in world.said()
 
 
 def test_a_replica_that_is_killed_costs_no_request(pair: World) -> None:
@@ -78,6 +79,47 @@ def test_a_replica_that_is_stopped_costs_no_request(pair: World) -> None:
         pair.until(lambda: told.by_name["a"] > before + 10, "a is back by itself")
     assert told.failed == []
     assert told.slowest_s < 10, "nobody waited for the configured time-out"
+
+
+def test_a_model_that_loads_takes_nobody_away_from_the_others(pair: World) -> None:
+    """Its refusals are no failures of the replica: 3 of them took it out for 30 s once."""
+    for name in ("a", "b"):
+        assert pair.control(name, models={"loading": 503})
+    with pair.load(clients=2) as served, pair.load(clients=2, model="loading") as refused:
+        pair.until(lambda: served.answered > 100 and len(refused.failed) > 100, "both are asked")
+    assert served.failed == []
+    assert all(fault.startswith("503 {'name'") for fault in refused.failed), "by a replica itself"
+
+
+def test_a_model_is_found_where_it_is(pair: World) -> None:
+    """Also where the record does not say so yet."""
+    pair.control("a", models={"n": 404})
+    assert {pair.ask("/v2/models/n/infer")[2]["name"] for _ in range(10)} == {"b"}
+    pair.control("b", models={"n": 404})
+    assert pair.ask("/v2/models/n/infer")[0] == 404
+
+
+def test_one_that_is_stopped_is_left_out_of_kept_connections_too(pair: World) -> None:
+    """Old workers go on with connections that are kept, and learn of nothing by a reload."""
+    connections = [http.client.HTTPConnection(HOST, pair.http_port, timeout=20) for _ in range(8)]
+
+    def ask(connection: http.client.HTTPConnection) -> str:
+        connection.request("POST", "/v2/models/m/infer", b"x")
+        name: str = json.loads(connection.getresponse().read())["name"]
+        return name
+
+    with pair.load():
+        pair.until(lambda: learnt(pair), "time-outs are learnt")
+    assert {ask(connection) for connection in connections} == {"a", "b"}
+    pair.send("a", signal.SIGSTOP)
+    pair.goes_to("b")
+    before = pair.asked("a")
+    assert {ask(connection) for connection in connections} == {"b"}
+    assert pair.asked("a") == before
+    pair.send("a", signal.SIGCONT)
+    pair.goes_to("a, b")
+    for connection in connections:
+        connection.close()
 
 
 def test_reloads_under_load_cost_no_request(pair: World) -> None:
@@ -224,12 +266,18 @@ def test_it_goes_on_without_etcd_and_is_started_again_without_it(tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_an_empty_registry_takes_nobody_away(pair: World) -> None:
+def test_a_registry_that_loses_replicas_takes_nobody_away_that_answers(pair: World) -> None:
     for name in ("a", "b"):
         pair.remove(Keys(GROUP).replica(name))
     pair.add("c")
+    pair.goes_to("a, b, c")
+    pair.send("a", signal.SIGKILL)
+    pair.goes_to("b, c")
+    pair.run("a")
+    pair.until(lambda: pair.control("a"), "it is back, and nobody has told of it")
+    pair.register("b", condition="draining")
+    pair.remove(Keys(GROUP).replica("b"))
     pair.goes_to("c")
-    assert set(pair.names(5)) == {"c"}, "a registry that names others is believed"
     pair.remove(Keys(GROUP).replica("c"))
     time.sleep(0.5)
     assert set(pair.names(5)) == {"c"}

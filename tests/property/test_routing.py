@@ -28,6 +28,7 @@ records = st.builds(
     condition=st.sampled_from(["loading", "ready", "degraded", "draining"]),
     weight=st.integers(1, 9),
     share=st.sampled_from([0.0, 0.1, 0.5, 1.0, 1.0, 1.0]),
+    models=st.dictionaries(st.sampled_from(["m", "n", "x; }"]), st.just("1"), max_size=2),
 )
 healths = st.dictionaries(
     st.sampled_from(NAMES), st.sampled_from(["ready", "refusing", "silent"]), max_size=4
@@ -69,7 +70,10 @@ def test_who_may_be_asked(group: Group, health: dict[str, Health]) -> None:
         assert len(names(pool)) == len(set(names(pool)))
         if pool is not None:
             assert any(not server.backup for server in pool.servers), "nginx would refuse it"
-    assert bool(found.main) == bool(group.replicas), "somebody is there, and nobody is asked"
+    somebody = group.replicas.keys() & {group.primary} or group.level != "cold-standby" or good
+    assert bool(found.main) == bool(group.replicas and somebody), (
+        "somebody is there, and nobody is asked"
+    )
     if found.main is not None and good:
         assert set(names(found.main)) == good, "a request has fewer replicas than it could"
     assert names(found.primary) in ([], [group.primary])
@@ -146,8 +150,8 @@ def test_no_record_adds_a_directive(
     plain = replace(bad, name="b", host="10.0.0.2")
     like = routes("g", Group(replicas=FORM | {"b": plain}), SETTINGS)
     if name > "a":  # the order of servers is that of their names
-        assert skeleton(to_nginx(found)) == skeleton(to_nginx(like))
-        assert skeleton(to_haproxy(found)) == skeleton(to_haproxy(like))
+        for write in (to_nginx, to_haproxy, lambda r: whole_nginx(r, Place(), "d")):
+            assert skeleton(write(found)) == skeleton(write(like))
 
 
 @settings(max_examples=50)

@@ -3,38 +3,48 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from paddle_ft.errors import ConfigError
 from paddle_ft.gateway_config import GatewayConfig
-from paddle_ft.serve.gateway import Log, kept
+from paddle_ft.serve.checks import LEAST as CHECKS_LEAST
+from paddle_ft.serve.checks import WINDOW_S as CHECKS_WINDOW_S
+from paddle_ft.serve.checks import Pace
+from paddle_ft.serve.gateway import Log
 from paddle_ft.serve.haproxy_text import to_haproxy
-from paddle_ft.serve.latency import LEAST, WINDOW_S, Learner, Try, tries_of
+from paddle_ft.serve.latency import GRPC, LEAST, WINDOW_S, Learner, Learners, Try, tries_of
 from paddle_ft.serve.nginx import emergency, find_nginx
 from paddle_ft.serve.nginx_text import Place, to_nginx, whole_nginx
 from paddle_ft.serve.registry import Group, Level, ReplicaRecord
-from paddle_ft.serve.routing import Routes, Timeouts, configured, routes, split_listen
+from paddle_ft.serve.routing import Learnt, Routes, Timeouts, configured, routes, split_listen
+from paddle_ft.serve.steady import CALM_S, HOLD_MAX_S, KEEP_S, Damper, Roster
 
 USUAL = Timeouts(10, 30, 30)
-A = ReplicaRecord("a", "127.0.0.1", 8000, 8001, 1, "ready")
-B = ReplicaRecord("b", "127.0.0.1", 8002, 8003, 1, "ready", weight=3, share=0.1)
+SLOW, QUICK = Timeouts(1, 20, 20), Timeouts(1, 1, 1.25)
+LEARNT = Learnt(QUICK, SLOW, {"slow": SLOW, "quick": QUICK})
+A = ReplicaRecord("a", "127.0.0.1", 8000, 8001, 1, "ready", models={"slow": "3", "quick": "1"})
+B = ReplicaRecord(
+    "b", "127.0.0.1", 8002, 8003, 1, "ready", weight=3, share=0.1, models={"slow": "3"}
+)
 
 
 def learner(answer_s: float, at_s: float = 0.0) -> Learner:
     found = Learner(USUAL, 1.0)
     for _ in range(LEAST):
-        found.observe(Try("a:1", 200, 0.001, answer_s), at_s, {"a:1"})
+        found.observe(Try("", "a:1", 200, 0.001, answer_s), at_s, {"a:1"})
     return found
 
 
 def test_nothing_is_learnt_from_little() -> None:
     found = Learner(USUAL, 1.0)
     for _ in range(LEAST - 1):
-        found.observe(Try("a:1", 200, 0.001, 0.01), 0.0, set())
+        found.observe(Try("", "a:1", 200, 0.001, 0.01), 0.0, set())
     assert found.timeouts() == USUAL
 
 
@@ -46,11 +56,11 @@ def test_time_outs_follow_the_slowest_answer(answer_s: float, read_s: float) -> 
 def test_too_short_a_time_out_grows_at_once_and_shrinks_later() -> None:
     found = learner(0.01)
     assert found.timeouts().read_s == 1
-    found.observe(Try("a:1", 504, 0.001, 1.0), 1.0, {"a:1"})
+    found.observe(Try("", "a:1", 504, 0.001, 1.0), 1.0, {"a:1"})
     grown_s = found.timeouts().read_s
-    assert 2 <= grown_s < 3
+    assert 4 <= grown_s < 5
     for now_s in range(0, int(2.5 * WINDOW_S), 10):
-        found.observe(Try("a:1", 200, 0.001, 0.01), now_s, {"a:1"})
+        found.observe(Try("", "a:1", 200, 0.001, 0.01), now_s, {"a:1"})
         if now_s < WINDOW_S / 2:
             assert found.timeouts().read_s == grown_s
     assert found.timeouts().read_s == 1
@@ -58,21 +68,21 @@ def test_too_short_a_time_out_grows_at_once_and_shrinks_later() -> None:
 
 def test_a_dead_replica_teaches_nothing() -> None:
     found = learner(0.01)
-    found.observe(Try("a:1", 504, 0.001, 1.0), 1.0, set())
-    found.observe(Try("a:1", 502, None, 8.0), 1.0, {"a:1"})
+    found.observe(Try("", "a:1", 504, 0.001, 1.0), 1.0, set())
+    found.observe(Try("", "a:1", 502, None, 8.0), 1.0, {"a:1"})
     assert found.timeouts().read_s == 1
 
 
 def test_lines_of_the_log() -> None:
-    line = "1.5\t200\ta:1, b:2 : b:2\t504, 502 : 200\t0.001, - : 0.000\t1.000, 0.002 : 0.5\n"
+    line = "1.5\t200\t/v2\ta:1, b:2 : b:2\t504, 502 : 200\t0.001, - : 0.000\t1.000, 0.002 : 0.5\n"
     assert list(tries_of(line)) == [
-        Try("a:1", 504, 0.001, 1.0),
-        Try("b:2", 502, None, 0.002),
-        Try("b:2", 200, 0.0, 0.5),
+        Try("", "a:1", 504, 0.001, 1.0),
+        Try("", "b:2", 502, None, 0.002),
+        Try("", "b:2", 200, 0.0, 0.5),
     ]
-    assert list(tries_of("1.5\t400\t-\t-\t-\t-")) == [Try("-", 0, None, None)]
-    for bad in ("", "1.5\t200\ta:1", "1\t2\ta, b\t200\t0\t0", "\t" * 5 + "x\t"):
-        assert list(tries_of(bad)) in ([], [Try("", 0, None, None)])
+    assert list(tries_of("1.5\t400\t/\t-\t-\t-\t-")) == [Try("", "-", 0, None, None)]
+    for bad in ("", "1.5\t200\ta:1", "1\t2\t/\ta, b\t200\t0\t0", "\t" * 6 + "x\t"):
+        assert list(tries_of(bad)) in ([], [Try("", "", 0, None, None)])
 
 
 def test_the_log_is_followed_and_kept_small(
@@ -92,11 +102,107 @@ def test_the_log_is_followed_and_kept_small(
     log.close()
 
 
+def test_what_a_request_is_about() -> None:
+    tail = "a:1\t200\t0.001\t0.01"
+    for path, about in (
+        ("/v2/models/m/infer", "m"),
+        ("/v2/models/m.1/versions/2/infer", "m.1"),
+        ("/v2/models/m", ""),
+        ("/v2/health/ready", ""),
+        ("/inference.GRPCInferenceService/ModelInfer", GRPC),
+    ):
+        assert [tried.about for tried in tries_of(f"1.5\t200\t{path}\t{tail}")] == [about]
+
+
+def test_a_slow_model_does_not_make_a_quick_one_wait() -> None:
+    found = Learners(USUAL, 1.0)
+    found.know(["quick", "slow"])
+    for _ in range(LEAST):
+        for about, answer_s in (("quick", 0.01), ("slow", 4.0), ("unknown", 0.3)):
+            found.observe(Try(about, "a:1", 200, 0.001, answer_s), 0.0, set())
+    learnt = found.learnt()
+    assert learnt.models["quick"].read_s == 1
+    assert learnt.models["slow"].read_s > 20
+    assert 1.5 <= learnt.rest.read_s < 2, "one that is not known is learnt with the rest"
+    assert learnt.grpc == USUAL
+    found.know(["slow"])
+    assert set(found.learnt().models) == {"slow"}, "what is gone takes no room"
+
+
+# ---------------------------------------------------------------- what is not believed at once
+
+
 def test_an_empty_registry_keeps_who_was_there() -> None:
     before = Group(replicas={"a": A}, primary="a", term=4)
-    assert kept(before, Group()) == Group(replicas={"a": A})
-    assert kept(before, Group(replicas={"b": B})) == Group(replicas={"b": B})
-    assert kept(None, Group()) == Group()
+    renew = Roster().renew
+    assert renew(before, Group(), {}, 0.0) == Group(replicas={"a": A})
+    assert renew(before, Group(), {"a": "silent"}, 10 * KEEP_S) == Group(replicas={"a": A})
+    assert renew(before, Group(replicas={"b": B}), {}, 0.0) == Group(replicas={"b": B})
+    assert renew(None, Group(), {}, 0.0) == Group()
+
+
+def test_a_replica_that_answers_is_kept_for_a_while_after_its_lease() -> None:
+    """As when etcd was away, and leases end one after the other."""
+    before, fresh = Group(replicas={"a": A, "b": B}), Group(replicas={"b": B})
+    roster = Roster()
+    for now_s in (0.0, KEEP_S):
+        assert set(roster.renew(before, fresh, {"a": "ready"}, now_s).replicas) == {"a", "b"}
+    assert set(roster.renew(before, fresh, {"a": "ready"}, KEEP_S + 1).replicas) == {"b"}
+    assert set(roster.renew(before, before, {}, KEEP_S + 2).replicas) == {"a", "b"}
+    assert set(roster.renew(before, fresh, {"a": "ready"}, KEEP_S + 3).replicas) == {"a", "b"}, (
+        "being there again begins the time anew"
+    )
+
+
+def test_a_replica_that_is_gone_is_not_kept() -> None:
+    fresh = Group(replicas={"b": B})
+    for gone, health in (
+        (A, "silent"),
+        (A, "refusing"),
+        (replace(A, condition="draining"), "ready"),
+        (replace(A, http_port=B.http_port), "ready"),
+    ):
+        before = Group(replicas={"a": gone, "b": B})
+        assert Roster().renew(before, fresh, {"a": health}, 0.0) == fresh  # type: ignore[dict-item]
+
+
+def test_one_that_comes_and_goes_is_let_in_later_each_time() -> None:
+    damper, now_s, holds = Damper(), 0.0, []
+    assert damper.settle({"a": "ready", "b": "ready"}, now_s)["a"] == "ready", "new ones at once"
+    for _ in range(8):
+        assert damper.settle({"a": "silent", "b": "ready"}, now_s)["a"] == "silent", "out at once"
+        began_s = now_s
+        while damper.settle({"a": "ready", "b": "ready"}, now_s)["a"] != "ready":
+            now_s += 0.1
+        holds.append(round(now_s - began_s))
+    assert holds == [1, 2, 4, 8, 16, HOLD_MAX_S, HOLD_MAX_S, HOLD_MAX_S]
+    now_s += CALM_S
+    damper.settle({"a": "ready", "b": "ready"}, now_s)
+    damper.settle({"a": "refusing", "b": "ready"}, now_s)
+    assert damper.hold_s("a") == 1, "long ago"
+
+
+def test_somebody_is_asked_while_somebody_is_ready() -> None:
+    damper = Damper()
+    damper.settle({"a": "ready", "b": "ready"}, 0.0)
+    damper.settle({"a": "silent", "b": "ready"}, 1.0)
+    assert damper.settle({"a": "ready", "b": "ready"}, 1.1)["a"] == "refusing"
+    assert damper.settle({"a": "ready", "b": "silent"}, 1.2)["a"] == "ready"
+
+
+def test_checks_are_given_less_time_where_all_are_quick() -> None:
+    pace = Pace(0.25)
+    for number in range(CHECKS_LEAST):
+        assert pace.timeout_s == 0.25
+        pace.saw(0.002, 1000 + number / 10)
+    assert pace.timeout_s == 0.1
+    pace.saw(0.02, 1010)
+    assert pace.timeout_s == pytest.approx(0.16)
+    pace.saw(0.1, 1010)  # given up, and answered right after
+    assert pace.timeout_s == 0.25
+    for now_s in range(1020, int(1020 + 1.5 * CHECKS_WINDOW_S)):
+        pace.saw(0.002, now_s)
+    assert pace.timeout_s == 0.1, "long ago"
 
 
 def test_addresses() -> None:
@@ -125,7 +231,7 @@ def test_a_program_that_is_no_nginx() -> None:
 def forms(level: Level, **given: object) -> Routes:
     settings = GatewayConfig(**given)  # type: ignore[arg-type]
     group = Group(replicas={"a": A, "b": B}, primary="a", level=level)
-    return routes("g", group, settings, timeouts=Timeouts(1, 1, 1.25))
+    return routes("g", group, settings, learnt=LEARNT)
 
 
 def every_form(folder: Path) -> dict[str, Routes]:
@@ -188,3 +294,83 @@ def test_time_outs_and_fails_are_those_of_the_settings() -> None:
         assert wanted in text
     assert configured(GatewayConfig()) == USUAL
     assert "@patient" not in text
+
+
+def test_the_gateways_own_nginx_counts_no_failures() -> None:
+    found = forms("active-active")
+    assert set(re.findall(r"max_fails=\d+", whole_nginx(found, Place(), "d"))) == {"max_fails=0"}
+    assert set(re.findall(r"max_fails=\d+", to_nginx(found))) == {"max_fails=3"}
+
+
+def block(text: str, head: str) -> str:
+    """What stands between the braces after ``head``."""
+    rest = text[text.index(f"{head} {{") :]
+    depth = 0
+    for at, sign in enumerate(rest):
+        depth += {"{": 1, "}": -1}.get(sign, 0)
+        if sign == "}" and depth == 0:
+            return rest[:at]
+    raise AssertionError(f"{head} does not end")
+
+
+def test_each_model_has_its_own_time_outs_and_as_many_tries_as_it_takes() -> None:
+    more = {name: replace(A, name=name, models={"slow": "3"}) for name in "cde"}
+    group = Group(replicas={"a": A, **more})
+    text = to_nginx(routes("g", group, GatewayConfig(tries=2), learnt=LEARNT))
+    assert "read_timeout 1250ms" in block(text, "location /")
+    slow, quick = (block(text, f"location ^~ /v2/models/{name}/") for name in ("slow", "quick"))
+    assert "read_timeout 20s" in slow
+    assert "upstream_tries 2;" in slow
+    assert "read_timeout 1250ms" in quick
+    assert "upstream_tries 4;" in quick, "one of four has it"
+    assert "http_404" in quick
+    assert "grpc_read_timeout 20s" in text, "gRPC is learnt as a whole"
+    for bad in ("a b", "x;", "{", "ü"):
+        found = routes("g", Group(replicas={"a": replace(A, models={bad: "1"})}), GatewayConfig())
+        assert not found.models
+
+
+def test_a_replica_that_is_let_in_slowly_gets_its_share() -> None:
+    text = to_nginx(forms("active-active"))
+    assert "7.50% gray_0;" in block(text, 'split_clients "$request_id" $pft_share')
+    main = block(text, "upstream pft_http_main")
+    assert "127.0.0.1:8000 weight=1" in main
+    assert "127.0.0.1:8002 weight=3 max_fails=3 fail_timeout=30s backup" in main
+
+
+def test_in_a_hot_standby_the_others_are_only_asked_if_the_primary_cannot() -> None:
+    whole = replace(B, share=1.0)
+    group = Group(replicas={"a": A, "b": whole}, primary="b", level="hot-standby")
+    main = block(to_nginx(routes("g", group, GatewayConfig())), "upstream pft_http_main")
+    assert re.findall(r"server \S+:(\d+) .*?( backup)?;", main) == [
+        ("8002", ""),
+        ("8000", " backup"),
+    ]
+    text = whole_nginx(routes("g", group, GatewayConfig()), Place(), "d")
+    assert " backup" not in block(text, "upstream pft_http_main_0"), "the only one left"
+    gray = replace(group, replicas={"a": A, "b": B})
+    text = to_nginx(routes("g", gray, GatewayConfig()))
+    assert "10.00% gray_0;" in text, "a new primary begins with a tenth"
+    assert "127.0.0.1:8000 weight=1 max_fails=3 fail_timeout=30s;" in block(
+        text, "upstream pft_http_main"
+    )
+
+
+def test_a_cold_standby_is_not_asked_before_it_is_ready() -> None:
+    cold = {"a": replace(A, condition="loading"), "b": replace(B, condition="loading")}
+    group = Group(replicas=cold, primary="a", level="cold-standby")
+    asked = routes("g", group, GatewayConfig(), {"a": "refusing", "b": "refusing"}).main
+    assert asked is not None
+    assert [server.name for server in asked.servers] == ["a"], "it says how long it will take"
+    nobody = replace(group, primary=None)
+    assert routes("g", nobody, GatewayConfig(), {"a": "refusing"}).main is None
+    asked = routes("g", nobody, GatewayConfig(), {"a": "refusing", "b": "ready"}).main
+    assert asked is not None
+    assert [server.name for server in asked.servers] == ["b"]
+
+
+def test_a_name_for_replicas_that_nginx_would_never_find() -> None:
+    for name in ("10.0.0.1", "::1", "a b"):
+        settings = GatewayConfig(replica_ca_file="c", replica_name=name)
+        with pytest.raises(ConfigError, match="replica_name"):
+            routes("g", Group(), settings)

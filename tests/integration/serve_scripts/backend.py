@@ -1,21 +1,24 @@
 """A replica that only says who it is: HTTP with kept connections, and gRPC that echoes bytes.
 
-    backend.py NAME HTTP_PORT GRPC_PORT
+    backend.py NAME HTTP_PORT GRPC_PORT [CERTIFICATE KEY AUTHORITY]
 
-POST /control with {"ready": status, "answer": status, "delay_s": s} changes what it does. Every
-other call but /v2/health/ready gives {"name", "path", "bytes"} after the delay.
+POST /control with {"ready": status, "answer": status, "delay_s": s, "models": {name: status}}
+changes what it does. Every other call but /v2/health/ready gives {"name", "path", "bytes"} after
+the delay. With a certificate it speaks TLS, and wants one of the authority from its clients.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import ssl
 import sys
+from pathlib import Path
 from typing import Any
 
 import grpc
 
-STATE: dict[str, Any] = {"ready": 200, "answer": 200, "delay_s": 0.0}
+STATE: dict[str, Any] = {"ready": 200, "answer": 200, "delay_s": 0.0, "models": {}}
 
 
 async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -49,7 +52,9 @@ async def answer(path: str, body: bytes) -> tuple[int, dict[str, Any]]:
     if path == "/v2/health/ready":
         return STATE["ready"], {}
     await asyncio.sleep(STATE["delay_s"])
-    return STATE["answer"], {"name": sys.argv[1], "path": path, "bytes": len(body)}
+    parts = path.split("/")
+    status = STATE["models"].get(parts[3] if len(parts) > 3 else "", STATE["answer"])
+    return status, {"name": sys.argv[1], "path": path, "bytes": len(body)}
 
 
 class Echo(grpc.GenericRpcHandler):
@@ -62,10 +67,25 @@ class Echo(grpc.GenericRpcHandler):
 
 
 async def main() -> None:
-    server = await asyncio.start_server(serve, "127.0.0.1", int(sys.argv[2]), backlog=1024)
+    files = sys.argv[4:]
+    context = None
+    if files:
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=files[2])
+        context.load_cert_chain(files[0], files[1])
+        context.verify_mode = ssl.CERT_REQUIRED
+    server = await asyncio.start_server(
+        serve, "127.0.0.1", int(sys.argv[2]), backlog=1024, ssl=context
+    )
     options = [("grpc.max_receive_message_length", 2**26)]
     echo = grpc.aio.server(handlers=[Echo()], options=options)
-    echo.add_insecure_port(f"127.0.0.1:{sys.argv[3]}")
+    address = f"127.0.0.1:{sys.argv[3]}"
+    if files:
+        certificate, key, ca = (Path(file).read_bytes() for file in files)
+        echo.add_secure_port(
+            address, grpc.ssl_server_credentials([(key, certificate)], ca, require_client_auth=True)
+        )
+    else:
+        echo.add_insecure_port(address)
     await echo.start()
     async with server:
         await server.serve_forever()

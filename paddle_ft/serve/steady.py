@@ -1,0 +1,102 @@
+"""What the gateway does not believe at once: a registry that has lost a replica, and a replica
+that is back.
+
+Invariant: a replica whose checks pass stays known for ``KEEP_S`` after the registry has lost it,
+unless it has said that it leaves or another one has its address. One that comes and goes is left
+out at once and let in again later each time, so that it cannot make nginx reload all the time;
+but never is nobody asked while somebody is ready. Pure: time comes in as an argument.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from paddle_ft.serve.registry import Group
+from paddle_ft.serve.routing import Health
+
+KEEP_S = 60.0
+HOLD_S = 1.0
+"""How long one that was lost must be ready before it is let in; doubles with each loss."""
+HOLD_MAX_S = 30.0
+CALM_S = 60.0
+"""After so long without a loss, the losses before are forgotten."""
+
+
+class Roster:
+    """The group as it is to be used, beside what etcd has."""
+
+    def __init__(self) -> None:
+        self._missing_s: dict[str, float] = {}
+
+    def renew(
+        self, before: Group | None, fresh: Group, health: Mapping[str, Health], now_s: float
+    ) -> Group:
+        """``fresh``, with those of ``before`` that it lacks and that seem to be there all the same.
+
+        Leases end, one after the other, when etcd was away. A registry that has become empty
+        takes nobody away, since nobody would be left.
+        """
+        known = before.replicas if before else {}
+        missing = {name: r for name, r in known.items() if name not in fresh.replicas}
+        self._missing_s = {name: self._missing_s.get(name, now_s) for name in missing}
+        if fresh.replicas:
+            taken = {(r.host, r.http_port) for r in fresh.replicas.values()}
+            missing = {
+                name: r
+                for name, r in missing.items()
+                if r.condition != "draining"
+                and (r.host, r.http_port) not in taken
+                and health.get(name) == "ready"
+                and now_s - self._missing_s[name] <= KEEP_S
+            }
+        return replace(fresh, replicas={**fresh.replicas, **missing}) if missing else fresh
+
+
+@dataclass(slots=True)
+class _Standing:
+    losses: int = 0
+    ready_s: float | None = None
+    """Since when; None: it is not."""
+    admitted: bool = False
+
+
+class Damper:
+    """Health as it is to be used, from what the checks have found."""
+
+    def __init__(self) -> None:
+        self._standing: dict[str, _Standing] = {}
+
+    def settle(self, found: Mapping[str, Health], now_s: float) -> dict[str, Health]:
+        """One that is ready and not let in yet counts as ``refusing``."""
+        self._standing = {name: self._standing.get(name, _Standing()) for name in found}
+        for name, health in found.items():
+            self._see(self._standing[name], health == "ready", now_s)
+        if not any(standing.admitted for standing in self._standing.values()):
+            return dict(found)
+        return {
+            name: "refusing" if health == "ready" and not self._standing[name].admitted else health
+            for name, health in found.items()
+        }
+
+    def hold_s(self, name: str) -> float:
+        """How long it must be ready at a stretch before it is let in."""
+        losses = self._standing[name].losses if name in self._standing else 0
+        return _hold_s(losses)
+
+    def _see(self, standing: _Standing, ready: bool, now_s: float) -> None:
+        if not ready:
+            if standing.ready_s is not None:
+                standing.losses += 1
+            standing.ready_s, standing.admitted = None, False
+            return
+        if standing.ready_s is None:
+            standing.ready_s = now_s
+        lasted_s = now_s - standing.ready_s
+        standing.admitted |= lasted_s >= _hold_s(standing.losses)
+        if lasted_s >= CALM_S:
+            standing.losses = 0
+
+
+def _hold_s(losses: int) -> float:
+    return min(HOLD_MAX_S, HOLD_S * 2.0 ** (min(losses, 16) - 1)) if losses else 0.0
