@@ -342,8 +342,9 @@ class Gateway:
 
     def _tell_of(self, taken: Routes) -> None:
         """What nginx does now, where that is new."""
-        t = taken.timeouts
+        t, calls = taken.timeouts, taken.timeouts_grpc
         self._once("time-outs", f"time-outs: connect {t.connect_s:g} s, read {t.read_s:g} s")
+        self._once("gRPC", f"time-outs of gRPC: read {calls.read_s:g} s")
         for model in taken.models:
             read_s, about = model.timeouts.read_s, f"time-outs of {model.name}"
             self._once(about, f"{about}: read {read_s:g} s")

@@ -224,8 +224,15 @@ def grpc_call(world: World, size: int = 1000) -> bytes:
 @pytest.mark.slow
 def test_grpc_is_asked_of_another_replica_too(pair: World) -> None:
     assert json.loads(grpc_call(pair, 3_000_000))["bytes"] == 3_000_000
-    with pair.load():
-        pair.until(lambda: learnt(pair), "time-outs are learnt")
+    with grpc.insecure_channel(f"{HOST}:{pair.grpc_port}") as channel:
+        method = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
+
+        def learnt_by_calls() -> bool:
+            for _ in range(20):
+                method(b"x", timeout=20)
+            return "time-outs of gRPC: read 0.3 s" in pair.said()
+
+        pair.until(learnt_by_calls, "time-outs are learnt")
     for number in (signal.SIGSTOP, signal.SIGKILL):
         for name in ("a", "b"):
             assert pair.control(name, delay_s=0.4)
