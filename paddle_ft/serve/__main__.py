@@ -14,6 +14,7 @@ from paddle_ft.errors import EXIT_BUG, EXIT_DONE, EXIT_SIGINT, PaddleFTError
 from paddle_ft.exits import end
 from paddle_ft.launch import one_sentence_for_shortages, stop_before_it_runs
 from paddle_ft.serve.command import parse
+from paddle_ft.serve.gentle import import_gently
 
 
 def _is_news(record: logging.LogRecord) -> bool:
@@ -24,6 +25,7 @@ def _is_news(record: logging.LogRecord) -> bool:
 def run(config: Config) -> int:
     """Runs a replica until it is asked to stop; gives the exit code. Raises PaddleFTError."""
     # Heavy imports (grpc, boto3, uvicorn) come after the command line was found good.
+    import_gently("paddle_ft.serve.replica")
     from paddle_ft.serve.own_etcd import with_etcd
     from paddle_ft.serve.replica import Replica
 

@@ -36,6 +36,7 @@ from typing import Any
 from paddle_ft.errors import EXIT_CONFIG, PaddleFTError
 from paddle_ft.exits import end
 from paddle_ft.serve import shared
+from paddle_ft.serve.gentle import import_gently
 from paddle_ft.serve.pipeline import Loaded, said
 from paddle_ft.serve.types import Feature, ModelError, ModelInfo, Unavailable
 
@@ -80,6 +81,7 @@ def die_with(life: int) -> None:
 
 
 def _load(connection: socket.socket, order: dict[str, Any]) -> Loaded:
+    import_gently("paddle", "paddle.inference")  # most of the processor time of a start
     from paddle_ft.serve.predictor import Settings, open_model, warm_up
     from paddle_ft.serve.program import description_of
 
