@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import report, serving_faults, serving_report, serving_speed
+from bench import report, serving_faults, serving_hop, serving_report, serving_speed
 from bench.recovery_trials import say_to_stderr
 from bench.report import Row
 from bench.serving_model import HERE, Model, make_model
@@ -55,6 +55,7 @@ class Bench:
             "batching": (f"{a.rounds} rounds of {a.for_s:g} s", self._batching),
             "added": (f"{a.rounds} rounds of {a.calls} calls", self._added),
             "hop": (f"{a.rounds} rounds of {a.calls} calls", self._hop),
+            "cost": (f"{a.rate:g} POST/s through the gateway for {2 * a.for_s:g} s", self._cost),
             "ocr": (f"{a.ocr_s:g} s", self._ocr),
         }
 
@@ -107,7 +108,11 @@ class Bench:
 
     def _hop(self) -> list[Row]:
         with self._world(2) as world:
-            return serving_speed.hop(world, self._args.rounds, self._args.calls, self._say)
+            return serving_hop.hop(world, self._args.rounds, self._args.calls, self._say)
+
+    def _cost(self) -> list[Row]:
+        with self._world(2) as world:
+            return serving_hop.cost(world, self._args.rate, 2 * self._args.for_s, self._say)
 
     def _ocr(self) -> list[Row]:
         return serving_speed.ocr(self._folder, self._args.ocr_s, self._say)

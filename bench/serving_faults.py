@@ -125,16 +125,19 @@ def promotions(world: World, count: int, rate_hz: float, say: Say) -> list[Row]:
     """``paddle-ft promote``, ``count`` times."""
     group = f"Planned promotion, {len(world.nodes)} replicas"
     progress = Progress(say, group, count)
+    refused: list[str] = []
 
     def act(run: Run) -> None:
         for _ in range(count):
             world.settle()
             name = world.group().primary or ""
             at_s = time.monotonic()
-            _promote(world)
-            world.primary_other_than(name, at_s)
-            run.strikes.append(Strike(at_s, "promotion", 0.0, time.monotonic()))
-            progress.step()
+            if why := _promote(world):
+                refused.append(why)
+            else:
+                world.primary_other_than(name, at_s)
+                run.strikes.append(Strike(at_s, "promotion", 0.0, time.monotonic()))
+            progress.step(refused[-1] if refused else "")
             time.sleep(random.uniform(0.3, 1.0))
 
     run = under_load(world, rate_hz, 4, act, say)
@@ -144,21 +147,28 @@ def promotions(world: World, count: int, rate_hz: float, say: Say) -> list[Row]:
         note = f"not run: {run.load.state or run.broken}"
     return [
         failures(run, group),
+        Row(
+            group,
+            "promotions that were refused",
+            "promotions",
+            [len(refused)],
+            goal=0.0,
+            note="; ".join(refused[:2]),
+        ),
         worst(group, "without a primary", gone, 0.3, note),
         slowest(run, group, None),
         *state(run, group),
     ]
 
 
-def _promote(world: World) -> None:
-    """Raises Broken, subprocess.TimeoutExpired."""
+def _promote(world: World) -> str:
+    """Why not; raises subprocess.TimeoutExpired."""
     run = subprocess.run(
         [sys.executable, "-m", "paddle_ft.cli", "promote", "--group", GROUP,
          "--etcd", world.etcd.endpoints[0]],
         stdin=subprocess.DEVNULL, capture_output=True, env=environment({}), text=True, timeout=60,
     )  # fmt: skip
-    if run.returncode:
-        raise Broken(f"paddle-ft promote ended with {run.returncode}: {run.stderr.strip()}")
+    return f"{run.returncode}: {run.stderr.strip()}" if run.returncode else ""
 
 
 # ---------------------------------------------------------------- etcd away

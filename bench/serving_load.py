@@ -29,7 +29,7 @@ CONNECTIONS_MAX = 512
 KEYS = 40
 """Of each writer, used in turn, so that what is lost is not at once covered by what comes after."""
 READ_EVERY = 10
-TOLD_MAX = 200
+TOLD_MAX = 50
 TERM = re.compile(rb"paddle-ft-term:\s*(\d+)\.(\d+)", re.IGNORECASE)
 LENGTH = re.compile(rb"content-length:\s*(\d+)", re.IGNORECASE)
 VERSION = re.compile(rb'"model_version"\s*:\s*"(\d+)"')
@@ -140,8 +140,8 @@ def infer_request(model: str, row: list[float]) -> bytes:
 class Load:
     spec: Spec
     records: bytearray = field(default_factory=bytearray)
-    told: list[tuple[float, str]] = field(default_factory=list)
-    """When and why requests failed."""
+    told: dict[str, list[float]] = field(default_factory=dict)
+    """Why requests failed: how many, when the first and the last."""
     acks: list[Ack] = field(default_factory=list)
     put_failures: Counter[str] = field(default_factory=Counter)
     stale: list[str] = field(default_factory=list)
@@ -182,13 +182,14 @@ class Load:
                 status, why = LOST, f"{type(error).__name__}: {error}"
         answered_s = time.monotonic()
         self.records += RECORD.pack(intended_s, sent_s, answered_s, status, version)
-        if why and len(self.told) < TOLD_MAX:
-            self.told.append((answered_s, why))
+        if why and (why in self.told or len(self.told) < TOLD_MAX):
+            found = self.told.setdefault(why, [0, answered_s, answered_s])
+            found[0], found[2] = found[0] + 1, answered_s
 
     def _judge(self, row: int, status: int, head: bytes, body: bytes) -> tuple[int, int, str]:
         """(status, version, what is wrong)."""
         if status != 200:
-            return status, 0, f"{status} {body[:200].decode(errors='replace')}"
+            return status, 0, f"{status} {body[:100].decode(errors='replace')}"
         found, length = VERSION.search(body), JSON_LENGTH.search(head)
         version = int(found[1]) if found else 0
         if (self._scores and length is None) or version < 1:

@@ -86,12 +86,14 @@ def under_load(
 
 def failures(run: Run, group: str) -> Row:
     found = run.load.requests
+    reasons = sorted(run.load.told.items(), key=lambda item: -item[1][0])[:5]
     why = "; ".join(
-        f"{at_s - run.began_s:.1f} s: {text}" for at_s, text in sorted(run.load.told)[:5]
+        f"{count:.0f} x {text} ({first_s - run.began_s:.1f} to {last_s - run.began_s:.1f} s)"
+        for text, (count, first_s, last_s) in reasons
     )
     note = f"of {len(found)} requests; the load took {run.load.core_share:.0%} of a core."
     if why:
-        note += f" The first: {why}."
+        note += f" {why}."
     if run.broken:
         note += f" {run.broken}"
     return Row(group, "failed requests", "requests", [failed(found)] if found else [],
@@ -157,10 +159,11 @@ def worst(group: str, name: str, values: Sequence[float], goal: float | None, no
 
 
 def without_primary(run: Run) -> list[float]:
-    """Around each strike on the primary, for how long nothing was acknowledged."""
+    """From each strike on the primary until all was as before: the longest time in which nothing
+    was acknowledged."""
     times = [a.answered_s for a in run.load.acks]
     return [
-        longest_gap_s(times, s.at_s, s.at_s + 3.0)
+        longest_gap_s(times, s.at_s, max(s.over_s, s.at_s + 3.0))
         for s in run.strikes
         if s.primary_s is not None and times
     ]

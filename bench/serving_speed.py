@@ -1,10 +1,9 @@
-"""What batching gives, what a server adds to its predictor, what the gateway adds to both; OCR."""
+"""What batching gives, what a server adds to its predictor; OCR."""
 
 from __future__ import annotations
 
 import http.client
 import json
-import os
 import socket
 import statistics
 import subprocess
@@ -25,34 +24,11 @@ from bench.serving_load import LENGTH, Spec, infer_request
 from bench.serving_model import HERE, Model, environment
 from bench.serving_rows import Say
 from bench.serving_world import Broken, Load, Node, load, until
-from paddle_ft.agent.net import free_ports
 from paddle_ft.agent.tether import tethered
 from paddle_ft.serve.grpc_messages import inference
-from paddle_ft.serve.nginx import find_nginx
 
 CLIENTS = 16
 WARM_S = 1.0
-MINIMAL = """\
-worker_processes 1;
-pid {folder}/nginx.pid;
-error_log {folder}/nginx.log;
-events {{ worker_connections 1024; }}
-http {{
-    access_log off;
-    client_body_temp_path {folder}/body; proxy_temp_path {folder}/proxy;
-    fastcgi_temp_path {folder}/fcgi; uwsgi_temp_path {folder}/uwsgi; scgi_temp_path {folder}/scgi;
-    upstream replicas {{ {servers} keepalive 64; }}
-    server {{
-        listen 127.0.0.1:{port};
-        client_max_body_size 64m;
-        location / {{
-            proxy_pass http://replicas;
-            proxy_http_version 1.1;
-            proxy_set_header Connection "";
-        }}
-    }}
-}}
-"""
 
 
 @contextmanager
@@ -258,66 +234,8 @@ def closed(folder: Path, port: int, model: str, samples: str, for_s: float) -> L
 def rate(found: Load) -> float:
     good = [r for r in found.requests if r.status == 200]
     if not good:
-        raise Broken(f"nobody was answered: {found.told[:2]}")
+        raise Broken(f"nobody was answered: {list(found.told)[:2]}")
     return len(good) / (max(r.answered_s for r in good) - min(r.intended_s for r in good))
-
-
-# ---------------------------------------------------------------- the hop
-
-
-def hop(world: Any, rounds: int, calls: int, say: Say) -> list[Row]:
-    """p50 through the gateway and through a hand-written nginx, less that of a replica; in turn."""
-    group = "The hop"
-    ports = {n.http_port for n in world.nodes.values()}
-    request = infer_request(world.model.name, row_of(world.model))
-    takes: dict[str, list[float]] = {"direct": [], "gateway": [], "nginx": []}
-    with ExitStack() as stack:
-        port = stack.enter_context(by_hand(world.folder / "by-hand", sorted(ports)))
-        where = {"direct": min(ports), "gateway": world.http_port, "nginx": port}
-        clients = {name: Http(where[name], request) for name in takes}
-        for client in clients.values():
-            stack.callback(client.close)
-            for _ in range(100):
-                client.call()
-        for number in range(rounds):
-            say(f"{group}: round {number + 1} of {rounds}")
-            for name, client in clients.items():
-                takes[name].append(p50_ms([client.call() for _ in range(calls)]))
-    ours, theirs = (
-        [a - b for a, b in zip(takes[name], takes["direct"], strict=True)]
-        for name in ("gateway", "nginx")
-    )
-    told = ", ".join(f"{name} {statistics.median(v):.3f} ms" for name, v in takes.items())
-    return [Row(group, "the gateway, beyond a replica asked directly", "ms", ours, theirs,
-                "nginx with a configuration by hand", note=f"p50: {told}")]  # fmt: skip
-
-
-@contextmanager
-def by_hand(folder: Path, ports: Sequence[int]) -> Iterator[int]:
-    """The same nginx with the least of a configuration; gives its port."""
-    folder.mkdir()
-    (port,) = free_ports("127.0.0.1", 1)
-    servers = " ".join(f"server 127.0.0.1:{p};" for p in ports)
-    text = MINIMAL.format(folder=folder, servers=servers, port=port)
-    (folder / "nginx.conf").write_text(("user root;\n" if os.geteuid() == 0 else "") + text)
-    argv = [str(find_nginx().path), "-p", f"{folder}/", "-c", "nginx.conf", "-g", "daemon off;"]
-    process = subprocess.Popen(
-        tethered(argv, 15), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    try:
-        until(lambda: process.poll() is not None or listens(port), "nginx listens")
-        if process.poll() is not None:
-            raise Broken(f"nginx has ended: {(folder / 'nginx.log').read_text()[-300:]}")
-        yield port
-    finally:
-        process.terminate()
-        process.wait(10)
-
-
-def listens(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 # ---------------------------------------------------------------- OCR
@@ -343,7 +261,7 @@ def ocr(folder: Path, for_s: float, say: Say) -> list[Row]:
     if not took:
         raise Broken("nobody was answered")
     share = 1 - failed(found.requests) / len(took)
-    note = f"of {len(took)} requests, {rate(found):.1f} a second; {found.told[:2] or ''}"
+    note = f"of {len(took)} requests, {rate(found):.1f} a second; {list(found.told)[:2] or ''}"
     return [
         Row(group, "success", "share", [share], goal=0.998, sense=">=", note=note),
         Row(group, "mean", "ms", [statistics.fmean(took)]),

@@ -103,6 +103,11 @@ class Node:
             self.kill()
 
     @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    @property
     def ended(self) -> bool:
         return self._process is None or self._process.poll() is not None
 
@@ -138,7 +143,8 @@ class Load:
 
     requests: list[Request] = field(default_factory=list)
     acks: list[Ack] = field(default_factory=list)
-    told: list[tuple[float, str]] = field(default_factory=list)
+    told: dict[str, list[float]] = field(default_factory=dict)
+    """Why requests failed: how many, when the first and the last."""
     stale: list[str] = field(default_factory=list)
     reads: int = 0
     state: str = ""
@@ -150,7 +156,6 @@ class Load:
         told = json.loads(out.with_suffix(".json").read_text())
         self.requests = requests_of(out.with_suffix(".bin").read_bytes())
         self.acks = [Ack(*values) for values in told.pop("acks")]
-        self.told = [(at_s, why) for at_s, why in told.pop("told")]
         for name, value in told.items():
             setattr(self, name, value)
 
@@ -269,6 +274,11 @@ class World:
         keys = Keys(GROUP)
         seen = self._coordinator.read(keys.prefix)
         return parse(keys, seen.kvs, seen.revision)
+
+    @property
+    def gateway_pid(self) -> int:
+        assert self._gateway is not None
+        return self._gateway.pid
 
     def kill(self, victim: Node) -> None:
         """SIGKILL; who comes back on its node has another name."""
