@@ -56,10 +56,7 @@ async def read_body(
     declared = headers.get("content-length", "0")
     if declared.isdecimal() and int(declared) > bytes_max:
         raise _too_large(bytes_max)
-    try:
-        body = await asyncio.wait_for(_read(receive, bytes_max, count), timeout_s)
-    except asyncio.TimeoutError:
-        raise BadRequest(f"the body did not come within {timeout_s:g} s", 408) from None
+    body = await _in_time(_read(receive, bytes_max, count), timeout_s)
     if encoding == "identity":
         return body
     if len(body) > IN_THREAD_BYTES:
@@ -68,6 +65,28 @@ async def read_body(
         plain = unpack(body, encoding, bytes_max)
     count(len(plain))
     return plain
+
+
+async def _in_time(reading: Awaitable[bytes], timeout_s: float) -> bytes:
+    """As ``wait_for``, without a task: most bodies are there at once."""
+    task = asyncio.current_task()
+    assert task is not None
+    late = False
+
+    def cancel() -> None:
+        nonlocal late
+        late = True
+        task.cancel()
+
+    timer = asyncio.get_running_loop().call_later(timeout_s, cancel)
+    try:
+        return await reading
+    except asyncio.CancelledError:
+        if not late:
+            raise
+        raise BadRequest(f"the body did not come within {timeout_s:g} s", 408) from None
+    finally:
+        timer.cancel()
 
 
 async def _read(receive: Receive, bytes_max: int, count: Callable[[int], None]) -> bytes:

@@ -14,7 +14,7 @@ from typing import Any
 
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
-from paddle_ft.serve.http import CLIENT
+from paddle_ft.serve.http import CONNECTION
 
 _Base: Any = AutoHTTPProtocol
 
@@ -32,16 +32,24 @@ class Connection(_Base):  # type: ignore[misc]
         self._unread_s = unread_s
         self._silent: asyncio.TimerHandle | None = None
         self._unread: asyncio.TimerHandle | None = None
+        self._waiting: asyncio.Future[Any] | None = None
         self._quiet_since_s = self.loop.time()
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
-        self.app_state = {**self.app_state, CLIENT: client_name(transport)}
+        self.client_name = client_name(transport)
+        self.app_state = {**self.app_state, CONNECTION: self}
         self._await_request()
         if len(self.connections) > self._connections_max:
             quiet = [each for each in self.connections if each is not self and not each.busy]
             idle = min(quiet, key=lambda each: each._quiet_since_s, default=self)
             idle.transport.abort()
+
+    def cancel_if_lost(self, future: asyncio.Future[Any]) -> None:
+        self._waiting = future
+        if self.cycle.disconnected:
+            future.cancel()
+        self.flow.resume_reading()  # or the end of the connection is not seen
 
     @property
     def busy(self) -> bool:
@@ -66,6 +74,8 @@ class Connection(_Base):  # type: ignore[misc]
     def connection_lost(self, exc: Exception | None) -> None:
         self._silent, self._unread = _again(self._silent), _again(self._unread)
         super().connection_lost(exc)
+        if self._waiting is not None:
+            self._waiting.cancel()
 
     def _await_request(self) -> None:
         """A request that has begun, or never begins, has so long to be there with its headers."""

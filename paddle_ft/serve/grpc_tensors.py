@@ -107,19 +107,21 @@ def encoding(
         tensor = response.outputs.add(name=name, datatype=datatype, shape=array.shape)
         if raw:
             parts = []
-            for part in raw_slices(array):
+            for at, part in enumerate(raw_slices(array)):
+                if at:
+                    yield
                 parts.append(part)
-                yield
             response.raw_output_contents.append(parts[0] if len(parts) == 1 else b"".join(parts))
             continue
         counted.add(datatype, array.shape, listed=True)
         contents, flat = getattr(tensor.contents, CONTENTS[datatype]), array.reshape(-1)
         for at in range(0, len(flat), SLICE_ELEMENTS):
+            if at:
+                yield
             values = flat[at : at + SLICE_ELEMENTS].tolist()
             if datatype == "BYTES":
                 values = [v if isinstance(v, bytes) else str(v).encode() for v in values]
             contents.extend(values)
-            yield
     return response
 
 

@@ -15,7 +15,7 @@ import math
 import re
 from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import quote
 
 from paddle_ft.serve import answers, wire
@@ -50,8 +50,21 @@ SEND_BYTES = 2**18
 """Of an answer at a time: so much waits for a client that does not read."""
 _UNCOUNTED = frozenset({"live", "ready", "model_ready"})
 
-CLIENT = "paddle_ft.client"
-"""Key of the ASGI scope's ``state``: name in the verified certificate of the client, or ""."""
+CONNECTION = "paddle_ft.connection"
+"""Key of the ASGI scope's ``state``, for a ``Connected``."""
+
+
+class Connected(Protocol):
+    """The connection on which a request came."""
+
+    @property
+    def client_name(self) -> str:
+        """Name in the verified certificate of the client, or ""."""
+        ...
+
+    def cancel_if_lost(self, future: asyncio.Future[Any]) -> None:
+        """Cancels ``future`` once the client is gone; replaces the one given before."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +106,7 @@ class Call:
     names: Mapping[str, str]
     headers: Mapping[str, str]
     body: bytes
-    receive: Receive
+    connection: Connected
     charge: Charge
 
     @property
@@ -149,16 +162,17 @@ class HttpApi:
         headers = {
             name.decode("latin1"): value.decode("latin1") for name, value in scope["headers"]
         }
+        connection: Connected = scope["state"][CONNECTION]
         with contextlib.ExitStack() as held:
             try:
                 route, names = find(scope["method"], _path(scope))
                 counted = self._health if route.operation in _UNCOUNTED else self._budget
                 charge = held.enter_context(counted.request())
                 if route.admin:
-                    client = scope.get("state", {}).get(CLIENT, "")
-                    self._access.admit(headers.get("authorization", ""), client)
+                    self._access.admit(headers.get("authorization", ""), connection.client_name)
                 body = await self._body(route, headers, receive, charge)
-                reply = await self._operation(route)(Call(names, headers, body, receive, charge))
+                call = Call(names, headers, body, connection, charge)
+                reply = await self._operation(route)(call)
             except ServeError as error:
                 reply = refusal(error)
             except Disconnected:
@@ -250,7 +264,7 @@ class HttpApi:
         if request.timeout_us:
             limits_s.append(request.timeout_us / 1e6)
         outputs = await _while_connected(
-            batcher.submit(request.inputs, min(limits_s)), call.receive
+            batcher.submit(request.inputs, min(limits_s)), call.connection
         )
         call.charge.add(sum(array.nbytes for array in outputs.values()))
         steps = wire.encoding(batcher.info, request, outputs, bounds)
@@ -270,16 +284,17 @@ def _path(scope: Mapping[str, Any]) -> str:
     return quote(scope["path"]) if raw is None else raw.partition(b"?")[0].decode("latin1")
 
 
-async def _while_connected(future: asyncio.Future[Any], receive: Receive) -> Any:
+async def _while_connected(future: asyncio.Future[Any], connection: Connected) -> Any:
     """The result, unless the client goes first: then it is cancelled. Raises Disconnected."""
-    gone = asyncio.ensure_future(receive())
+    connection.cancel_if_lost(future)
     try:
-        await asyncio.wait({future, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not future.done():
-            raise Disconnected
-        return future.result()
+        return await future
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if future.cancelled() and task is not None and not getattr(task, "cancelling", int)():
+            raise Disconnected from None
+        raise
     finally:
-        gone.cancel()
         future.cancel()
 
 

@@ -152,7 +152,7 @@ def decode(
 def parse_json(text: bytes) -> Any:
     """The value in ``text``; raises BadRequest, also for NaN, Infinity and bottomless nesting."""
     try:
-        return json.loads(text.decode(), parse_constant=_no_constant)
+        return _DECODER.decode(text.decode())
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
         why = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)[:120]
         raise BadRequest(f"the request is not valid JSON: {why}") from None
@@ -236,18 +236,21 @@ def encoding(
         text.append(b"," if number else b"")
         if asked.binary:
             size = 0
-            for part in raw_slices(array):
+            for at, part in enumerate(raw_slices(array)):
+                if at:
+                    yield
                 parts.append(part)
                 size += len(part)
-                yield
             entry["parameters"] = {"binary_data_size": size}
             text.append(_compact(entry).encode())
             continue
         counted.add(datatype, array.shape, listed=True)
         text.append(_open(entry, "data").encode())
         for at, values in enumerate(json_slices(asked.name, array)):
-            text.append((b"," if at else b"") + _compact(values)[1:-1].encode())
-            yield
+            if at:
+                yield
+                text.append(b",")
+            text.append(_compact(values)[1:-1].encode())
         text.append(b"]}")
     text.append(b"]}")
     whole = b"".join(text)
@@ -255,8 +258,7 @@ def encoding(
     return [whole, *parts], len(whole) if binary else None
 
 
-def _compact(value: object) -> str:
-    return json.dumps(value, separators=(",", ":"))
+_compact = json.JSONEncoder(separators=(",", ":")).encode
 
 
 def _open(entry: dict[str, Any], key: str) -> str:
@@ -337,3 +339,6 @@ def _boolean(parameters: Mapping[str, Any], key: str) -> bool:
 
 def _no_constant(name: str) -> float:
     raise ValueError(f"{name} is not JSON")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_no_constant)
