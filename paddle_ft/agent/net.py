@@ -109,6 +109,11 @@ def interface_of(host: str) -> str:
     return ""
 
 
+def endpoint(host: str, port: int) -> str:
+    """host:port, with brackets where ``host`` is an address of IPv6."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 class NodeName:
     """A name for this launcher that is its own while it lives and comes back with it.
 

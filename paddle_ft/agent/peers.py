@@ -22,6 +22,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
+from paddle_ft.agent.net import endpoint
 from paddle_ft.coordination.kv import Coordinator
 from paddle_ft.errors import CoordinationError
 from paddle_ft.health.links import echo
@@ -72,11 +73,18 @@ class PeerLinks:
         host: str,
         coordinator: Coordinator,
         on_dead: Callable[[str], None] | None = None,
+        *,
+        listen: str = "",
+        port: int = 0,
     ) -> None:
+        """``listen``: the address of this machine, where ``host`` is another's or a name; raises
+        OSError if it cannot be had, or the ``port`` (0: any)."""
         self._coordinator = coordinator
         self._on_dead = on_dead
-        self._server = socket.create_server((host, 0), family=socket.AF_INET, backlog=128)
-        self.address = f"{host}:{self._server.getsockname()[1]}"
+        place = listen or host
+        family = socket.AF_INET6 if ":" in place else socket.AF_INET
+        self._server = socket.create_server((place, port), family=family, backlog=128)
+        self.address = endpoint(host, self._server.getsockname()[1])
         """host:port at which the others find this node."""
         self._me = ""
         self._seen: Mapping[str, Versioned[NodeRecord]] | None = None
@@ -103,7 +111,9 @@ class PeerLinks:
                 self._links[member].lease = lease
             else:
                 host, _, port = address.rpartition(":")
-                link = self._links[member] = _Link((host, int(port)), lease)
+                if not port.isdecimal():
+                    continue  # of another version: its lease tells
+                link = self._links[member] = _Link((host.strip("[]"), int(port)), lease)
                 threading.Thread(
                     target=self._hold, args=(member, link), name=f"peer-{member}", daemon=True
                 ).start()

@@ -7,15 +7,21 @@ have died, too.
 The lease of a primary ends without its death, too: when it is cut off from etcd, or when etcd was
 away. So a lease alone gives no reason: who still hears from the primary waits, until it has heard
 nothing for HOLD_S or knows that the process is dead.
+
+Once each of those in sync has ended, nobody has the state, and nobody could ever be the primary
+again. Then the group begins anew with whoever is furthest of those that are there. Who has merely
+fallen silent has not ended: only the process that took its place can know that it has, since no two
+that live have the same node and place.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from paddle_ft.serve.broadcast import HOLD_S
 from paddle_ft.serve.log import Position
+from paddle_ft.serve.registry import Group, ReplicaRecord
 
 HEAD_START_S = 0.15
 """How long each candidate waits for those before it."""
@@ -45,6 +51,7 @@ class Election:
     """When this replica has last followed a primary."""
     dead: bool = False
     """That primary's process is known to have ended."""
+    observe_s: float = HOLD_S
 
 
 def stands(election: Election, now_s: float) -> bool:
@@ -52,7 +59,7 @@ def stands(election: Election, now_s: float) -> bool:
     me = election.candidates.get(election.me)
     if election.primary or me is None:
         return False
-    if not election.dead and now_s - election.heard_s <= HOLD_S:
+    if not election.dead and now_s - election.heard_s <= max(HOLD_S, election.observe_s):
         return False
     if election.handed_to in election.candidates and _may(election, election.handed_to):
         return election.handed_to == election.me
@@ -68,3 +75,32 @@ def stands(election: Election, now_s: float) -> bool:
 
 def _may(election: Election, name: str) -> bool:
     return election.in_sync is None or name in election.in_sync
+
+
+def next_primary(group: Group, but: Iterable[str] = ()) -> str | None:
+    """Who would lose least, of those in sync that can be it and are not, nor in ``but``."""
+    in_sync = set(group.in_sync.names if group.in_sync else ()) - {group.primary, *but}
+    others = [r for n, r in group.replicas.items() if n in in_sync and fit(r)]
+    best = max(others, key=lambda r: (r.condition == "ready", r.term, r.sequence), default=None)
+    return best.name if best is not None else None
+
+
+def fit(record: ReplicaRecord) -> bool:
+    """Whether it has what it takes to be the primary."""
+    return record.condition in ("standby", "ready", "degraded")
+
+
+def outlived(me: str, names: Iterable[str]) -> tuple[str, ...]:
+    """Those of ``names`` that ``me`` has taken the place of, and that therefore have ended."""
+    place = me.rpartition("-")[0]
+    return tuple(sorted(n for n in names if place and n != me and n.rpartition("-")[0] == place))
+
+
+def ended(group: Group) -> set[str]:
+    """Those of whom it is known, from who has taken their places."""
+    return {name for record in group.replicas.values() for name in record.outlived}
+
+
+def all_ended(group: Group) -> bool:
+    """Whether each of those in sync is known to have ended, so that nobody has the state."""
+    return group.in_sync is not None and ended(group).issuperset(group.in_sync.names)

@@ -40,9 +40,9 @@ def promote(
 ) -> None:
     """Make another replica the primary of a serving group, without losing a request."""
     from paddle_ft.coordination.etcd import EtcdCoordinator
-    from paddle_ft.serve import registry
     from paddle_ft.serve.registry import Keys, Promote, parse
     from paddle_ft.serve.types import NotPromoted
+    from paddle_ft.serve.wish import Wish
 
     coordinator, keys = EtcdCoordinator(_access(etcd, config)), Keys(group)
 
@@ -51,24 +51,56 @@ def promote(
         return parse(keys, seen.kvs, seen.revision)
 
     try:
-        found = look()
-        name = registry.named(found, replica) if replica else registry.next_primary(found)
-        if not name:
-            there = ", ".join(found.replicas) or "none"
-            raise NotPromoted(f"no replica {replica or 'is in sync'}: {there} in {group}")
+        before = found = look()
+        name = _target(found, group, replica, force)
         began_s = time.monotonic()
-        if found.primary != name:
-            coordinator.transact(registry.wish(keys, Promote(name, force)))
-        while (found := look()).primary != name:
-            asked = found.promote
-            if asked is None or asked.target != name or asked.refused:
-                why = asked.refused if asked is not None else "another replica was"
-                raise NotPromoted(f"{name} was not promoted: {why}")
-            if time.monotonic() - began_s > PROMOTE_S:
-                raise NotPromoted(
-                    f"{name} was not promoted within {PROMOTE_S:g} s: see 'paddle-ft serving'"
-                )
-            time.sleep(LOOK_S)
+        wish = Wish(coordinator, keys, Promote(name, force))
+        try:
+            if found.primary != name:
+                wish.make(PROMOTE_S)
+            while (found := look()).primary != name:
+                if why := wish.refused(found):
+                    raise NotPromoted(why)
+                if time.monotonic() - began_s > PROMOTE_S:
+                    raise NotPromoted(
+                        f"{name} was not promoted within {PROMOTE_S:g} s, and will not be: is it "
+                        "running, and does it reach etcd?"
+                    )
+                time.sleep(LOOK_S)
+        finally:
+            wish.take_back()
     finally:
         coordinator.close()
     typer.echo(f"{name} is the primary of {group}, term {found.term}")
+    if found.lost is not None and found.lost != before.lost:
+        typer.echo(f"changes that only {', '.join(found.lost.names)} had are lost")
+
+
+def _target(found: Group, group: str, replica: str, force: bool) -> str:
+    """Who is to be the primary; raises NotPromoted where that cannot be, as far as is known."""
+    from paddle_ft.serve import elect, registry
+    from paddle_ft.serve.types import NotPromoted
+
+    if not found.replicas:
+        raise NotPromoted(f"no replica of the serving group {group} is running")
+    name = registry.named(found, replica) if replica else elect.next_primary(found)
+    in_sync = found.in_sync.names if found.in_sync else ()
+    if replica and not name:
+        there = ", ".join(sorted(found.replicas))
+        raise NotPromoted(f"there is no replica {replica} in {group}: there are {there}")
+    if not name:
+        others = [
+            f"{n} is {'not in sync' if n not in in_sync else record.condition}"
+            for n, record in sorted(found.replicas.items())
+            if n != found.primary
+        ]
+        raise NotPromoted(
+            f"no other replica of {group} can be the primary now"
+            + (f" ({', '.join(others)}): wait, or name one with --force" if others else "")
+        )
+    if not (force or found.primary) and in_sync and name not in in_sync:
+        raise NotPromoted(
+            f"{name} lacks changes that {', '.join(in_sync)} had: start their nodes again, or give "
+            "these changes up with --force"
+        )
+    return name

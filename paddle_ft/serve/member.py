@@ -57,8 +57,14 @@ class Member:
     wake: called from any thread when there is something new; must not block.
     """
 
-    def __init__(self, etcd: EtcdConfig, group: str, wake: Callable[[], None]) -> None:
-        self.coordinator = EtcdCoordinator(etcd)
+    def __init__(
+        self,
+        etcd: EtcdConfig,
+        group: str,
+        wake: Callable[[], None],
+        coordinator: Coordinator | None = None,
+    ) -> None:
+        self.coordinator: Coordinator = coordinator or EtcdCoordinator(etcd)
         self.keys = Keys(group)
         self._alive = _Alive(self.coordinator, etcd.lease_ttl_s / 2)
         self._etcd = etcd
@@ -69,6 +75,9 @@ class Member:
         self._keeper: LeaseKeeper | None = None
         self._wanted: ReplicaRecord | None = None
         self._told: ReplicaRecord | None = None
+        """What stands under the lease; None: it is not known."""
+        self._holder = ""
+        """For whom the lease was taken."""
         self._told_s = 0.0
         self._news = threading.Event()
         self._closed = threading.Event()
@@ -145,12 +154,19 @@ class Member:
             log.debug("a transaction of the serving group: %s", error)
             return None
 
+    def end(self, lease: int) -> None:
+        """Gives back the lease of a replica that has ended; it ends by itself, too."""
+        try:
+            self.coordinator.revoke(lease)
+        except PaddleFTError as error:
+            log.debug("the lease of a replica that has ended: %s", error)
+
     def _changed(self) -> None:
         self._wake()
 
     def _join(self, record: ReplicaRecord) -> None:
         """Takes a lease and registers under it."""
-        old = self._keeper
+        old, before = self._keeper, self._holder
         keeper = LeaseKeeper(
             self._alive,
             ttl_s=self._etcd.lease_ttl_s,
@@ -159,13 +175,17 @@ class Member:
             on_lost=self._lost,
         )
         keeper.start()
+        self._keeper, self._holder, self._told = keeper, record.name, None
         if old is not None:
-            old.close(revoke=record.name != (self._told.name if self._told else ""))
-        self._keeper = keeper
+            old.close(revoke=record.name != before)
         self._write(record)
 
     def _write(self, record: ReplicaRecord) -> None:
-        self.coordinator.transact(registry.register(self.keys, record, self.lease))
+        lease = self.lease
+        if not lease:  # without one it would stand for ever
+            raise LeaseLost("it ended before this replica was registered under it")
+        self._told = None
+        self.coordinator.transact(registry.register(self.keys, record, lease))
         self._told, self._told_s = record, time.monotonic()
 
     def _lost(self) -> None:
@@ -192,14 +212,14 @@ class Member:
     def _keep(self) -> None:
         wanted, told, keeper = self._wanted, self._told, self._keeper
         assert wanted is not None
-        if keeper is None or keeper.lost or told is None or wanted.name != told.name:
+        if keeper is None or keeper.lost or wanted.name != self._holder:
             self._join(wanted)
             return
         if wanted == told:
             return
-        same = replace(wanted, term=told.term, sequence=told.sequence) == told
+        same = told and replace(wanted, term=told.term, sequence=told.sequence) == told
         if same and self._closed.wait(max(0.0, self._told_s + TELL_S - time.monotonic())):
             return
         newest = self._wanted
-        if newest is not None and newest.name == told.name:
+        if newest is not None and newest.name == self._holder:
             self._write(newest)

@@ -17,11 +17,13 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+from paddle_ft.agent.net import endpoint
 from paddle_ft.agent.peers import PeerLinks
 from paddle_ft.config import EtcdConfig
 from paddle_ft.coordination.kv import TxnResult
 from paddle_ft.errors import ConfigError
-from paddle_ft.serve.broadcast import Answer, Append, Install, Primary
+from paddle_ft.serve import elect
+from paddle_ft.serve.broadcast import HOLD_S, Answer, Append, Install, Primary
 from paddle_ft.serve.ledger import Bounds
 from paddle_ft.serve.log import Entry, Kind, Position
 from paddle_ft.serve.member import Member
@@ -41,7 +43,9 @@ class GroupSettings:
     etcd: EtcdConfig
     group: str
     node: str
+    """No two processes that live have the same node and place."""
     host: str = "127.0.0.1"
+    """Under which the others reach it."""
     http_port: int = 0
     grpc_port: int = 0
     in_sync_min: int = 1
@@ -55,6 +59,15 @@ class GroupSettings:
     """Between replicas."""
     plain: bool = False
     """Without TLS, although ``host`` can be reached from other machines."""
+    observe_s: float = HOLD_S
+    """How long a primary whose lease has ended must have been silent, too, before another one
+    takes its place."""
+    place: str = "0"
+    """Of the machine: there ``node`` is this process's alone."""
+    listen: str = ""
+    """Address to listen on for the others; empty: ``host``."""
+    peer_port: int = 0
+    """For the others' state, and the one after it to notice its death; 0: any two."""
 
 
 class Listener(Protocol):
@@ -79,9 +92,10 @@ class Participant:
         on_put: Callable[[Kind, str, bytes | None], Awaitable[Position]],
     ) -> None:
         """Opens nothing yet; raises ConfigError."""
-        if settings.tls is None and not settings.plain and not is_loopback(settings.host):
+        listens = settings.listen or settings.host
+        if settings.tls is None and not settings.plain and not is_loopback(listens):
             raise ConfigError(
-                f"replicas on {settings.host} would talk to each other without TLS: give "
+                f"replicas on {listens} would talk to each other without TLS: give "
                 "certificates, or say that the network is trusted"
             )
         self._settings = settings
@@ -107,8 +121,8 @@ class Participant:
 
     def _new_seat(self) -> Seat:
         s = self._settings
-        name = f"{s.node}.{uuid.uuid4().hex[:12]}"
-        return Seat(name, Keys(s.group), s.in_sync_min, s.patience_s)
+        name = f"{s.node}.{s.place}-{uuid.uuid4().hex[:12]}"
+        return Seat(name, Keys(s.group), s.in_sync_min, s.patience_s, s.observe_s)
 
     # ------------------------------------------------------------ life
 
@@ -116,8 +130,16 @@ class Participant:
         """Listens, registers, and takes part from now on; raises CoordinationError, ConfigError."""
         self._loop = asyncio.get_running_loop()
         s = self._settings
-        port = await self._server.start(s.host, s.tls)
-        self._watched = PeerLinks(s.host, self.member.coordinator, self._is_dead)
+        port = await self._server.start(s.listen or s.host, s.tls, s.peer_port)
+        link_port = s.peer_port + 1 if s.peer_port else 0
+        try:
+            self._watched = PeerLinks(
+                s.host, self.member.coordinator, self._is_dead, listen=s.listen, port=link_port
+            )
+        except OSError as error:
+            raise ConfigError(
+                f"cannot listen on {endpoint(s.listen or s.host, link_port)}: {error.strerror}"
+            ) from None
         self._watched.watch(self.seat.name, {})
         self._record = replace(self._record, peer_port=port, link=self._watched.address)
         await self.in_thread(self.member.start, self._record)
@@ -148,6 +170,12 @@ class Participant:
     @property
     def group(self) -> Group:
         return self.seat.group
+
+    @property
+    def ended(self) -> asyncio.Future[None]:
+        """Done once it takes part no longer; with an exception if by a defect."""
+        assert self._run_task is not None
+        return self._run_task
 
     def leads(self) -> bool:
         """Whether this replica may answer changes now."""
@@ -196,7 +224,7 @@ class Participant:
                 self._loop.call_soon_threadsafe(call, *args)
 
     def _note_death(self, name: str) -> None:
-        self.seat.dead |= {name}
+        self.seat.died(name)
         self._wake.set()
 
     # ------------------------------------------------------------ turns
@@ -221,15 +249,20 @@ class Participant:
             self._begin_anew()
             return
         if self._deed is None or self._deed.done():
-            deed = seat.due(now_s, self.member.lease)
+            deed = seat.due(now_s, self.member.lease, time.time())
             if deed is not None:
                 self._deed = asyncio.get_running_loop().create_task(self._do(deed))
         self._settle()
         last = seat.replica.log.last
-        self.member.tell(replace(self._record, term=last.term, sequence=last.sequence))
+        where = replace(self._record, term=last.term, sequence=last.sequence)
+        self.member.tell(replace(where, outlived=seat.outlived))
 
     def _follow(self, group: Group) -> None:
         """The group has changed."""
+        for name in elect.outlived(self.seat.name, group.replicas):
+            if name not in self.seat.dead:  # its lease need not run out
+                self.seat.died(name)
+                self._threads.submit(self.member.end, group.leases[name])
         if self._watched is not None:
             links = {n: (r.link, group.leases[n]) for n, r in group.replicas.items()}
             self._watched.watch(self.seat.name, links)
@@ -247,6 +280,8 @@ class Participant:
         succeeded = None if result is None else result.succeeded
         revision = 0 if result is None else result.revision
         log.debug("%s: %s %s", seat.name, deed.kind, succeeded)
+        if succeeded and deed.kind in ("begin", "force"):
+            _tell_loss(seat, deed)
         if seat is self.seat:
             self._took(seat.ended(deed, succeeded, revision))
             self._wake.set()
@@ -283,8 +318,8 @@ class Participant:
         gone = [Entry(Position(), kind, key, None) for kind, key in old]
         group, dead = self.seat.group, self.seat.dead
         self.seat = self._new_seat()
-        self.seat.dead = dead
         self.seat.saw(group, time.monotonic())
+        self.seat.died(*dead)
         self._listener.applied(gone)
         self._record = replace(self._record, name=self.seat.name)
         self.member.tell(self._record)
@@ -324,7 +359,7 @@ class Participant:
             known = message.acknowledged if isinstance(message, Append) else 0
             return not primary.told(name) or known < primary.acknowledged
 
-        address = f"{record.host}:{record.peer_port}"
+        address = endpoint(record.host, record.peer_port)
         return Link(self.peers, self._settings.group, name, address, message, on_answer)
 
     def _take_links(self, kept: set[str]) -> list[Link]:
@@ -334,6 +369,17 @@ class Participant:
         task = asyncio.get_running_loop().create_task(link.close())
         self._closing_links.add(task)
         task.add_done_callback(self._closing_links.discard)
+
+
+def _tell_loss(seat: Seat, deed: Deed) -> None:
+    if deed.in_sync:
+        how = "it was forced" if deed.kind == "force" else "all of them have ended"
+        log.warning(
+            "%s becomes the primary without the changes that only %s had: %s",
+            seat.name,
+            ", ".join(sorted(deed.in_sync)),
+            how,
+        )
 
 
 def _tell_end(task: asyncio.Task[None]) -> None:

@@ -3,15 +3,16 @@
     /paddle_ft/<group>/serving/replicas/<name>   ReplicaRecord  leased, written by that replica only
     /paddle_ft/<group>/serving/primary           name           leased; mod_revision is the term
     /paddle_ft/<group>/serving/insync            InSync         written by the primary only
-    /paddle_ft/<group>/serving/promote           Promote        asked for by an operator
+    /paddle_ft/<group>/serving/promote           Promote        asked for by an operator, leased
+    /paddle_ft/<group>/serving/lost              Lost           what the state has lost last
     /paddle_ft/<group>/serving/level             Level          how the group is served
     /paddle_ft/<group>/serving/models/<model>    Published      the newest, by its publisher
 
 Invariant: the primary's writes compare the primary key's mod_revision (its term). Only a campaign,
 a hand-over and a forced promotion write that key, so each of them begins a term of its own.
 
-A replica's name is ``node.incarnation``: its log is in memory, so a process that comes back is
-another replica.
+A replica's name is ``node.place-incarnation``: its log is in memory, so a process that comes back
+is another replica. No two that live have the same node and place.
 """
 
 from __future__ import annotations
@@ -67,6 +68,10 @@ class Keys:
         return f"{self.prefix}promote"
 
     @property
+    def lost(self) -> str:
+        return f"{self.prefix}lost"
+
+    @property
     def level(self) -> str:
         return f"{self.prefix}level"
 
@@ -99,6 +104,8 @@ class ReplicaRecord:
     """Why it is degraded, or is not let in."""
     failed: Mapping[str, str] = field(default_factory=dict)
     """The version, by model, that the group wants and that it cannot serve."""
+    outlived: tuple[str, ...] = ()
+    """Of those that are in sync, the ones that this replica takes the place of: they have ended."""
 
     @property
     def node(self) -> str:
@@ -138,6 +145,18 @@ class Promote:
 
 
 @dataclass(frozen=True, slots=True)
+class Lost:
+    """Acknowledged changes may be gone since then."""
+
+    names: tuple[str, ...]
+    """Who had all of them."""
+    at_s: float
+    """Unix time."""
+    forced: bool = False
+    """By a person; else because all of ``names`` had ended."""
+
+
+@dataclass(frozen=True, slots=True)
 class Group:
     """A serving group at one revision of etcd."""
 
@@ -154,6 +173,9 @@ class Group:
     """mod_revision; 0: there is no record."""
     promote: Promote | None = None
     promote_revision: int = 0
+    promote_lease: int = 0
+    """Of whoever waits for it."""
+    lost: Lost | None = None
     leases: Mapping[str, int] = field(default_factory=dict)
     """Of each replica."""
     since: Mapping[str, int] = field(default_factory=dict)
@@ -186,6 +208,7 @@ def parse(keys: Keys, kvs: Iterable[KeyValue], revision: int = 0) -> Group:
     in_sync = single.get(keys.in_sync)
     promote = single.get(keys.promote)
     level = single.get(keys.level)
+    lost = single.get(keys.lost)
     return Group(
         replicas=replicas,
         primary=primary.value.decode(errors="replace") if primary else None,
@@ -197,6 +220,8 @@ def parse(keys: Keys, kvs: Iterable[KeyValue], revision: int = 0) -> Group:
         in_sync_revision=in_sync.mod_revision if in_sync else 0,
         promote=_decoded(Promote, promote) if promote else None,
         promote_revision=promote.mod_revision if promote else 0,
+        promote_lease=promote.lease if promote else 0,
+        lost=_decoded(Lost, lost) if lost else None,
         leases=leases,
         since=since,
         revision=revision,
@@ -216,14 +241,6 @@ def named(group: Group, target: str) -> str | None:
     """The replica of that name, or the newest one of that node."""
     names = [n for n, record in group.replicas.items() if target in (n, record.node)]
     return max(names, key=lambda n: group.since.get(n, 0), default=None)
-
-
-def next_primary(group: Group) -> str | None:
-    """Who would lose least, of those in sync that are not the primary."""
-    in_sync = group.in_sync.names if group.in_sync else ()
-    others = [r for n, r in group.replicas.items() if n in in_sync and n != group.primary]
-    best = max(others, key=lambda r: (r.condition == "ready", r.term, r.sequence), default=None)
-    return best.name if best is not None else None
 
 
 @lru_cache(maxsize=1024)
@@ -261,6 +278,19 @@ def campaign(keys: Keys, group: Group, me: str, lease: int) -> Transaction:
     return Transaction(compares, tuple(puts))
 
 
+def begin(keys: Keys, group: Group, me: str, lease: int, at_s: float) -> Transaction:
+    """As ``campaign``, when all that were in sync have ended: what they had is lost."""
+    assert group.in_sync is not None
+    return Transaction(
+        campaign(keys, group, me, lease).compares,
+        (
+            Put(keys.primary, me.encode(), lease),
+            Put(keys.in_sync, encode(InSync(0, (me,)))),
+            Put(keys.lost, encode(Lost(group.in_sync.names, at_s))),
+        ),
+    )
+
+
 def record(keys: Keys, in_sync: InSync, in_sync_revision: int) -> Transaction:
     """The primary's: who is in sync from now on."""
     compares = (
@@ -285,17 +315,21 @@ def hand_over(keys: Keys, group: Group, in_sync_revision: int, target: str) -> T
 
 
 def refuse(keys: Keys, group: Group, why: str) -> Transaction:
-    """The primary's answer to a wish for promotion that cannot be fulfilled."""
+    """The primary's answer to a wish for promotion that cannot be fulfilled.
+
+    Under the lease of the wish: LeaseLost if nobody waits for it any more.
+    """
     assert group.promote is not None
     answer = Promote(group.promote.target, group.promote.force, why)
     compares = (
         Compare(keys.primary, "mod_revision", group.term),
         Compare(keys.promote, "mod_revision", group.promote_revision),
     )
-    return Transaction(compares, (Put(keys.promote, encode(answer)),))
+    put = Put(keys.promote, encode(answer), group.promote_lease)
+    return Transaction(compares, (put,))
 
 
-def force(keys: Keys, group: Group, me: str, lease: int) -> Transaction:
+def force(keys: Keys, group: Group, me: str, lease: int, at_s: float) -> Transaction:
     """Takes the primary key from whoever has it; who is in sync is this replica alone then.
 
     Unless it was in sync already: then nothing is lost, and the others stay in the record.
@@ -308,6 +342,8 @@ def force(keys: Keys, group: Group, me: str, lease: int) -> Transaction:
     puts: list[Put | Delete] = [Put(keys.primary, me.encode(), lease), Delete(keys.promote)]
     if group.in_sync is None or me not in group.in_sync.names:
         puts.append(Put(keys.in_sync, encode(InSync(0, (me,)))))
+        if group.in_sync is not None:
+            puts.append(Put(keys.lost, encode(Lost(group.in_sync.names, at_s, forced=True))))
     return Transaction(compares, tuple(puts))
 
 
@@ -325,9 +361,13 @@ def publish(keys: Keys, name: str, now: Published, before: KeyValue | None) -> T
     return Transaction((Compare(key, "mod_revision", revision),), (Put(key, encode(now)),))
 
 
-def wish(keys: Keys, promote: Promote) -> Transaction:
-    """An operator's wish; a newer one takes the place of an older one."""
-    return Transaction((), (Put(keys.promote, encode(promote)),))
+def wish(keys: Keys, promote: Promote, lease: int) -> Transaction:
+    """An operator's wish; a newer one takes the place of an older one.
+
+    ``lease`` is its own: it ends with whoever waits for it, who revokes it to take the wish back. A
+    wish that was left would be fulfilled when nobody wants it any more.
+    """
+    return Transaction((), (Put(keys.promote, encode(promote), lease),))
 
 
 def choose(keys: Keys, level: Level, group: Group | None = None) -> Transaction:
@@ -344,4 +384,5 @@ def forget(keys: Keys, group: Group, in_sync_revision: int) -> Transaction:
         Compare(keys.primary, "mod_revision", group.term),
         Compare(keys.in_sync, "mod_revision", in_sync_revision),
     )
-    return Transaction(compares, (Delete(keys.in_sync), Delete(keys.promote)))
+    gone = (keys.in_sync, keys.promote, keys.lost)
+    return Transaction(compares, tuple(Delete(key) for key in gone))

@@ -117,6 +117,8 @@ class Replica:
         """Tells that it goes, and goes; at once, if it has not begun well."""
         config, group = self._config.serve, self._group
         self._draining = True
+        if group is not None and clean:
+            await group.hand_over()  # first, as it takes changes until another one does
         self._front.catalog.drain()
         if clean:
             log.info("asked to stop: finishing what was taken, for up to %g s", config.drain_s)

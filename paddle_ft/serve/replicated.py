@@ -17,20 +17,18 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from paddle_ft.coordination.kv import TxnResult
-from paddle_ft.serve import registry
-from paddle_ft.serve.broadcast import Primary
+from paddle_ft.agent.net import endpoint
+from paddle_ft.serve import promotion, registry
 from paddle_ft.serve.ledger import Ledger
 from paddle_ft.serve.log import Entry, Held, Kind, Position
 from paddle_ft.serve.participant import GroupSettings, Participant
 from paddle_ft.serve.reads import Reads
-from paddle_ft.serve.registry import Group, Promote, ReplicaRecord
+from paddle_ft.serve.registry import Group, ReplicaRecord
 from paddle_ft.serve.seat import Seat
-from paddle_ft.serve.types import Lost, NotPrimary, NotPromoted, ServeError, Unavailable
+from paddle_ft.serve.types import Lost, NotPrimary, ServeError, Unavailable
 
 log = logging.getLogger("paddle_ft")
 
@@ -86,25 +84,23 @@ class Replicated:
         await self._party.start()
         self._expiry = asyncio.get_running_loop().create_task(self._expire())
 
+    async def hand_over(self) -> bool:
+        """Before it leaves: makes another the primary; False if there is none that can be."""
+        return await promotion.hand_over(self._party, LEAVE_S)
+
     async def close(self) -> None:
         """Leaves: a primary hands over first, if somebody is in sync. Waits for etcd."""
-        if self._seat.primary is not None:
-            with suppress(ServeError):
-                await self._leave(self._seat.primary)
+        if self._seat.primary is not None and not await self.hand_over():
+            await promotion.give_up(self._party)
         if self._expiry is not None:
             self._expiry.cancel()
         await self._party.close()
         self._reads.close()
 
-    async def _leave(self, primary: Primary) -> None:
-        replicas = self.group.replicas
-        others = [n for n in replicas if n in primary.recorded and n != self.name]
-        if others:
-            await self.promote(max(others, key=primary.agreed), timeout_s=LEAVE_S)
-        elif replicas.keys() <= {self.name} and primary.recorded == {self.name}:
-            member, revision = self._party.member, self._seat.recorded_revision
-            txn = registry.forget(member.keys, self.group, revision)
-            await self._party.in_thread(member.transact, txn)
+    @property
+    def ended(self) -> asyncio.Future[None]:
+        """Done once this replica takes part no longer; with an exception if by a defect."""
+        return self._party.ended
 
     # ------------------------------------------------------------ what is known
 
@@ -247,7 +243,8 @@ class Replicated:
         if in_sync is not None and not self.group.replicas.keys() & set(in_sync.names):
             return Unavailable(
                 "all replicas that had the state of the group are gone "
-                f"({', '.join(in_sync.names)}): wait for one, or promote another by force",
+                f"({', '.join(in_sync.names)}): it begins anew once all their nodes are back, or "
+                "promote another replica with --force",
                 5.0,
             )
         return Unavailable("there is no primary at the moment: ask again", 0.2)
@@ -264,7 +261,7 @@ class Replicated:
             if left_s <= 0:
                 raise self._nobody()
             if other is not None and other.name != self.name:
-                address = f"{other.host}:{other.peer_port}"
+                address = endpoint(other.host, other.peer_port)
                 position = await self._party.peers.put(other.name, address, change, left_s)
                 if position is not None:
                     return position
@@ -311,30 +308,9 @@ class Replicated:
         Can be called on any replica. ``force``: whoever the primary is, and even if changes that
         ``target`` has not got are lost.
 
-        Raises NotPromoted, Unavailable.
+        Raises NotPromoted; Unavailable if it has not come about in time, and will not.
         """
-        until_s = time.monotonic() + timeout_s
-        name = registry.named(self.group, target)
-        if name is None:
-            there = ", ".join(self.group.replicas)
-            raise NotPromoted(f"there is no replica {target}: there are {there}")
-        if self.group.primary == name:
-            return name
-        member = self._party.member
-        txn = registry.wish(member.keys, Promote(name, force))
-        result: TxnResult | None = await self._party.in_thread(member.transact, txn)
-        if result is None:
-            raise Unavailable("etcd did not confirm the promotion: look at the group again", 1.0)
-        while self.group.primary != name:
-            promote = self.group.promote
-            if self.group.revision >= result.revision and (
-                promote is None or promote.target != name or promote.refused
-            ):
-                why = promote.refused if promote is not None else "another replica was"
-                raise NotPromoted(f"{name} was not promoted: {why}")
-            if not await self._party.change(until_s):
-                raise Unavailable(f"{name} was not promoted within {timeout_s:g} s", 1.0)
-        return name
+        return await promotion.promote(self._party, target, force, timeout_s)
 
     # ------------------------------------------------------------ as the participant's listener
 

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from paddle_ft.coordination.kv import Transaction
-from paddle_ft.serve import registry
+from paddle_ft.serve import elect, registry
 from paddle_ft.serve.broadcast import (
+    HOLD_S,
     UNCONFIRMED_S,
     Answer,
     Append,
@@ -36,10 +37,10 @@ HAND_OVER_S = 0.3
 class Deed:
     """A transaction to be carried out, and what it is for."""
 
-    kind: Literal["campaign", "record", "hand_over", "refuse", "force"]
+    kind: Literal["campaign", "begin", "record", "hand_over", "refuse", "force"]
     transaction: Transaction
     in_sync: frozenset[str] = frozenset()
-    """Of a record."""
+    """Of a record; of those whose changes are given up."""
 
 
 class Seat:
@@ -47,19 +48,28 @@ class Seat:
 
     Args:
         in_sync_min: so many, with the primary, must have an entry before it is acknowledged.
+        patience_s: how long one that is in sync may be behind before it is in sync no longer.
+        observe_s: how long a primary without a lease must be silent before this one stands; not
+            less than HOLD_S.
     """
 
     def __init__(
-        self, name: str, keys: Keys, in_sync_min: int = 1, patience_s: float = PATIENCE_S
+        self,
+        name: str,
+        keys: Keys,
+        in_sync_min: int = 1,
+        patience_s: float = PATIENCE_S,
+        observe_s: float = HOLD_S,
     ) -> None:
         self.replica = Replica(name)
         self.primary: Primary | None = None
         self.group = Group()
-        self.dead: frozenset[str] = frozenset()
-        """Replicas whose processes are known to have ended."""
+        self._deaths: dict[str, int] = {}
+        """create_revision of the records of replicas whose processes are known to have ended."""
         self._keys = keys
         self._in_sync_min = in_sync_min
         self._patience_s = patience_s
+        self._observe_s = observe_s
         self._vacant_since_s = 0.0
         self._heard_s = float("-inf")
         self._heard_of = ""
@@ -93,6 +103,22 @@ class Seat:
         """mod_revision of what says who is in sync."""
         return self._recorded_revision
 
+    @property
+    def dead(self) -> frozenset[str]:
+        """Replicas whose processes are known to have ended."""
+        return frozenset(self._deaths)
+
+    def died(self, *names: str) -> None:
+        """They are known to have ended, unless they register again."""
+        for name in names:
+            self._deaths[name] = self.group.since.get(name, 0)
+
+    @property
+    def outlived(self) -> tuple[str, ...]:
+        """For this replica's record."""
+        in_sync = self.group.in_sync
+        return elect.outlived(self.name, in_sync.names if in_sync else ())
+
     def leave(self) -> None:
         """Is the primary no longer."""
         self._step_down()
@@ -121,6 +147,8 @@ class Seat:
         if group.primary is None and self.group.primary is not None:
             self._vacant_since_s = now_s
         self.group = group
+        for name in [n for n, at in self._deaths.items() if group.since.get(n, at) > at]:
+            del self._deaths[name]  # it was cut off, and is back
         won = self._won_revision and group.revision >= self._won_revision
         if won or group.in_sync_revision != self._candidacy:
             self._candidacy, self._won_revision = None, 0
@@ -183,36 +211,44 @@ class Seat:
 
     # ------------------------------------------------------------ what is due
 
-    def due(self, now_s: float, lease: int) -> Deed | None:
+    def due(self, now_s: float, lease: int, unix_s: float = 0.0) -> Deed | None:
         """The next transaction, if there is one; ``lease`` is this replica's own, 0: it has none.
 
-        The one before must have ended.
+        The one before must have ended. ``unix_s``: the time of day, to be noted for people.
         """
         if self.primary is not None and self.primary.deposed:
             self._step_down()
         group, promote = self.group, self.group.promote
         wanted = promote is not None and not promote.refused and promote.target == self.name
         if lease and promote is not None and promote.force and wanted and self.primary is None:
-            return Deed("force", registry.force(self._keys, group, self.name, lease))
+            lost = () if self.name in self.in_sync else self.in_sync
+            txn = registry.force(self._keys, group, self.name, lease, unix_s)
+            return Deed("force", txn, frozenset(lost))
         if self.primary is not None:
             return self._promotion_due(now_s) or self._record_due(now_s)
         if lease and group.revision and not self.replica.undone and self._stands(now_s):
             self._candidacy = group.in_sync_revision
+            if elect.all_ended(group):
+                txn = registry.begin(self._keys, group, self.name, lease, unix_s)
+                return Deed("begin", txn, self.in_sync)
             return Deed("campaign", registry.campaign(self._keys, group, self.name, lease))
         return None
 
     def _stands(self, now_s: float) -> bool:
         group = self.group
         target = group.promote.target if group.promote and not group.promote.refused else ""
+        in_sync = frozenset(group.in_sync.names) if group.in_sync else None
+        ended = elect.ended(group)
         election = Election(
             me=self.name,
-            candidates={name: _candidate(r) for name, r in group.replicas.items()},
-            in_sync=frozenset(group.in_sync.names) if group.in_sync else None,
+            candidates={n: _candidate(r) for n, r in group.replicas.items() if n not in ended},
+            in_sync=None if elect.all_ended(group) else in_sync,
             primary=group.primary or "",
             vacant_since_s=self._vacant_since_s,
             handed_to=target,
             heard_s=self._heard_s,
-            dead=self._heard_of in self.dead,
+            dead=self._heard_of in self.dead | ended,
+            observe_s=self._observe_s,
         )
         return stands(election, now_s)
 
@@ -235,7 +271,10 @@ class Seat:
         if promote is None or promote.refused:
             self._handing_s, self._handed = float("inf"), False
             return None
-        why = self._obstacle(promote.target)
+        why = self._obstacle(promote.target, promote.force)
+        if promote.force and not why:  # the target does it by itself: no waiting, no refusing
+            self._handing_s, self._handed = float("inf"), False
+            return None
         if not why and now_s - self._handing_s > HAND_OVER_S:
             why = f"{promote.target} did not have everything within {HAND_OVER_S:g} s"
         if why or group.promote_revision == self._called_off:
@@ -255,13 +294,15 @@ class Seat:
         txn = registry.hand_over(self._keys, group, revision, promote.target)
         return Deed("hand_over", txn)
 
-    def _obstacle(self, target: str) -> str:
+    def _obstacle(self, target: str, force: bool) -> str:
         """Why ``target`` cannot become the primary now; "" if it can."""
         assert self.primary is not None
         if target == self.name:
             return f"{target} is the primary already"
         if target not in self.group.replicas:
             return f"there is no replica {target}"
+        if force:
+            return ""
         if not _candidate(self.group.replicas[target]).ready:
             return f"{target} is {self.group.replicas[target].condition}: wait until it is ready"
         if target not in self.primary.recorded:
@@ -273,7 +314,7 @@ class Seat:
 
         Gives what is acknowledged with it.
         """
-        if deed.kind == "campaign" and succeeded is not None:
+        if deed.kind in ("campaign", "begin") and succeeded is not None:
             self._won_revision = revision if succeeded else 0
             self._candidacy = self._candidacy if succeeded else None
         primary = self.primary
@@ -286,5 +327,4 @@ class Seat:
 
 
 def _candidate(record: ReplicaRecord) -> Candidate:
-    ready = record.condition in ("standby", "ready", "degraded")
-    return Candidate(record.name, Position(record.term, record.sequence), ready)
+    return Candidate(record.name, Position(record.term, record.sequence), elect.fit(record))

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from paddle_ft.agent.net import endpoint
 from paddle_ft.coordination.etcd_grpc import grpc
 from paddle_ft.errors import ConfigError
 from paddle_ft.serve.broadcast import Answer, Append, Install
@@ -137,8 +138,8 @@ class PeerServer:
         self._server: Any = None
         self._closing = asyncio.Event()
 
-    async def start(self, host: str, tls: PeerTls | None) -> int:
-        """Listens on a free port of ``host`` and gives it; raises ConfigError."""
+    async def start(self, host: str, tls: PeerTls | None, port: int = 0) -> int:
+        """Listens on ``port`` of ``host`` (0: any) and gives it; raises ConfigError."""
         options = [*_OPTIONS, ("grpc.max_concurrent_streams", STREAMS_MAX)]
         self._server = grpc.aio.server(options=options)
         handlers = {
@@ -147,7 +148,7 @@ class PeerServer:
         }
         handler = grpc.method_handlers_generic_handler(SERVICE, handlers)
         self._server.add_generic_rpc_handlers((handler,))
-        where = f"{host}:0"
+        where = endpoint(host, port)
         try:
             if tls is None:
                 port = self._server.add_insecure_port(where)
@@ -158,7 +159,7 @@ class PeerServer:
                 )
         except RuntimeError:
             raise ConfigError(
-                f"cannot listen on {host}: is it an address of this machine?"
+                f"cannot listen on {where}: is it an address of this machine, and free?"
             ) from None
         await self._server.start()
         return int(port)

@@ -110,7 +110,51 @@ def test_force_takes_the_key_from_whoever_has_it() -> None:
 
     seat.saw(group(primary="a.1", term=5, in_sync=InSync(5, ("a.1",)), **wish), 0.0)
     deed = seat.due(0.0, 7)
-    assert deed is not None and written(deed.transaction) == {KEYS.primary, KEYS.in_sync}
+    assert deed is not None and written(deed.transaction) == {KEYS.primary, KEYS.in_sync, KEYS.lost}
+
+
+def test_a_living_primary_does_not_refuse_force() -> None:
+    """Its target is loading, and not in sync: a planned promotion would be refused."""
+    seat = primary_seat()
+    seen = group(primary="a.1", term=5, in_sync=InSync(5, ("a.1",)), promote_revision=11)
+    loading = replace(seen.replicas["b.1"], condition="loading")
+    seen = replace(seen, replicas={**seen.replicas, "b.1": loading})
+    seat.saw(replace(seen, promote=Promote("b.1", force=True), revision=11), 0.1)
+    deed = seat.due(0.1, 7)
+    assert kind(deed) != "refuse" and not seat.handing_over
+    seat.saw(replace(seen, promote=Promote("c.1", force=True), revision=12), 0.2)
+    assert kind(seat.due(0.2, 7)) == "refuse"  # nobody is there to do it
+
+
+def test_who_is_back_is_not_dead() -> None:
+    seat = primary_seat()
+    seat.saw(group(primary="a.1", term=5, since={"b.1": 4}, revision=11), 0.1)
+    seat.died("b.1")
+    seat.saw(group(primary="a.1", term=5, since={"b.1": 4}, revision=12), 0.2)
+    assert seat.dead == {"b.1"}
+    seat.saw(group(primary="a.1", term=5, since={"b.1": 13}, revision=13), 0.3)
+    assert not seat.dead
+
+
+def test_a_group_begins_anew_only_when_all_have_ended() -> None:
+    def record(name: str, *outlived: str) -> ReplicaRecord:
+        return ReplicaRecord(name, "h", 1, 2, 3, condition="ready", outlived=outlived)
+
+    in_sync = InSync(9, ("a.x-1", "b.x-1"))
+    here = Seat("a.x-2", KEYS)
+    seen = group(in_sync=in_sync, in_sync_revision=20, revision=30)
+    seen = replace(seen, replicas={"a.x-2": record("a.x-2", "a.x-1")})
+    here.saw(seen, 0.0)
+    assert here.outlived == ("a.x-1",)
+    assert here.due(9.0, 7) is None  # b.x-1 may live
+    other = record("b.y-2")  # the same name of a node, on another machine
+    here.saw(replace(seen, replicas={**seen.replicas, "b.y-2": other}, revision=31), 9.0)
+    assert here.due(19.0, 7) is None
+    back = record("b.x-2", "b.x-1")
+    here.saw(replace(seen, replicas={**seen.replicas, "b.x-2": back}, revision=32), 19.0)
+    deed = here.due(29.0, 7, unix_s=1e9)
+    assert deed is not None and deed.kind == "begin" and deed.in_sync == set(in_sync.names)
+    assert written(deed.transaction) == {KEYS.primary, KEYS.in_sync, KEYS.lost}
 
 
 def test_who_still_hears_from_the_primary_does_not_stand() -> None:
@@ -120,7 +164,7 @@ def test_who_still_hears_from_the_primary_does_not_stand() -> None:
     seat.saw(group(revision=11), 1.1)
     assert seat.due(1.0 + HOLD_S, 7) is None
     assert kind(seat.due(1.3 + HOLD_S, 7)) == "campaign"
-    seat.dead = frozenset({"a.1"})
+    seat.died("a.1")
     assert kind(seat.due(1.3, 7)) == "campaign"  # known to be dead
 
 

@@ -7,12 +7,13 @@ from typing import Any
 
 from paddle_ft.serve import registry
 from paddle_ft.serve.broadcast import Answer, Append, Install
-from paddle_ft.serve.log import Entry
-from paddle_ft.serve.registry import InSync, Promote
+from paddle_ft.serve.log import Entry, Position
+from paddle_ft.serve.registry import InSync, Lost, Promote
 from paddle_ft.types import decode
 from tests.sim.clock import Clock, Process
 from tests.sim.model_etcd import Batch
 from tests.sim.network import Network, Sent
+from tests.sim.serve.history import WISH_S, Broken, History
 from tests.sim.serve.server import KEYS, Server
 from tests.sim.task import Steps, Task
 
@@ -23,48 +24,6 @@ SCENE_S = 18.0
 LEVEL_S = 3.0
 """So much later all replicas have the same."""
 ANSWER_S = 1.0
-
-
-class Broken(Exception):
-    """Something that must always hold does not."""
-
-
-class History:
-    """What was promised, and to whom; raises Broken as soon as it is not kept."""
-
-    def __init__(self) -> None:
-        self.leaders: dict[int, str] = {}
-        self.entries: dict[int, Entry] = {}
-        """Acknowledged ones, by sequence."""
-        self.numbers: dict[str, int] = {}
-        """Acknowledged, by key."""
-        self.reads = 0
-        self.term = 0
-        """The newest in which a change was acknowledged."""
-
-    def leads(self, name: str, term: int) -> None:
-        if self.leaders.setdefault(term, name) != name:
-            raise Broken(f"{name} and {self.leaders[term]} are both the primary of term {term}")
-
-    def acknowledged(self, name: str, term: int, entry: Entry) -> None:
-        self.leads(name, term)
-        if term < self.term:
-            raise Broken(f"{name} answers in term {term} after one has answered in {self.term}")
-        self.term = term
-        other = self.entries.setdefault(entry.at.sequence, entry)
-        if other != entry:
-            raise Broken(f"two entries were acknowledged as {entry.at.sequence}: {other}, {entry}")
-        assert entry.value is not None
-        number = int(entry.value)
-        self.numbers[entry.key] = max(number, self.numbers.get(entry.key, 0))
-
-    def undone(self, name: str) -> None:
-        raise Broken(f"{name} would have to take back what was acknowledged")
-
-    def read(self, key: str, number: int, least: int) -> None:
-        self.reads += 1
-        if number < least:
-            raise Broken(f"{key} was read as {number} after {least} had been acknowledged")
 
 
 class Ask:
@@ -100,7 +59,7 @@ class Client:
         self.group, self.key = group, key
         self.process = Process(group.clock, key)
         self.number = 0
-        self.sequence = 0
+        self.at = Position()
         """Of its newest acknowledged write."""
         self.known = 0
         """What it wrote with that: it may not read less."""
@@ -109,19 +68,22 @@ class Client:
     def _work(self, task: Task) -> Steps:
         clock = self.group.clock
         while clock.now < self.group.quiet_s:
+            age, history = self.group.history.age, self.group.history
             server, ask, known = self.group.somebody(), Ask(self), self.known
             if clock.chance(0.5):
-                self._send(server, server.get, ask, self.key, self.sequence)
+                self._send(server, server.get, ask, self.key, self.at)
             else:
                 self.number += 1
                 self._send(server, server.put, ask, self.key, str(self.number).encode())
             until_s = clock.now + ANSWER_S
             while clock.now < until_s and not ask.answered:
                 yield task.sleep(0.01)
-            if ask.entry is not None:
-                self.sequence, self.known = ask.entry.at.sequence, self.number
+            if history.age != age:  # it may be told that it is lost, and forgets what it knew
+                self.at, self.known = Position(), 0
+            elif ask.entry is not None:
+                self.at, self.known = ask.entry.at, self.number
             elif ask.value is not None:
-                self.group.history.read(self.key, ask.value, known)
+                history.read(self.key, ask.value, known)
             yield task.sleep(clock.between(0.01, 0.1))
 
     def _send(self, server: Server, method: Callable[..., None], *args: Any) -> None:
@@ -133,9 +95,12 @@ class Group:
     """Args:
     without: a rule that is left out, to see that it is needed.
     faults: at random; else nothing happens but what is made to, and it is over soon.
+    disasters: also those after which changes are given up.
     """
 
-    def __init__(self, seed: int, *, without: str = "", faults: bool = True):
+    def __init__(
+        self, seed: int, *, without: str = "", faults: bool = True, disasters: bool = False
+    ) -> None:
         self.clock = Clock(seed)
         self.without = without
         self.in_sync_min = 2
@@ -149,6 +114,11 @@ class Group:
         """Pairs of nodes that cannot reach each other."""
         self.done: dict[str, int] = {}
         """Faults that were made."""
+        self.disasters = disasters
+        self.asked_s = float("-inf")
+        """When a promotion was asked for last."""
+        self.killed: set[str] = set()
+        self._coming: set[str] = set()
         self._incarnations: dict[str, int] = {}
         self.servers: dict[str, Server] = {}
         """By node."""
@@ -159,7 +129,19 @@ class Group:
             self.clock.after(self.clock.between(1.0, 3.0), self._fault)
 
     def etcd_changed(self, batch: Batch, sent: Sent | None) -> None:
-        pass
+        if sent is None or sent.kind not in ("force", "begin"):
+            return
+        term, history = batch.revision, self.history
+        if sent.kind == "force":
+            history.forced(term, self.asked_s, self.clock.now)
+        for event in batch.events:
+            if event.kv.key == KEYS.lost:
+                lost = decode(Lost, event.kv.value)
+                self.count("forced with loss" if lost.forced else "began anew")
+                for name in () if lost.forced else lost.names:
+                    history.ended(name, name not in self.killed)
+                node = sent.sender.rpartition(".")[0]
+                history.gave_up(term, self.servers[node].seat.replica)
 
     def sprung(self, sent: Sent) -> None:
         call, self.on_sprung = self.on_sprung, None
@@ -183,22 +165,36 @@ class Group:
     # ------------------------------------------------------------ replicas
 
     def _start(self, node: str) -> None:
+        self._coming.discard(node)
         self._incarnations[node] = self._incarnations.get(node, 0) + 1
         self.servers[node] = Server(self, node, self._incarnations[node])
 
     def restart(self, server: Server) -> None:
         """As a new incarnation, with an empty log; mostly its death is seen by the others."""
-        server.process.kill()
+        self.kill(server)
         if self.clock.chance(0.7):
             self.clock.after(self.delay_s(), self.known_dead, server)
-        if self.servers[server.node] is server:
+        if self.servers[server.node] is server and server.node not in self._coming:
+            self._coming.add(server.node)
             self.clock.after(self.clock.between(0.1, 1.0), self._start, server.node)
 
+    def kill(self, server: Server) -> None:
+        server.process.kill()
+        self.killed.add(server.name)
+
     def known_dead(self, server: Server) -> None:
+        """Also if it is not: a firewall may say so."""
         for other in self.servers.values():
             if other is not server and other.process.running:
-                other.seat.dead |= {server.name}
+                other.seat.died(server.name)
         self.network.etcd.revoke(server.lease)
+
+    def ask_for(self, target: str, force: bool = False) -> None:
+        """As an operator who waits for it."""
+        etcd = self.network.etcd
+        lease = 0 if self.without == "wish/lease" else etcd.grant(WISH_S)
+        self.asked_s = self.clock.now
+        etcd.transact(registry.wish(KEYS, Promote(target, force), lease))
 
     def delay_s(self) -> float:
         """Of a message that is not held up."""
@@ -234,7 +230,9 @@ class Group:
             self._heal()
             return
         faults = (self._kill, self._freeze, self._cut_etcd, self._cut_pair, self._lose, self._etcd)
-        faults = (*faults, self._promote, self._trap)
+        faults = (*faults, self._promote, self._trap, self._leave)
+        if self.disasters:
+            faults = (*faults, self._force, self._lose_all)
         fault = clock.random.choice(faults)
         if fault():
             name = fault.__name__.strip("_")
@@ -277,12 +275,30 @@ class Group:
     def _promote(self) -> bool:
         """Planned; whoever it is, also one that cannot be."""
         target = self.clock.random.choice(list(self.servers.values())).name
-        self.network.etcd.transact(registry.wish(KEYS, Promote(target)))
+        self.ask_for(target)
+        return True
+
+    def _force(self) -> bool:
+        self.ask_for(self.clock.random.choice(list(self.servers.values())).name, True)
+        return True
+
+    def _lose_all(self) -> bool:
+        """The power is cut: everybody comes back, sooner or later."""
+        for server in list(self.servers.values()):
+            self.restart(server)
+        return True
+
+    def _leave(self) -> bool:
+        """Asked to stop; it comes back later."""
+        victim = self._victim()
+        if victim.leaving or len(self.network.etcd.read(KEYS.replicas).kvs) < len(self.servers):
+            return False
+        victim.leave()
         return True
 
     def _trap(self) -> bool:
         """The next transaction of a kind takes effect late, or nobody hears that it has."""
-        kind = self.clock.random.choice(("campaign", "record", "hand_over", "refuse"))
+        kind = self.clock.random.choice(("campaign", "record", "hand_over", "refuse", "register"))
         how = self.clock.random.choice(("late", "late", "deaf"))
         self.network.traps[kind] = (how, self.clock.between(0.3, 6.0))
         return True

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from paddle_ft.coordination.kv import Snapshot, Transaction
 from paddle_ft.errors import EtcdUnavailable, LeaseLost
-from paddle_ft.serve import registry
+from paddle_ft.serve import elect, registry
 from paddle_ft.serve.broadcast import Answer, Append, Install
-from paddle_ft.serve.log import Entry
+from paddle_ft.serve.log import Entry, Position
 from paddle_ft.serve.registry import Keys, ReplicaRecord
 from paddle_ft.serve.seat import Deed, Seat
 from tests.sim.clock import Process
@@ -24,6 +24,7 @@ RENEW_S = 0.5
 LOOK_S = 0.1
 TURN_S = 0.05
 MARGIN_S = 0.3
+LEAVE_S = 2.0
 KEPT = 8
 """Few, so that newcomers begin with an image."""
 KEYS = Keys("g")
@@ -35,14 +36,15 @@ class Server:
     def __init__(self, group: Group, node: str, incarnation: int) -> None:
         self.group = group
         self.node = node
-        self.name = f"{node}.{incarnation}"
+        self.name = f"{node}.x-{incarnation}"
         self.process = Process(group.clock, self.name)
         self.seat = Seat(self.name, KEYS, group.in_sync_min)
         self.seat.replica.kept = KEPT
         self.waiting: dict[int, list[tuple[Any, ...]]] = {}
         """By sequence: whom to tell that it is acknowledged."""
-        self.reads: list[tuple[int, Any, str]] = []
-        """Sequence to wait for, whom to tell, key."""
+        self.reads: list[tuple[Position, Any, str]] = []
+        """What to wait for, whom to tell, key."""
+        self.leaving = False
         self.lease = 0
         self.renewed_s = float("-inf")
         for steps in (self._keep_lease, self._look, self._turn):
@@ -84,10 +86,24 @@ class Server:
     def _register(self, task: Task) -> Any:
         last = self.seat.replica.log.last
         record = ReplicaRecord(
-            self.name, "h", 1, 2, 3, condition="ready", term=last.term, sequence=last.sequence
+            self.name,
+            "h",
+            1,
+            2,
+            3,
+            condition="draining" if self.leaving else "ready",
+            term=last.term,
+            sequence=last.sequence,
+            outlived=self._outlived(),
         )
         txn = registry.register(KEYS, record, self.lease)
         return self.group.network.transact(task, self.node, txn, Sent(self.name, "register"))
+
+    def _outlived(self) -> tuple[str, ...]:
+        in_sync = self.seat.group.in_sync
+        if self.group.without == "outlived" and in_sync is not None:  # who is away has ended
+            return tuple(n for n in in_sync.names if n not in self.seat.group.replicas)
+        return self.seat.outlived
 
     def _look(self, task: Task) -> Steps:
         """What the product's watch brings; here it is read again and again."""
@@ -102,6 +118,10 @@ class Server:
 
     def _saw(self, view: Snapshot) -> None:
         group = registry.parse(KEYS, view.kvs, view.revision)
+        for name in elect.outlived(self.name, group.replicas):
+            if name not in self.seat.dead:
+                self.seat.died(name)
+                self.group.network.etcd.revoke(group.leases[name])
         if self.group.without == "hold":
             self.seat._heard_s = float("-inf")
         before = self.seat.primary
@@ -168,6 +188,32 @@ class Server:
             if name != self.name:
                 self.group.send(self, name, primary.message(name, self.now))
 
+    # ------------------------------------------------------------ leaving
+
+    def leave(self) -> None:
+        """As the product does: it hands over, to one after another, and goes then."""
+        self.leaving = True
+        Task(self.process, self._leave)
+
+    def _leave(self, task: Task) -> Steps:
+        refused: set[str] = set()
+        until_s = self.now + LEAVE_S
+        while self.seat.primary is not None and self.now < until_s:
+            promote = self.seat.group.promote
+            if promote is not None and promote.refused:
+                refused.add(promote.target)
+            if promote is None or promote.refused:
+                target = elect.next_primary(self.seat.group, refused)
+                if target is not None:
+                    self.group.ask_for(target)
+            yield task.sleep(0.2)
+        self.group.count("left with a successor" if self.seat.primary is None else "left alone")
+        if self.seat.primary is None:
+            self.group.network.etcd.revoke(self.lease)
+            self.group.restart(self)
+        else:
+            self.leaving = False  # as a person who waits for another replica first
+
     # ------------------------------------------------------------ messages
 
     def hear(self, sender: str, message: Append | Install | Answer) -> None:
@@ -181,6 +227,8 @@ class Server:
         self.group.send(self, sender, self.seat.hear(message, self.now))
         if self.seat.replica.undone:
             self.group.history.undone(self.name)
+            self.group.count("began without what was lost")
+            self.group.restart(self)
         self._answer_reads()
 
     def put(self, client: Any, key: str, value: bytes) -> None:
@@ -196,8 +244,8 @@ class Server:
             self._acknowledge(primary.advance())
         return None
 
-    def get(self, client: Any, key: str, sequence: int) -> None:
-        self.reads.append((sequence, client, key))
+    def get(self, client: Any, key: str, at_least: Position) -> None:
+        self.reads.append((at_least, client, key))
         self._answer_reads()
 
     def _acknowledge(self, entries: Any) -> None:
@@ -205,16 +253,19 @@ class Server:
             for client, mine in self.waiting.pop(entry.at.sequence, ()):
                 assert isinstance(mine, Entry)
                 if self.leads and self.seat.primary is not None:
-                    self.group.history.acknowledged(self.name, self.seat.primary.term, mine)
-                    client.done(mine)
+                    term = self.seat.primary.term
+                    if self.group.history.acknowledged(self.name, term, mine):
+                        client.done(mine)
         self.seat.replica.fresh.clear()
         self._answer_reads()
 
     def _answer_reads(self) -> None:
         waiting, self.reads = self.reads, []
-        for sequence, client, key in waiting:
-            if self.group.without != "reads" and self.seat.replica.state.at.sequence < sequence:
-                self.reads.append((sequence, client, key))
+        at = self.seat.replica.state.at
+        for least, client, key in waiting:
+            there = at.term >= least.term and at.sequence >= least.sequence
+            if self.group.without != "reads" and not there:
+                self.reads.append((least, client, key))
                 continue
             held = self.seat.replica.state.items.get(("state", key))
             client.read(held.value if held else b"0")

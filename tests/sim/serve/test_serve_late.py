@@ -15,6 +15,7 @@ from paddle_ft.coordination.kv import Transaction
 from paddle_ft.serve import registry
 from paddle_ft.serve.registry import InSync
 from tests.sim.serve.group import Group
+from tests.sim.serve.history import WISH_S
 from tests.sim.serve.run import told
 from tests.sim.serve.server import KEYS, Server
 
@@ -160,6 +161,37 @@ def deposed_record(group: Group, without: bool) -> None:
     group.clock.after(CUT_S, begin)
 
 
+def forgotten_wish(group: Group, without: bool) -> None:
+    """Whoever is to be made the primary by force stands still until nobody wants that any more."""
+    if without:
+        group.without = "wish/lease"
+
+    def begin() -> None:
+        primary, target, other = roles(group)
+        group.ask_for(target.name, force=True)
+        target.process.freeze()
+        for server in (primary, other):  # so that nobody refuses it
+            group.restart(server)
+        group.clock.after(WISH_S + 2.0, target.process.wake)
+
+    group.clock.after(3.0, begin)
+
+
+def silent_member(group: Group, without: bool) -> None:
+    """The only one that has everything cannot reach etcd for a while: nobody may begin anew."""
+    if without:
+        group.without = "outlived"
+
+    def begin() -> None:
+        primary, first, second = roles(group)
+        for server in (first, second):
+            group.restart(server)
+        group.network.cut.add(primary.node)
+        group.clock.after(5.0, group.network.cut.clear)
+
+    group.clock.after(CUT_S, begin)
+
+
 @pytest.mark.parametrize(
     ("scene", "likely"),
     [
@@ -168,6 +200,8 @@ def deposed_record(group: Group, without: bool) -> None:
         (unknown_record, 1),
         (lease_without_death, 6),
         (deposed_record, 0),
+        (forgotten_wish, 0),
+        (silent_member, 0),
     ],
 )
 def test_a_late_request_needs_its_fence(scene: Callable[[Group, bool], None], likely: int) -> None:

@@ -10,8 +10,7 @@ from collections import Counter
 
 import pytest
 
-from tests.sim.serve.group import Group
-from tests.sim.serve.run import first_broken, told
+from tests.sim.serve.run import first_broken, made, told
 
 SEEDS = int(os.environ.get("PADDLE_FT_SERVE_SEEDS", "5"))
 WITHIN = 300
@@ -21,12 +20,12 @@ WITHIN = 300
 def test_no_seed_breaks_a_promise() -> None:
     done: Counter[str] = Counter()
     for seed in range(SEEDS):
-        group = Group(seed)
+        group = made(seed)
         assert not (why := told(group)), (
             f"seed {seed}: {why}\nreplay: python -m tests.sim.serve.run --from {seed} --seeds 1"
         )
         done += Counter(group.done)
-        done["acknowledged"] += len(group.history.entries)
+        done["acknowledged"] += group.history.acknowledgements
     assert done["acknowledged"] > 100 * SEEDS
     for fault in ("kill", "freeze", "cut_etcd", "cut_pair", "etcd", "handed over", "installed"):
         assert done[fault] > 0, fault
