@@ -19,7 +19,7 @@ from paddle_ft.checkpoint.store import Store, open_store
 from paddle_ft.checkpoint.store_directory import DirectoryStore
 from paddle_ft.config import Config
 from paddle_ft.coordination.etcd import EtcdCoordinator
-from paddle_ft.errors import ConfigError, StoreMissing
+from paddle_ft.errors import ConfigError, PaddleFTError, StoreMissing
 from paddle_ft.serve import memory
 from paddle_ft.serve.catalog import Catalog
 from paddle_ft.serve.follow import Following, Policy
@@ -30,6 +30,7 @@ from paddle_ft.serve.loader import Loader, Wanted, pool_settings, wanted
 from paddle_ft.serve.registry import Condition
 from paddle_ft.serve.replicated import GroupSettings, Replicated
 from paddle_ft.serve.stream import PeerTls
+from paddle_ft.serve.types import ServeError
 
 log = logging.getLogger("paddle_ft")
 
@@ -94,24 +95,44 @@ class Replica:
             await self._leave(clean)
 
     async def _serve(self) -> bool:
-        """Returns once asked to stop."""
-        begin = asyncio.create_task(self._following.run(self._models))
-        watch = asyncio.create_task(self._watch())
+        """Returns once asked to stop; raises what keeps it from going on."""
         asked = asyncio.create_task(self._asked.wait())
+        works = (self._following.run(self._models), self._watch(), self._answers(), self._part())
+        tasks = [asyncio.create_task(work) for work in works]
         try:
-            await asyncio.wait([begin, watch, asked], return_when=asyncio.FIRST_COMPLETED)
             while not asked.done():
-                if begin.done():
-                    begin.result()
-                if watch.done():
-                    watch.result()
-                pending = [t for t in (begin, watch, asked) if not t.done()]
-                await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait([asked, *tasks], return_when=asyncio.FIRST_COMPLETED)
+                for task in tasks:
+                    if task.done() and not asked.done():
+                        task.result()
+                        raise PaddleFTError(f"{task.get_coro()} has ended; please report this.")
             return True
         finally:
-            for task in (begin, watch, asked):
+            for task in (asked, *tasks):
                 task.cancel()
-            await asyncio.gather(begin, watch, asked, return_exceptions=True)
+            await asyncio.gather(asked, *tasks, return_exceptions=True)
+
+    async def _answers(self) -> None:
+        """As long as HTTP is answered; raises PaddleFTError (a defect)."""
+        try:
+            await self._front.ended()
+        except ServeError as error:
+            raise PaddleFTError(
+                f"{error}: nobody is answered any more; please report it."
+            ) from error
+
+    async def _part(self) -> None:
+        """As long as it takes part in its group; raises PaddleFTError (a defect)."""
+        if self._group is None:
+            await asyncio.Event().wait()
+            return
+        ended = self._group.ended
+        await asyncio.wait([ended])
+        why = None if ended.cancelled() else ended.exception()
+        raise PaddleFTError(
+            f"this replica takes part in its group no longer ({why!r}); please report it with what "
+            "was logged before."
+        ) from why
 
     async def _leave(self, clean: bool) -> None:
         """Tells that it goes, and goes; at once, if it has not begun well."""
