@@ -98,7 +98,7 @@ class Following:
         unproven = {
             m.name: m.unproven
             for m in self._models
-            if m.unproven is not None and m.choice != Choice(m.unproven.version)
+            if m.unproven is not None and wanted.is_behind(m.choice, m.unproven.version)
         }
         return "; ".join(filter(None, (wanted.told(self.failures), wanted.told(unproven))))
 

@@ -108,8 +108,8 @@ class Replica:
                         raise PaddleFTError(f"{task.get_coro()} has ended; please report this.")
             return True
         finally:
-            for task in (asked, *tasks):
-                task.cancel()
+            for each in (asked, *tasks):
+                each.cancel()
             await asyncio.gather(asked, *tasks, return_exceptions=True)
 
     async def _answers(self) -> None:
@@ -123,7 +123,7 @@ class Replica:
 
     async def _part(self) -> None:
         """As long as it takes part in its group; raises PaddleFTError (a defect)."""
-        if self._group is None:
+        if self._group is None or not hasattr(self._group, "ended"):
             await asyncio.Event().wait()
             return
         ended = self._group.ended

@@ -128,13 +128,18 @@ def is_turn(group: Group, me: str, model: str, version: int) -> bool:
     return True
 
 
+def is_behind(agreed: Choice | None, published: int) -> bool:
+    """Whether a version that was published is to be taken up."""
+    if agreed is None or agreed.version is None or agreed.pinned:
+        return False
+    return published > agreed.version
+
+
 def to_prove(
     agreed: Choice | None, published: int | None, failed: Failure | None, now_s: float
 ) -> int | None:
     """The version that the primary is to try, and to propose to the group if it is sound."""
-    if agreed is None or agreed.version is None or agreed.pinned or published is None:
-        return None
-    if published <= agreed.version:
+    if published is None or not is_behind(agreed, published):
         return None
     if failed is not None and failed.version == published:
         return None if failed.final or now_s < failed.again_s else published
