@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from paddle_ft.serve.batching import Item, Limits, Queue
-from paddle_ft.serve.types import ModelInfo, Runner, ServeError, Tensors, Unavailable
+from paddle_ft.serve.types import BatchRefused, ModelInfo, Runner, ServeError, Tensors, Unavailable
 
 LOG = logging.getLogger(__name__)
 
@@ -72,7 +72,10 @@ class _Pending:
     inputs: Tensors
     future: asyncio.Future[Tensors]
     timer: asyncio.TimerHandle
+    session: str = ""
     queued_s: float = 0.0
+    suspect: bool = False
+    """Workers were lost with the batch that it was in."""
 
 
 class Batcher:
@@ -104,8 +107,12 @@ class Batcher:
         """``limits`` hold from now on; what waits already stays, however many there are."""
         self.limits = self._queue.limits = limits
 
-    def submit(self, inputs: Tensors, timeout_s: float) -> asyncio.Future[Tensors]:
+    def submit(
+        self, inputs: Tensors, timeout_s: float, session: str = ""
+    ) -> asyncio.Future[Tensors]:
         """The outputs to come for checked ``inputs``. Cancelled before they run, they do not run.
+
+        ``session``: the one that the request names; of meaning to a stateful model.
 
         Raises:
             Overloaded: the queue is full.
@@ -117,7 +124,8 @@ class Batcher:
             raise Unavailable(f"{self.info.name} {self.info.version} is being taken out", 0.5)
         loop = asyncio.get_running_loop()
         now_s = loop.time()
-        item = self._item(inputs, now_s, timeout_s)
+        session = session if self.info.stateful else ""
+        item = self._item(inputs, now_s, timeout_s, session)
         if not self._queue.add(item):
             self.figures.refused += 1
             raise Overloaded(
@@ -127,7 +135,7 @@ class Batcher:
             )
         future: asyncio.Future[Tensors] = loop.create_future()
         timer = loop.call_at(item.deadline_s, self._expire, item.key)
-        self._pending[item.key] = _Pending(item, inputs, future, timer)
+        self._pending[item.key] = _Pending(item, inputs, future, timer, session)
         future.add_done_callback(lambda _: self._forget(item.key))
         self._pump()
         return future
@@ -149,11 +157,11 @@ class Batcher:
             await asyncio.wait(self._tasks, timeout=1.0)
         await self.runner.close()
 
-    def _item(self, inputs: Tensors, now_s: float, timeout_s: float) -> Item:
+    def _item(self, inputs: Tensors, now_s: float, timeout_s: float, session: str) -> Item:
         rows, signature = 1, None
         if self.info.batched:
             rows = next(iter(inputs.values())).shape[0]
-            signature = _signature(inputs)
+            signature = None if session else _signature(inputs)
         size_bytes = sum(
             sum(map(len, a.flat)) if a.dtype.kind == "O" else a.nbytes for a in inputs.values()
         )
@@ -210,7 +218,10 @@ class Batcher:
         for pending in batch:
             pending.queued_s = begin_s - pending.item.arrived_s
         timeout_s = max(pending.item.deadline_s for pending in batch) - begin_s
-        outputs = await self.runner.run(_joined([p.inputs for p in batch]), max(timeout_s, 1e-3))
+        joined, first = _joined([p.inputs for p in batch]), batch[0]
+        outputs = await self.runner.run(
+            joined, max(timeout_s, 1e-3), first.session, again=first.suspect
+        )
         parts = self._parts(outputs, [p.item.rows for p in batch])
         took_s = loop.time() - begin_s
         rows = sum(pending.item.rows for pending in batch)
@@ -242,6 +253,8 @@ class Batcher:
     def _failed(self, batch: Sequence[_Pending], error: ServeError) -> None:
         living = [pending for pending in batch if not pending.future.done()]
         if len(batch) > 1:
+            for pending in living:
+                pending.suspect = isinstance(error, BatchRefused)
             self._queue.again(tuple(pending.item for pending in living))
             return
         for pending in living:

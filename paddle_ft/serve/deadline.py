@@ -43,18 +43,21 @@ class Learnt:
         return Bounds(soft_s, min(self._max_s, 20 * self._floor_s + _HARD * slowest_s))
 
 
-def verdict(ran_s: float, bounds: Bounds, stopped_s: float, still_s: float) -> str:
+def verdict(
+    ran_s: float, bounds: Bounds, stopped_s: float, still_s: float, *, may_wait: bool = False
+) -> str:
     """Why a worker is to be given up; "" if it is not.
 
     Args:
         ran_s: since its batch began.
         stopped_s: for how long it has been stopped by a signal.
         still_s: for how long it has neither used nor waited for the processor.
+        may_wait: that is no sign: it may wait for another device, or for the network.
     """
     if stopped_s > 0:
         return f"it has been stopped for {stopped_s:.2f} s"
     if ran_s >= bounds.hard_s:
         return f"its batch takes longer than {bounds.hard_s:.2f} s"
-    if ran_s >= bounds.soft_s and still_s > 0:
+    if ran_s >= bounds.soft_s and still_s > 0 and not may_wait:
         return f"it has done nothing for {still_s:.2f} s"
     return ""

@@ -204,7 +204,8 @@ class GrpcApi:
             limits_s.append(left_s)
         if asked.timeout_us:
             limits_s.append(asked.timeout_us / 1e6)
-        outputs = await batcher.submit(asked.inputs, max(min(limits_s), 1e-3))
+        session = _metadata(context).get("x-session-id", "")
+        outputs = await batcher.submit(asked.inputs, max(min(limits_s), 1e-3), session)
         charge.add(sum(array.nbytes for array in outputs.values()))
         return await gently(grpc_tensors.encoding(batcher.info, asked, outputs, bounds))
 

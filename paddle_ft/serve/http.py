@@ -263,8 +263,9 @@ class HttpApi:
         limits_s = [self._access.request_timeout_s, timeout_s(call.headers)]
         if request.timeout_us:
             limits_s.append(request.timeout_us / 1e6)
+        session = call.headers.get("x-session-id", "")
         outputs = await _while_connected(
-            batcher.submit(request.inputs, min(limits_s)), call.connection
+            batcher.submit(request.inputs, min(limits_s), session), call.connection
         )
         call.charge.add(sum(array.nbytes for array in outputs.values()))
         steps = wire.encoding(batcher.info, request, outputs, bounds)

@@ -32,10 +32,11 @@ from paddle_ft.serve import memory
 from paddle_ft.serve.catalog import Catalog
 from paddle_ft.serve.folder import LoadedVersion, load
 from paddle_ft.serve.models import Version, VersionRef, check_name, list_versions, read_version
-from paddle_ft.serve.pool import Pool, PoolSettings, Progress
+from paddle_ft.serve.pool import Pool
 from paddle_ft.serve.predictor import Settings
+from paddle_ft.serve.staff import PoolSettings, Progress
 from paddle_ft.serve.tensors import BadRequest
-from paddle_ft.serve.types import ServeError, Unavailable
+from paddle_ft.serve.types import ServeError, Sessions, Unavailable
 from paddle_ft.serve_config import ServeConfig
 
 log = logging.getLogger("paddle_ft")
@@ -90,6 +91,8 @@ class Loader:
     def __init__(self, store: Store, trust: Trust, cache: Path, settings: PoolSettings) -> None:
         self._store, self._trust, self._cache = store, trust, cache
         self._settings = settings
+        self.sessions: Sessions | None = None
+        """Where pipelines keep their state; set before models are loaded."""
         self._catalog: Catalog | None = None
         self._locks: dict[str, asyncio.Lock] = {}
         self._leaving: dict[str, asyncio.Task[None]] = {}
@@ -211,7 +214,13 @@ class Loader:
         found = await self._folder(ref, fetched)
         stage = "starts"
         pool = await Pool.start(
-            found.folder, name, version, self._settings, started, on_end=found.held.close
+            found.folder,
+            name,
+            version,
+            self._settings,
+            started,
+            on_end=found.held.close,
+            sessions=self.sessions,
         )
         stage = "serves"
         self.catalog.serve(pool)

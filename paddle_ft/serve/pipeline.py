@@ -11,8 +11,10 @@ A published folder with a ``pipeline.py`` is served by the one class in it that 
             self.detect = self.model("det")
             self.read = self.model("rec")
 
-        def run(self, inputs, state=None):
+        def run(self, inputs, state):
             boxes = self.detect.run({"x": …})
+            pages = int(state.get("pages") or b"0") + 1
+            state.put("pages", b"%d" % pages)
             …
             return {"text": np.array([b"…"], object)}
 
@@ -23,6 +25,7 @@ let replicas ask for signatures (``checkpoint.verify = "required"``).
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -48,6 +51,75 @@ class Loaded(Protocol):
         ...
 
 
+class State:
+    """What the session of one request keeps; for the thread that calls ``run``, until it returns.
+
+    The session is named by the request (``X-Session-Id``). What is put is seen by ``get`` at once,
+    and sent to the group when ``run`` has returned; what it raises with leaves all as it was. The
+    client has its answer when the group has acknowledged every put. A request that is asked again,
+    as after an answer that was lost, runs again: what must not count twice needs a number that the
+    client gives.
+    """
+
+    KEY_BYTES_MAX = 128
+    KEYS_MAX = 64
+    """Asked for, and changed, by one request."""
+    CHANGED_BYTES_MAX = 2**20
+    """Of all values that one request puts."""
+
+    def __init__(self, fetch: Callable[[str], bytes | None] | None) -> None:
+        """``fetch`` None: the request names no session."""
+        self._fetch = fetch
+        self._seen: dict[str, bytes | None] = {}
+        self._changes: dict[str, bytes] = {}
+        self._open = True
+
+    def get(self, key: str) -> bytes | None:
+        """None if there is nothing. Raises ModelError, Unavailable."""
+        fetch = self._checked(key)
+        if key in self._changes:
+            return self._changes[key]
+        if key not in self._seen:
+            if len(self._seen) >= self.KEYS_MAX:
+                raise ModelError(f"A request may ask for {self.KEYS_MAX} keys of its session.")
+            self._seen[key] = fetch(key)
+        return self._seen[key]
+
+    def put(self, key: str, value: bytes) -> None:
+        """Keeps ``value``. Raises ModelError if it is too much."""
+        self._checked(key)
+        if not isinstance(value, bytes):
+            raise TypeError(f"{key} is to be kept as a {type(value).__name__}, not as bytes")
+        if key not in self._changes and len(self._changes) >= self.KEYS_MAX:
+            raise ModelError(f"A request may change {self.KEYS_MAX} keys of its session.")
+        others = sum(len(v) for k, v in self._changes.items() if k != key)
+        if others + len(value) > self.CHANGED_BYTES_MAX:
+            raise ModelError(
+                f"A request may put {self.CHANGED_BYTES_MAX} bytes into its session; {key} would "
+                f"exceed that."
+            )
+        self._changes[key] = value
+
+    def close(self) -> dict[str, bytes]:
+        """The changes by key; nothing is taken afterwards."""
+        self._open = False
+        return self._changes
+
+    def _checked(self, key: str) -> Callable[[str], bytes | None]:
+        if not self._open:
+            raise RuntimeError("the state of a request is used after its end")
+        if self._fetch is None:
+            raise ModelError(
+                "This model keeps something for each session, and the request names none: send "
+                "X-Session-Id."
+            )
+        if not isinstance(key, str) or not 0 < len(key.encode()) <= self.KEY_BYTES_MAX:
+            raise ModelError(f"A key is a text of 1 to {self.KEY_BYTES_MAX} bytes: {key!a:.80}")
+        if not key.isprintable() or key in (".", ".."):
+            raise ModelError(f"A key is made of printable characters, and not . or ..: {key!a:.80}")
+        return self._fetch
+
+
 class Pipeline:
     """Derive from it, say what goes in and out, and define ``run``."""
 
@@ -68,8 +140,12 @@ class Pipeline:
         """The Paddle inference model at ``path`` below the folder."""
         return self._open_model(self.folder / path)
 
-    def run(self, inputs: Tensors, state: Any = None) -> Tensors:
-        """The outputs by name. ``raise ModelError("…")`` for inputs that are refused."""
+    def run(self, inputs: Tensors, state: State) -> Tensors:
+        """The outputs by name. ``raise ModelError("…")`` for inputs that are refused.
+
+        A pipeline that keeps nothing may leave ``state`` out. Requests of a session are never
+        joined, and run one after the other on a replica.
+        """
         raise AssertionError(f"{type(self).__name__} does not define run")
 
 
@@ -83,6 +159,7 @@ class PipelineModel:
         try:
             self._pipeline = kind(folder, open_model)
             self._pipeline.setup()
+            self._keeps = len(inspect.signature(self._pipeline.run).parameters) > 1
         except PaddleFTError:
             raise
         except Exception as error:
@@ -96,11 +173,14 @@ class PipelineModel:
             tuple(kind.inputs),
             tuple(kind.outputs),
             kind.batched,
+            self._keeps,
         )
 
-    def run(self, inputs: Tensors) -> Tensors:
+    def run(self, inputs: Tensors, state: State | None = None) -> Tensors:
+        """As ``Loaded``; without ``state`` its session is empty and nothing is kept of it."""
         check_inputs(self.info, inputs)
-        outputs = self._pipeline.run(inputs)
+        state = state or State(lambda _: None)
+        outputs = self._pipeline.run(*((inputs, state) if self._keeps else (inputs,)))
         names = {feature.name for feature in self.info.outputs}
         if not isinstance(outputs, Mapping) or set(outputs) != names:
             got = ", ".join(sorted(map(str, outputs))) if isinstance(outputs, Mapping) else "no map"

@@ -1,8 +1,9 @@
 """The worker processes of one version of a model, as a ``Runner``.
 
 Invariant: a batch is given to at most two workers, and to the second only because the first was
-lost with it. Of ``workers + spares`` processes, all loaded and warm, at most ``workers`` compute; a
-lost one is replaced at once by one that is there, and a new one is started beside.
+lost with it; what it puts into its session's state is sent to the group once, after that. Of
+``workers + spares`` processes, all loaded and warm, at most ``workers`` compute; a lost one is
+replaced at once by one that is there, and a new one is started beside.
 
 Memory: ``workers + spares`` times the model, and for each of them at most twice
 ``tensor_bytes_max``, as much as its largest batch has needed.
@@ -11,61 +12,40 @@ Memory: ``workers + spares`` times the model, and for each of them at most twice
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-from paddle_ft.errors import ConfigError, PaddleFTError
 from paddle_ft.serve import deadline
-from paddle_ft.serve.predictor import Settings
-from paddle_ft.serve.types import ModelError, ModelInfo, Tensors, Unavailable
-from paddle_ft.serve.worker_process import Outputs, Source, WorkerLost, WorkerProcess
+from paddle_ft.serve.predictor import PLATFORM
+from paddle_ft.serve.refused import Refused
+from paddle_ft.serve.staff import PoolSettings, Progress, Staff
+from paddle_ft.serve.turns import Turns
+from paddle_ft.serve.types import (
+    BatchRefused,
+    ModelError,
+    ModelInfo,
+    Sessions,
+    Tensors,
+    Unavailable,
+)
+from paddle_ft.serve.worker import STATE
+from paddle_ft.serve.worker_process import (
+    Fetch,
+    Outputs,
+    Source,
+    WorkerLost,
+    WorkerProcess,
+)
 
-_log = logging.getLogger("paddle_ft")
 _WAITERS_MAX = 1024
-_AGAIN_S, _AGAIN_MAX_S = 0.2, 10.0
-"""Pause before another start, after one that failed; doubled each time."""
-_STARTS_MAX = 3
-"""Workers may end so often, for no reason that is known, before the pool's start has failed."""
 _TRIES = 2
-
-
-class BatchRefused(ModelError):
-    """Two workers were lost with this batch: it is taken to be the cause."""
-
-
-@dataclass(frozen=True, slots=True)
-class PoolSettings:
-    workers: int = 1
-    spares: int = 1
-    """Loaded and warm, to take the place of one that is lost; each costs a copy of the model."""
-    predictor: Settings = field(default_factory=lambda: Settings(threads=0))
-    """``threads`` 0: the processors of this machine, divided among the workers."""
-    look_s: float = 0.25
-    """How often a batch is looked after, and what is added to any bound learnt from latency."""
-    batch_s_max: float = 60.0
-    """No batch may take longer; the bound for sizes of which little has been seen."""
-    start_s_max: float = 600.0
-    """A worker that is not ready by then is started anew."""
-    tensor_bytes_max: int = 256 * 2**20
-    """Inputs of one batch, and its outputs."""
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """Of the workers' start."""
-
-    ready: int
-    wanted: int
-    stage: str
-    """What those that are not ready are doing, in words."""
-    failure: str = ""
-    """Why the last start failed; the pool goes on trying."""
+_PUT_S_MIN = 0.5
+"""For what was computed in time, to be acknowledged."""
 
 
 class Pool:
@@ -75,20 +55,14 @@ class Pool:
         self, source: Source, settings: PoolSettings, on_progress: Callable[[Progress], None]
     ) -> None:
         self._source, self._settings = source, settings
-        self._on_progress = on_progress
         self._on_end: Callable[[], None] = lambda: None
-        self._told: Progress | None = None
+        self._sessions: Sessions | None = None
+        self._turns = Turns()
+        self._refused = Refused(source.name)
         self._info: ModelInfo | None = None
         self._learnt = deadline.Learnt(settings.look_s, settings.batch_s_max)
-        self._workers: list[WorkerProcess] = []
+        self._staff = Staff(source, settings, on_progress, self._change)
         self._waiters: deque[asyncio.Future[None]] = deque()
-        self._failure = ""
-        self._changed = asyncio.Event()
-        self._started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._closing: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._tasks: set[asyncio.Task[None]] = set()
-        self.replaced = 0
-        """Workers lost since the start, for the metrics."""
 
     @classmethod
     async def start(
@@ -99,10 +73,12 @@ class Pool:
         settings: PoolSettings | None = None,
         on_progress: Callable[[Progress], None] = lambda _: None,
         on_end: Callable[[], None] = lambda: None,
+        sessions: Sessions | None = None,
     ) -> Pool:
         """A pool of which all workers are warm (spares may follow).
 
-        ``on_end`` is called once ``folder`` is not needed any more, whatever the end.
+        ``on_end`` is called once ``folder`` is not needed any more, whatever the end; ``sessions``
+        is where pipelines keep their state.
 
         Raises ConfigError, ModelError if the model cannot be loaded; the pool is closed then.
         """
@@ -113,10 +89,10 @@ class Pool:
             predictor = replace(predictor, threads=threads)
         source = Source(folder, name, version, predictor, settings.tensor_bytes_max)
         pool = cls(source, settings, on_progress)
-        pool._on_end = on_end
-        pool._spawn(pool._keep())
+        pool._on_end, pool._sessions = on_end, sessions
+        pool._staff.begin()
         try:
-            await pool._started
+            await pool._staff.started
         except BaseException:
             await pool.close()
             raise
@@ -131,32 +107,56 @@ class Pool:
 
     @property
     def idle(self) -> int:
-        free = sum(worker.idle for worker in self._workers)
+        free = sum(worker.idle for worker in self._staff.workers)
         return max(0, min(free, self._settings.workers - self._running) - len(self._waiters))
 
     @property
     def pids(self) -> list[int]:
         """Of the workers that are ready, spares included."""
-        return [w.pid for w in self._workers if was_ready(w) and not w.lost]
+        return self._staff.pids
 
     @property
     def progress(self) -> Progress:
-        ready, wanted = len(self.pids), self._settings.workers
-        stages = [w.stage for w in self._workers if not w.ready.done()]
-        stage = stages[0] if stages else "ready"
-        return Progress(min(ready, wanted), wanted, stage, self._failure)
+        return self._staff.progress
 
-    async def run(self, inputs: Tensors, timeout_s: float) -> Outputs:
+    @property
+    def replaced(self) -> int:
+        """Workers lost since the start."""
+        return self._staff.replaced
+
+    async def run(
+        self, inputs: Tensors, timeout_s: float, session: str = "", again: bool = False
+    ) -> Tensors:
         """The outputs for one batch; see ``Runner``. What a caller gives up goes on until its end.
 
-        Raises ModelError (BatchRefused if two workers were lost with it), Unavailable.
+        Raises ModelError (BatchRefused if workers were lost with it), Unavailable, and what
+        ``Sessions.put`` raises.
         """
+        until_s = asyncio.get_running_loop().time() + timeout_s
+        await self._refused.check(inputs, session)
+        tries = 1 if again else _TRIES
+        try:
+            if not session:
+                return await self._run(inputs, timeout_s, until_s, tries, None)
+            async with self._turns.turn(session, until_s):
+                fetch = partial(self._fetch, session)
+                outputs = await self._run(inputs, timeout_s, until_s, tries, fetch)
+                if (changes := outputs.pop(STATE, None)) is not None:
+                    pairs = changes.tolist()
+                    await self._keep_state(session, pairs[::2], pairs[1::2], until_s)
+                return outputs
+        except BatchRefused:
+            await self._refused.note(inputs, session)
+            raise
+
+    async def _run(
+        self, inputs: Tensors, timeout_s: float, until_s: float, tries: int, fetch: Fetch | None
+    ) -> Outputs:
         loop = asyncio.get_running_loop()
-        until_s = loop.time() + timeout_s
-        for attempt in range(1, _TRIES + 1):
+        for attempt in range(1, tries + 1):
             worker = await self._acquire(until_s)
             try:
-                outputs = worker.run(inputs)
+                outputs = worker.run(inputs, fetch)
             except BaseException:
                 self._hand_on()  # the worker is free still
                 raise
@@ -169,35 +169,63 @@ class Pool:
             except WorkerLost as error:
                 if self._closed:
                     raise Unavailable(f"{self._source.name} is being unloaded here.") from None
-                if attempt == _TRIES:
-                    raise BatchRefused(
-                        f"Two workers of {self._source.name} were lost with this batch, the last "
-                        f"because {error}; it is not tried again."
-                    ) from None
+                if attempt == tries:
+                    name = self._source.name
+                    lost = f"Two workers of {name} were lost with this batch, the last"
+                    if tries == 1:
+                        lost = f"Another worker of {name} was lost with this batch,"
+                    raise BatchRefused(f"{lost} because {error}; it is not tried again.") from None
         raise AssertionError("every way out is above")
+
+    # ------------------------------------------------------------ the state of sessions
+
+    async def _fetch(self, session: str, key: str) -> bytes | None:
+        return await self._kept.get(session, key)
+
+    async def _keep_state(
+        self, session: str, keys: list[bytes], values: list[bytes], until_s: float
+    ) -> None:
+        """Returns when all is acknowledged; the log takes one key at a time."""
+        left_s = max(_PUT_S_MIN, until_s - asyncio.get_running_loop().time())
+
+        async def put() -> None:
+            for key, value in zip(keys, values, strict=True):
+                await self._kept.put(session, key.decode(), value)
+
+        try:
+            await asyncio.wait_for(put(), left_s)
+        except asyncio.TimeoutError:
+            raise Unavailable(
+                f"What {self._source.name} keeps for this session was not acknowledged within "
+                f"{left_s:.1f} s, and whether it will be is not known."
+            ) from None
+
+    @property
+    def _kept(self) -> Sessions:
+        if self._sessions is None:
+            raise ModelError(
+                f"{self._source.name} keeps something for each session, and this replica is in no "
+                f"group that could keep it; start it with --etcd."
+            )
+        return self._sessions
 
     async def close(self) -> None:
         """Ends the workers, whatever they are doing."""
-        if not self._closed:
-            self._closing.set_result(None)
-            for worker in list(self._workers):
-                worker.kill("the model is being unloaded")
-            while self._waiters:
-                self._hand_on()
-            self._changed.set()
-        while self._tasks:
-            await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._staff.end()
+        while self._waiters:
+            self._hand_on()
+        await self._staff.wait()
         self._on_end()
 
     # ------------------------------------------------------------ who runs
 
     @property
     def _closed(self) -> bool:
-        return self._closing.done()
+        return self._staff.closed
 
     @property
     def _running(self) -> int:
-        return sum(worker.batch is not None for worker in self._workers)
+        return sum(worker.batch is not None for worker in self._staff.workers)
 
     async def _acquire(self, until_s: float) -> WorkerProcess:
         """A worker, to be given a batch before anything else is awaited."""
@@ -223,7 +251,7 @@ class Pool:
     def _free(self) -> WorkerProcess | None:
         if self._running >= self._settings.workers:
             return None
-        return next((worker for worker in self._workers if worker.idle), None)
+        return next((worker for worker in self._staff.workers if worker.idle), None)
 
     def _hand_on(self) -> None:
         """Wakes who waits longest, if there is a worker for it."""
@@ -245,99 +273,22 @@ class Pool:
         if batch is None or batch.number != number:
             return
         ran_s, stopped_s, still_s = worker.look()
-        reason = deadline.verdict(ran_s, self._learnt.bounds(batch.nbytes), stopped_s, still_s)
+        bounds = self._learnt.bounds(batch.nbytes)
+        reason = deadline.verdict(ran_s, bounds, stopped_s, still_s, may_wait=self._may_wait)
         if reason:
             worker.kill(reason)
         else:
             self._look_later(worker)
 
-    # ------------------------------------------------------------ that they are there
+    @property
+    def _may_wait(self) -> bool:
+        """Whether a worker that does nothing may yet be about its batch."""
+        return self._source.settings.device != "cpu" or self.info.platform != PLATFORM
 
     def _change(self, worker: WorkerProcess) -> None:
-        self._changed.set()
         if self._info is None and worker.idle:
             self._info = worker.ready.result()
         if worker.took is not None:
             self._learnt.note(*worker.took)
             worker.took = None
         self._hand_on()
-
-    async def _keep(self) -> None:
-        """Replaces what is lost until the pool is closed."""
-        pause_s, failures = _AGAIN_S, 0
-        while True:
-            self._changed.clear()
-            before = failures
-            for worker in [w for w in self._workers if w.lost]:
-                self._workers.remove(worker)
-                self._spawn(worker.reap())
-                if self._closed:
-                    continue
-                if was_ready(worker):
-                    self.replaced += 1
-                    _log.warning(
-                        "worker %d of %s is replaced: %s",
-                        worker.pid,
-                        self._source.name,
-                        worker.lost,
-                    )
-                    continue
-                failures += 1
-                self._failed(worker, failures)
-            progress = self.progress
-            self._tell(progress)
-            if self._closed:
-                return
-            if progress.ready >= progress.wanted:
-                pause_s, failures, self._failure = _AGAIN_S, 0, ""
-                if not self._started.done():
-                    self._started.set_result(None)
-            elif failures > before:
-                await self._pause(pause_s)
-                pause_s = min(2 * pause_s, _AGAIN_MAX_S)
-            self._fill(progress)
-            await self._changed.wait()
-
-    def _failed(self, worker: WorkerProcess, failures: int) -> None:
-        """A worker was never ready: the first time, that may be the model's fault."""
-        self._failure = worker.lost
-        error = worker.ready.exception()
-        if self._started.done():
-            _log.error("a worker of %s cannot be started: %s", self._source.name, worker.lost)
-        elif isinstance(error, PaddleFTError):
-            self._started.set_exception(error)
-        elif failures >= _STARTS_MAX:
-            text = f"Workers of {self._source.name} end before they are ready: {worker.lost}."
-            self._started.set_exception(ConfigError(text))
-
-    def _fill(self, progress: Progress) -> None:
-        """Starts what is missing; spares after all the workers."""
-        settings = self._settings
-        target = settings.workers + (settings.spares if progress.ready >= progress.wanted else 0)
-        while len(self._workers) < target and not self._closed:
-            worker = WorkerProcess(self._change)
-            self._workers.append(worker)
-            self._spawn(worker.start(self._source))
-            loop = asyncio.get_running_loop()
-            loop.call_later(settings.start_s_max, self._overdue, worker)
-
-    def _overdue(self, worker: WorkerProcess) -> None:
-        if not worker.ready.done():
-            worker.kill(f"it was not ready within {self._settings.start_s_max:g} s")
-
-    async def _pause(self, seconds: float) -> None:
-        await asyncio.wait([self._closing], timeout=seconds)
-
-    def _tell(self, progress: Progress) -> None:
-        if progress != self._told:
-            self._told = progress
-            self._on_progress(progress)
-
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-
-def was_ready(worker: WorkerProcess) -> bool:
-    return worker.ready.done() and worker.ready.exception() is None

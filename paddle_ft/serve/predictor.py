@@ -32,6 +32,7 @@ from paddle_ft.serve.types import Feature, ModelError, ModelInfo, Tensors, Unava
 
 assert zlib  # loaded before paddle, or 2.6.2 crashes at the first decompression
 _log = logging.getLogger("paddle_ft")
+PLATFORM = "paddle"
 _GUESSES = (32, 8, 1)
 """For dimensions that are free, tried one after the other at the warm-up."""
 _SHAPES_KEPT = 16
@@ -71,7 +72,7 @@ def info_of(files: Files, told: Description, name: str, version: str) -> ModelIn
     batched = told.batched
     if batched is None:
         batched = all(f.shape[:1] == (-1,) for f in (*inputs, *outputs))
-    return ModelInfo(name, version, "paddle", inputs, outputs, batched)
+    return ModelInfo(name, version, PLATFORM, inputs, outputs, batched)
 
 
 def open_model(folder: Path, name: str, version: str, settings: Settings) -> Loaded:

@@ -29,6 +29,7 @@ from paddle_ft.serve.ledger import Bounds
 from paddle_ft.serve.loader import Loader, Wanted, pool_settings, wanted
 from paddle_ft.serve.registry import Condition
 from paddle_ft.serve.replicated import GroupSettings, Replicated
+from paddle_ft.serve.sessions import GroupSessions, LocalSessions
 from paddle_ft.serve.stream import PeerTls
 from paddle_ft.serve.types import ServeError
 
@@ -63,6 +64,10 @@ class Replica:
         self._loader = Loader(
             _store(config), trust, _cache(settings.cache), pool_settings(settings)
         )
+        self._bounds = Bounds(
+            settings.state_bytes_max, settings.session_bytes_max, settings.session_ttl_s
+        )
+        self._loader.sessions = LocalSessions(self._bounds)
         self._following = Following(
             self._loader,
             Policy(settings.follow, settings.follow_store_s, settings.level, settings.notice_s),
@@ -181,11 +186,12 @@ class Replica:
                 self._front.http_port,
                 self._front.grpc_port,
                 serve.in_sync_min,
-                bounds=Bounds(serve.state_bytes_max, serve.session_bytes_max, serve.session_ttl_s),
+                bounds=self._bounds,
                 tls=tls,
                 plain=serve.peer_plain,
             )
         )
+        self._loader.sessions = GroupSessions(group)
         self._following.join(group)
         self._front.state.join(group)
         try:

@@ -10,7 +10,8 @@ import math
 import mmap
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,8 @@ class Memory:
         self.descriptor = descriptor
         self._bytes_max = bytes_max
         self._map: mmap.mmap | None = None
+        self._users = 0
+        self._closed = False
 
     @classmethod
     def create(cls, bytes_max: int) -> Memory:
@@ -68,18 +71,32 @@ class Memory:
             self._map = mmap.mmap(self.descriptor, nbytes)
         return memoryview(self._map).toreadonly()
 
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Puts off ``close`` until the end, as other threads must while they use it."""
+        self._users += 1
+        try:
+            yield
+        finally:
+            self._users -= 1
+            if self._closed:
+                self.close()
+
     def close(self) -> None:
-        self._map = None  # unmapped with the last array upon it
-        os.close(self.descriptor)
+        self._closed = True
+        if not self._users and self.descriptor >= 0:
+            self._map = None  # unmapped with the last array upon it
+            os.close(self.descriptor)
+            self.descriptor = -1
 
 
-def write(memory: Memory, tensors: Tensors) -> tuple[list[list[Any]], int]:
-    """Puts ``tensors`` into ``memory``: their header and the bytes they take.
+def write(memory: Memory, tensors: Tensors, start: int = 0) -> tuple[list[list[Any]], int]:
+    """Puts ``tensors`` into ``memory`` from byte ``start``: their header, and where they end.
 
     Raises ModelError for what cannot be carried, Unavailable.
     """
     flat = {name: _flat(name, array) for name, array in tensors.items()}
-    offset = 0
+    offset = start
     header: list[list[Any]] = []
     for name, (dtype, data) in flat.items():
         shape = list(np.shape(tensors[name]))

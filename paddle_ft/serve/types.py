@@ -34,6 +34,8 @@ class ModelInfo:
     outputs: tuple[Feature, ...]
     batched: bool = True
     """Rows of several requests may be joined along the first dimension."""
+    stateful: bool = False
+    """It keeps something for each session: requests that name one are not joined."""
 
 
 class Runner(Protocol):
@@ -47,12 +49,21 @@ class Runner(Protocol):
         """How many batches could begin at once."""
         ...
 
-    async def run(self, inputs: Tensors, timeout_s: float) -> Tensors:
+    async def run(
+        self, inputs: Tensors, timeout_s: float, session: str = "", again: bool = False
+    ) -> Tensors:
         """The outputs for one batch.
+
+        Args:
+            session: whose state a pipeline reads and changes; "" for none. Batches of one session
+                run one after the other; what they change is kept once they have run well.
+            again: these inputs were in a batch that was refused as ``BatchRefused``: they are
+                given to one worker only.
 
         Raises:
             ModelError: the model refuses these inputs; the same would happen again.
             Unavailable: no worker could do it in time; another replica may.
+            NotPrimary, TooLarge: the state of the session was not changed.
         """
         ...
 
@@ -82,6 +93,10 @@ class ModelError(ServeError):
     """The model refuses these inputs: the same request would be refused again."""
 
     status = 400
+
+
+class BatchRefused(ModelError):
+    """Workers were lost with this batch: it is taken to be the cause."""
 
 
 class Unavailable(ServeError):

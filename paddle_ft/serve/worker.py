@@ -10,9 +10,15 @@ Over the socket, a JSON message each (SOCK_SEQPACKET):
                                          <-   {"stage": "…"}         (0 or more)
                                          <-   {"ready": model info}  or {"failed": text}
       {"run": n, "tensors": header,      ->
-        "nbytes": of the memory}
-                                         <-   {"done": n, "tensors": header, "nbytes": …}
-                                              or {"error": n, "kind": …, "text": …}
+        "nbytes": of the memory,
+        "session": bool}
+                                         <-   {"get": key, "of": n}   (of the session's state)
+      {"value": header, "nbytes": …}     ->
+        or {"refused": text, "for_good": bool}
+                                         <-   {"done": header, "nbytes": …, "of": n}
+                                              or {"error": kind, "text": …, "of": n}
+
+What a pipeline puts into the state of the session comes with the outputs, as the tensor ``STATE``.
 
 Invariant: it ends with its front. The kernel sends SIGIO when the other end of LIFE is closed,
 whatever this process is doing: Paddle 3 holds the interpreter's lock while it computes.
@@ -29,19 +35,25 @@ import socket
 import sys
 import warnings
 import zlib
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from paddle_ft.errors import EXIT_CONFIG, PaddleFTError
 from paddle_ft.exits import end
 from paddle_ft.serve import shared
 from paddle_ft.serve.gentle import import_gently
-from paddle_ft.serve.pipeline import Loaded, said
+from paddle_ft.serve.pipeline import Loaded, PipelineModel, State, said
 from paddle_ft.serve.types import Feature, ModelError, ModelInfo, Unavailable
 
 assert zlib  # loaded before paddle, or 2.6.2 crashes at the first decompression
 MESSAGE_BYTES_MAX = 128 * 1024
+STATE = "\0state"
+"""Keys and values in turn; no output of a model has this name."""
 _TEXT_MAX = 2000
 
 
@@ -67,7 +79,10 @@ def main() -> None:
             end(EXIT_CONFIG)
         _send(connection, {"ready": asdict(model.info)})
         while True:
-            _send(connection, _answer(model, _receive(connection), *memories))
+            message = _receive(connection)
+            fetch = partial(_fetch, connection, message["run"], memories[0])
+            answer = _answer(model, message, *memories, fetch if message["session"] else None)
+            _send(connection, {**answer, "of": message["run"]})
 
 
 def die_with(life: int) -> None:
@@ -94,21 +109,44 @@ def _load(connection: socket.socket, order: dict[str, Any]) -> Loaded:
 
 
 def _answer(
-    model: Loaded, message: dict[str, Any], inputs: shared.Memory, outputs: shared.Memory
+    model: Loaded,
+    message: dict[str, Any],
+    inputs: shared.Memory,
+    outputs: shared.Memory,
+    fetch: Callable[[str], bytes | None] | None,
 ) -> dict[str, Any]:
-    number = message["run"]
     try:
-        given = shared.read(inputs.seen(message["nbytes"]), message["tensors"], copy=False)
-        header, _ = shared.write(outputs, model.run(given))
-        return {"done": number, "tensors": header, "nbytes": outputs.nbytes}
+        view = inputs.seen(message["nbytes"])
+        if isinstance(model, PipelineModel):  # its code may keep what it is given
+            given = shared.read(view, message["tensors"], copy=True)
+            state = State(fetch)
+            results = dict(model.run(given, state))
+            if changes := state.close():
+                results[STATE] = np.array([x for item in changes.items() for x in item], object)
+        else:
+            given = shared.read(view, message["tensors"], copy=False)
+            results = dict(model.run(given))
+        header, _ = shared.write(outputs, results)
+        return {"done": header, "nbytes": outputs.nbytes}
     except ModelError as error:
-        return {"error": number, "kind": "model", "text": str(error)[:_TEXT_MAX]}
+        return {"error": "model", "text": str(error)[:_TEXT_MAX]}
     except (Unavailable, MemoryError) as error:
         text = str(error) or "There is not enough memory for this batch."
-        return {"error": number, "kind": "unavailable", "text": text[:_TEXT_MAX]}
+        return {"error": "unavailable", "text": text[:_TEXT_MAX]}
     except Exception as error:  # noqa: BLE001 - a pipeline's own code may raise anything
         text = f"{model.info.name} fails on these inputs: {said(error)}"
-        return {"error": number, "kind": "model", "text": text}
+        return {"error": "model", "text": text}
+
+
+def _fetch(connection: socket.socket, number: int, inputs: shared.Memory, key: str) -> bytes | None:
+    """What the session has under ``key``. Raises ModelError, Unavailable."""
+    _send(connection, {"get": key, "of": number})
+    answer = _receive(connection)
+    if "refused" in answer:
+        raise (ModelError if answer.get("for_good") else Unavailable)(answer["refused"])
+    found = shared.read(inputs.seen(answer["nbytes"]), answer["value"], copy=True)
+    value: bytes | None = found["value"][0] if found else None
+    return value
 
 
 def info_of(wire: dict[str, Any]) -> ModelInfo:
@@ -117,9 +155,7 @@ def info_of(wire: dict[str, Any]) -> ModelInfo:
         side: tuple(Feature(f["name"], f["datatype"], tuple(f["shape"])) for f in wire[side])
         for side in ("inputs", "outputs")
     }
-    return ModelInfo(
-        wire["name"], wire["version"], wire["platform"], batched=wire["batched"], **sides
-    )
+    return ModelInfo(**{**wire, **sides})
 
 
 def _send(connection: socket.socket, message: dict[str, Any]) -> None:

@@ -4,27 +4,37 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from paddle_ft.errors import ConfigError
 from paddle_ft.serve import shared
 from paddle_ft.serve.predictor import Settings
-from paddle_ft.serve.types import ModelError, ModelInfo, Tensors, Unavailable
+from paddle_ft.serve.types import ModelError, ModelInfo, ServeError, Tensors, Unavailable
 from paddle_ft.serve.worker import MESSAGE_BYTES_MAX, info_of
 
+_log = logging.getLogger("paddle_ft")
 _REAP_S = 10.0
+_STATE_S = 5.0
+_INLINE_BYTES = 8 * 2**20
+"""Batches above it are copied beside the event loop."""
 Outputs = dict[str, NDArray[Any]]
+"""With what the session is to keep under ``worker.STATE``, if a pipeline changed something."""
+Fetch = Callable[[str], Awaitable[bytes | None]]
+"""The value that the batch's session has under a key; raises ServeError."""
 
 
 class WorkerLost(Exception):
@@ -47,12 +57,24 @@ class Batch:
     """One that a worker is at."""
 
     number: int
-    nbytes: int
     began_s: float
     outputs: asyncio.Future[Outputs]
-    moved_s: float
+    fetch: Fetch | None
+    nbytes: int = 0
+    """Where its inputs end."""
+    moved_s: float = 0.0
     """When the worker was last seen to use the processor, or to wait for it."""
     ticks: int = -1
+    waits_s: float | None = None
+    """Since when the worker waits for this process: that time is not its own."""
+
+    def wait(self) -> None:
+        self.waits_s = time.monotonic()
+
+    def go_on(self) -> None:
+        if self.waits_s is not None:
+            self.began_s += time.monotonic() - self.waits_s
+        self.moved_s, self.waits_s = time.monotonic(), None
 
 
 class WorkerProcess:
@@ -77,6 +99,7 @@ class WorkerProcess:
         self._outputs: shared.Memory | None = None
         self._socket: socket.socket | None = None
         self._life: socket.socket | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
 
     @property
     def pid(self) -> int:
@@ -85,6 +108,11 @@ class WorkerProcess:
     @property
     def idle(self) -> bool:
         return self.batch is None and not self.lost and self.ready.done()
+
+    @property
+    def is_fresh(self) -> bool:
+        """It has become ready, and has had no batch."""
+        return self.idle and not self._numbers
 
     async def start(self, source: Source) -> None:
         """Starts the process; ``ready`` tells when it can be used."""
@@ -98,16 +126,15 @@ class WorkerProcess:
             theirs.append(life)
             self._inputs = shared.Memory.create(source.bytes_max)
             self._outputs = shared.Memory.create(source.bytes_max)
-            # Not on the loop: a start takes tens of milliseconds in a large process.
-            self._process = await asyncio.to_thread(
-                _spawn,
-                control.fileno(),
-                life.fileno(),
-                self._inputs.descriptor,
-                self._outputs.descriptor,
-            )
+            memories = self._inputs.descriptor, self._outputs.descriptor
+            with self._inputs.in_use(), self._outputs.in_use():
+                # Not on the loop: a start takes tens of milliseconds in a large process.
+                self._process = await asyncio.to_thread(
+                    _popen, control.fileno(), life.fileno(), *memories
+                )
         except OSError as error:
-            self._end(f"it cannot be started ({error.strerror})")
+            if not self.lost:
+                self._end(f"it cannot be started ({error.strerror})")
             return
         finally:
             for end in theirs:
@@ -123,21 +150,62 @@ class WorkerProcess:
 
     # ------------------------------------------------------------ batches
 
-    def run(self, inputs: Tensors) -> asyncio.Future[Outputs]:
+    def run(self, inputs: Tensors, fetch: Fetch | None = None) -> asyncio.Future[Outputs]:
         """Gives an idle worker a batch; the future raises ModelError, Unavailable or WorkerLost.
 
-        Raises ModelError, Unavailable at once for what does not fit into its memory.
+        ``fetch`` answers a pipeline that asks for its session's state. Raises ModelError,
+        Unavailable at once, too, for what does not fit into its memory.
         """
         assert self.idle
         assert self._inputs is not None
-        header, nbytes = shared.write(self._inputs, inputs)
-        now_s = time.monotonic()
         outputs: asyncio.Future[Outputs] = asyncio.get_running_loop().create_future()
         outputs.add_done_callback(_seen)
         self._numbers += 1
-        self.batch = Batch(self._numbers, nbytes, now_s, outputs, now_s)
-        self._send({"run": self._numbers, "tensors": header, "nbytes": self._inputs.nbytes})
+        batch = self.batch = Batch(self._numbers, time.monotonic(), outputs, fetch)
+        batch.wait()
+        if sum(array.nbytes for array in inputs.values()) > _INLINE_BYTES:
+            self._spawn(self._give(batch, inputs))
+            return outputs
+        try:
+            header, batch.nbytes = shared.write(self._inputs, inputs)
+        except BaseException:
+            self.batch = None
+            raise
+        self._begin(batch, header)
         return outputs
+
+    async def _give(self, batch: Batch, inputs: Tensors) -> None:
+        assert self._inputs is not None
+        try:
+            with self._inputs.in_use():
+                header, batch.nbytes = await asyncio.to_thread(shared.write, self._inputs, inputs)
+        except ServeError as error:
+            self._end_batch(batch, error)
+        else:
+            if self.batch is batch:
+                self._begin(batch, header)
+
+    def _begin(self, batch: Batch, header: list[list[Any]]) -> None:
+        assert self._inputs is not None
+        batch.go_on()
+        self._send(
+            {
+                "run": batch.number,
+                "tensors": header,
+                "nbytes": self._inputs.nbytes,
+                "session": batch.fetch is not None,
+            }
+        )
+
+    def _end_batch(self, batch: Batch, result: Outputs | Exception) -> None:
+        if self.batch is not batch:  # the worker was lost meanwhile
+            return
+        self.batch = None
+        if isinstance(result, Exception):
+            batch.outputs.set_exception(result)
+        else:
+            batch.outputs.set_result(result)
+        self._on_change(self)
 
     def look(self) -> tuple[float, float, float]:
         """Of its batch, seconds: since it began, stopped by a signal, without moving."""
@@ -145,11 +213,12 @@ class WorkerProcess:
         assert batch is not None
         now_s = time.monotonic()
         state, ticks = _state(self.pid)
-        if state == "R" or (ticks != batch.ticks and batch.ticks >= 0):
+        if state == "R" or batch.waits_s is not None or (ticks != batch.ticks and batch.ticks >= 0):
             batch.moved_s = now_s
         batch.ticks = ticks
         still_s = now_s - batch.moved_s
-        return now_s - batch.began_s, still_s if state in "Tt" else 0.0, still_s
+        ran_s = (batch.waits_s or now_s) - batch.began_s
+        return ran_s, still_s if state in "Tt" else 0.0, still_s
 
     def _read(self) -> None:
         assert self._socket is not None
@@ -172,29 +241,66 @@ class WorkerProcess:
         elif "failed" in message:
             self.ready.set_exception(ConfigError(message["failed"]))
             self.kill(message["failed"])
-        else:
-            self._answered(message)
-
-    def _answered(self, message: dict[str, Any]) -> None:
-        batch, self.batch = self.batch, None
-        assert self._outputs is not None
-        if batch is None or batch.number != message.get("done", message.get("error")):
+        elif self.batch is None or self.batch.number != message.get("of"):
             self.kill("it answers what was not asked")
-            return
-        future = batch.outputs
-        if "error" in message:
-            kind = ModelError if message["kind"] == "model" else Unavailable
-            future.set_exception(kind(message["text"]))
+        elif "get" in message:
+            self.batch.wait()
+            self._spawn(self._fetch(self.batch, message["get"]))
+        elif "error" in message:
+            kind = ModelError if message["error"] == "model" else Unavailable
+            self._end_batch(self.batch, kind(message["text"]))
         else:
-            self.took = batch.nbytes, time.monotonic() - batch.began_s
-            try:
-                view = self._outputs.seen(message["nbytes"])
-                future.set_result(shared.read(view, message["tensors"], copy=True))
-            except (ValueError, TypeError, OSError) as error:
-                future.set_exception(WorkerLost(str(error)))
-                self.kill("it answers what cannot be read")
+            self.took = self.batch.nbytes, time.monotonic() - self.batch.began_s
+            if sum(entry[-1] for entry in message["done"]) > _INLINE_BYTES:
+                self.batch.wait()
+                self._spawn(self._take(self.batch, message))
+            else:
+                self._answered(self.batch, partial(self._outputs_of, message))
+
+    async def _take(self, batch: Batch, message: dict[str, Any]) -> None:
+        assert self._outputs is not None
+        with self._outputs.in_use():
+            copied = asyncio.ensure_future(asyncio.to_thread(self._outputs_of, message))
+            copied.add_done_callback(_seen)
+            await asyncio.wait([copied])
+        if self.batch is batch:
+            self._answered(batch, copied.result)
+
+    def _answered(self, batch: Batch, outputs: Callable[[], Outputs]) -> None:
+        try:
+            self._end_batch(batch, outputs())
+        except (ValueError, TypeError, OSError, MemoryError) as error:
+            _log.error("worker %d answers what cannot be read: %s", self.pid, error)
+            self.kill("it answers what cannot be read")
+
+    def _outputs_of(self, message: dict[str, Any]) -> Outputs:
+        assert self._outputs is not None
+        return shared.read(self._outputs.seen(message["nbytes"]), message["done"], copy=True)
+
+    async def _fetch(self, batch: Batch, key: str) -> None:
+        """Answers a pipeline; the value lies behind the batch's inputs."""
+        assert self._inputs is not None
+        assert batch.fetch is not None
+        header: list[list[Any]] = []
+        reply: dict[str, Any]
+        try:
+            value = await asyncio.wait_for(batch.fetch(key), _STATE_S)
+            if self.batch is not batch:
                 return
-        self._on_change(self)
+            if value is not None:
+                given = {"value": np.array([value], object)}
+                header, _ = shared.write(self._inputs, given, batch.nbytes)
+            reply = {"value": header, "nbytes": self._inputs.nbytes}
+        except ServeError as error:
+            reply = {"refused": str(error), "for_good": error.status == ModelError.status}
+        except asyncio.TimeoutError:
+            reply = {"refused": f"The state of the session was not read within {_STATE_S:g} s."}
+        except Exception:  # noqa: BLE001 - the pipeline waits for an answer, whatever it is
+            _log.exception("a defect where the state of sessions is kept")
+            reply = {"refused": "The state of the session cannot be read."}
+        if self.batch is batch:
+            batch.go_on()
+            self._send(reply)
 
     def _send(self, message: dict[str, Any]) -> None:
         assert self._socket is not None
@@ -234,11 +340,21 @@ class WorkerProcess:
             batch.outputs.set_exception(WorkerLost(reason))
         self._on_change(self)
 
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
     async def reap(self) -> None:
-        """Returns once the killed process is gone."""
+        """Returns once the killed process is gone, and whatever was done for it."""
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._process is not None:
             with suppress(subprocess.TimeoutExpired):
                 await asyncio.to_thread(self._process.wait, _REAP_S)
+
+
+def was_ready(worker: WorkerProcess) -> bool:
+    return worker.ready.done() and worker.ready.exception() is None
 
 
 def _seen(future: asyncio.Future[Any]) -> None:
@@ -247,7 +363,7 @@ def _seen(future: asyncio.Future[Any]) -> None:
         future.exception()
 
 
-def _spawn(*descriptors: int) -> subprocess.Popen[bytes]:
+def _popen(*descriptors: int) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "paddle_ft.serve.worker", *map(str, descriptors)]
     return subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=descriptors)
 

@@ -66,7 +66,9 @@ class NumpyRunner:
     def idle(self) -> int:
         return self.workers - self.running
 
-    async def run(self, inputs: Tensors, timeout_s: float) -> Tensors:
+    async def run(
+        self, inputs: Tensors, timeout_s: float, session: str = "", again: bool = False
+    ) -> Tensors:
         self.running += 1
         try:
             self.batches.append(len(next(iter(inputs.values()))))

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -18,8 +19,11 @@ import numpy as np
 import pytest
 
 from paddle_ft.errors import ConfigError
-from paddle_ft.serve.pool import BatchRefused, Pool, PoolSettings, Progress
-from paddle_ft.serve.types import ModelError, Unavailable
+from paddle_ft.serve import shared, staff, worker_process
+from paddle_ft.serve.pool import Pool
+from paddle_ft.serve.predictor import Settings
+from paddle_ft.serve.staff import PoolSettings, Progress
+from paddle_ft.serve.types import BatchRefused, ModelError, Unavailable
 
 ODD = '''
 import os, signal, time
@@ -194,7 +198,12 @@ def test_who_waits_is_told_in_time_and_what_was_begun_does_no_harm(folder: Path)
     asyncio.run(story())
 
 
-def test_tensors_of_any_size_up_to_the_bound(folder: Path) -> None:
+@pytest.mark.parametrize("inline_bytes", [8 * 2**20, 1000])
+def test_tensors_of_any_size_up_to_the_bound(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, inline_bytes: int
+) -> None:
+    monkeypatch.setattr(worker_process, "_INLINE_BYTES", inline_bytes)
+
     async def story() -> None:
         async with pool_of(folder, workers=1, spares=0, tensor_bytes_max=2**22) as pool:
             for size in (3, 100_000, 7, 1_000_000, 5):
@@ -208,6 +217,127 @@ def test_tensors_of_any_size_up_to_the_bound(folder: Path) -> None:
             assert pool.replaced == 0
 
     asyncio.run(story())
+
+
+def test_a_spare_that_cannot_start_is_not_tried_without_a_pause(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(staff, "_AGAIN_S", 600.0)
+    monkeypatch.setattr(staff, "_AGAIN_MAX_S", 600.0)
+    monkeypatch.setattr(staff, "_SPARE_AGAIN_MAX_S", 600.0)
+    starts, short = tmp_path / "starts", tmp_path / "short"
+    (folder / "pipeline.py").write_text(
+        f"""{ODD}
+open({str(starts)!r}, "a").write("x")
+if os.path.exists({str(short)!r}):
+    os.kill(os.getpid(), 9)
+open({str(short)!r}, "w").close()
+"""
+    )
+
+    async def story() -> None:
+        async with pool_of(folder, workers=1) as pool:
+            await until(lambda: pool.progress.failure)
+            assert pool.progress.failure == "it ended by SIGKILL"
+            await asyncio.sleep(0.3)
+            assert starts.read_text() == "xx"
+            await check_answer(pool, 1)
+
+            # One that could be started is replaced at once, whatever the spare waits for.
+            short.unlink()
+            os.kill(pool.pids[0], signal.SIGKILL)
+            await until(lambda: pool.replaced == 1 and pool.pids)
+            assert not pool.progress.failure
+            await check_answer(pool, 2)
+
+    asyncio.run(story())
+
+
+@pytest.mark.slow
+def test_inputs_that_end_workers_are_known_after_the_second_time(folder: Path) -> None:
+    async def story() -> None:
+        async with pool_of(folder, workers=1, spares=1) as pool:
+            for count in (1, 2):
+                await until(lambda: len(pool.pids) == 2)
+                with pytest.raises(BatchRefused, match="Another worker of odd was lost"):
+                    await pool.run(given(-1), 20, again=True)
+                await until(lambda: pool.replaced == count)  # noqa: B023
+            with pytest.raises(BatchRefused, match="not tried again for up to 60 s"):
+                await pool.run(given(-1), 20)
+            assert pool.replaced == 2
+            await check_answer(pool, 3)
+
+    asyncio.run(story())
+
+
+def test_a_pipeline_that_waits_for_something_is_not_taken_to_hang(folder: Path) -> None:
+    async def story() -> None:
+        async with pool_of(folder, workers=1, spares=0, look_s=0.1) as pool:
+            for n in range(10):
+                await check_answer(pool, n)
+            assert (await pool.run(given(-6), 60))["y"].tolist() == [[-12]]
+            assert pool.replaced == 0
+
+    asyncio.run(story())
+
+
+def test_a_worker_lost_while_it_is_given_a_batch_harms_nobody(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_process, "_INLINE_BYTES", 10)
+    written, go_on, write = threading.Event(), threading.Event(), shared.write
+
+    def slow(memory: shared.Memory, *args: Any) -> Any:
+        written.set()
+        assert go_on.wait(30)
+        os.fstat(memory.descriptor)  # its own still, though its worker is gone
+        return write(memory, *args)
+
+    async def story() -> None:
+        async with pool_of(folder, workers=1, spares=1) as pool:
+            await until(lambda: len(pool.pids) == 2)
+            monkeypatch.setattr(shared, "write", slow)
+            answer = asyncio.ensure_future(pool.run(given(7, 8), 30))
+            await until(written.is_set)
+            os.kill(pool.pids[0], signal.SIGKILL)
+            await until(lambda: pool.replaced == 1)
+            go_on.set()
+            assert (await answer)["y"].tolist() == [[14, 16]]
+
+    before = descriptors()
+    asyncio.run(story())
+    assert descriptors() <= before
+
+
+def test_one_that_is_not_wanted_any_more_while_it_is_started(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began, go_on = threading.Event(), threading.Event()
+
+    def slow(*numbers: int) -> Any:
+        began.set()
+        assert go_on.wait(30)
+        for number in numbers:
+            os.fstat(number)
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(worker_process, "_popen", slow)
+
+    async def story() -> None:
+        changes: list[str] = []
+        worker = worker_process.WorkerProcess(lambda each: changes.append(each.lost))
+        source = worker_process.Source(folder, "odd", "3", Settings(), 2**20)
+        start = asyncio.ensure_future(worker.start(source))
+        await until(began.is_set)
+        worker.kill("it was not wanted")
+        go_on.set()
+        await start
+        await worker.reap()
+        assert changes == ["it was not wanted"]
+
+    before = descriptors()
+    asyncio.run(story())
+    assert descriptors() <= before
 
 
 def test_what_cannot_be_loaded_is_told_in_a_sentence(tmp_path: Path) -> None:
@@ -234,7 +364,8 @@ def test_nothing_is_left_of_a_front_that_is_killed(
         import asyncio, sys
         from pathlib import Path
         import numpy as np
-        from paddle_ft.serve.pool import Pool, PoolSettings
+        from paddle_ft.serve.pool import Pool
+        from paddle_ft.serve.staff import PoolSettings
 
         async def main():
             pool = await Pool.start(Path({str(folder)!r}), "odd", "3", PoolSettings(workers=2))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 from paddle_ft.serve.batcher import Batcher, DeadlineExceeded, Overloaded
 from paddle_ft.serve.batching import Limits
 from paddle_ft.serve.catalog import Catalog
-from paddle_ft.serve.types import ModelError, ServeError, Tensors, Unavailable
+from paddle_ft.serve.types import BatchRefused, ModelError, ServeError, Tensors, Unavailable
 from tests.integration.serve_world import DOUBLE, NumpyRunner, doubled
 
 
@@ -119,6 +120,45 @@ async def test_a_full_queue_says_so() -> None:
     assert (caught.value.status, batcher.figures.refused) == (429, 1)
     runner.gate.set()
     assert await outcomes(*futures) == [[2], [4], [6]]
+
+
+@on_loop
+async def test_each_of_a_batch_that_ended_workers_is_given_to_one_more() -> None:
+    given: list[tuple[int, bool]] = []
+
+    class Noting(NumpyRunner):
+        async def run(
+            self, inputs: Tensors, timeout_s: float, session: str = "", again: bool = False
+        ) -> Tensors:
+            given.append((len(inputs["x"]), again))
+            await super().run(inputs, timeout_s)
+            if 17 in inputs["x"]:
+                raise BatchRefused("two workers were lost")
+            return doubled(inputs)
+
+    runner = Noting(DOUBLE, doubled, gate=asyncio.Event())
+    batcher = Batcher(runner, Limits())
+    first = batcher.submit(rows(1), 9)
+    await reached(runner, 1)
+    others = [batcher.submit(rows(value), 9) for value in (2, 17, 4)]
+    assert runner.gate is not None
+    runner.gate.set()
+    assert await outcomes(first, *others) == [[2], [4], BatchRefused, [8]]
+    assert given == [(1, False), (3, False), (1, True), (1, True), (1, True)]
+
+
+@on_loop
+async def test_requests_of_sessions_are_not_joined() -> None:
+    for stateful, batches in ((True, [1, 1, 1, 2]), (False, [1, 4])):
+        batcher, runner = held()
+        runner.info = replace(DOUBLE, stateful=stateful)
+        first = batcher.submit(rows(1), 9, "a")
+        await reached(runner, 1)
+        others = [batcher.submit(rows(2), 9, session) for session in ("a", "b", "", "")]
+        assert runner.gate is not None
+        runner.gate.set()
+        assert await outcomes(first, *others) == [[2], [4], [4], [4], [4]]
+        assert sorted(runner.batches) == batches
 
 
 @on_loop

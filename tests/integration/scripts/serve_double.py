@@ -11,7 +11,9 @@ from tests.integration.serve_world import DOUBLE, NumpyRunner, doubled
 
 
 class Slow(NumpyRunner):
-    async def run(self, inputs: Tensors, timeout_s: float) -> Tensors:
+    async def run(
+        self, inputs: Tensors, timeout_s: float, session: str = "", again: bool = False
+    ) -> Tensors:
         self.running += 1
         print("begun", flush=True)
         try:

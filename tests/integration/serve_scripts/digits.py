@@ -21,9 +21,10 @@ import paddle_ft as ft
 from paddle_ft.checkpoint.store import open_store
 from paddle_ft.errors import ConfigError
 from paddle_ft.serve.folder import load
-from paddle_ft.serve.pool import Pool, PoolSettings
+from paddle_ft.serve.pool import Pool
 from paddle_ft.serve.predictor import Predictor, Settings
 from paddle_ft.serve.publish import publish
+from paddle_ft.serve.staff import PoolSettings
 from paddle_ft.serve.types import ModelError
 
 assert zlib  # loaded before paddle, for 2.6.2

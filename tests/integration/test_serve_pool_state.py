@@ -1,0 +1,200 @@
+"""Pipelines in real worker processes that keep something for each session."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from paddle_ft.serve.pool import Pool
+from paddle_ft.serve.staff import PoolSettings
+from paddle_ft.serve.turns import Turns
+from paddle_ft.serve.types import (
+    ModelError,
+    NotPrimary,
+    TooLarge,
+    Unavailable,
+)
+
+COUNTER = '''
+import os, signal
+from pathlib import Path
+import numpy as np
+from paddle_ft.serve.pipeline import Pipeline
+from paddle_ft.serve.types import Feature, ModelError
+
+
+class Counter(Pipeline):
+    """Counts the requests of a session; what else, the first number says."""
+
+    inputs = (Feature("x", "INT64", (-1,)),)
+    outputs = (Feature("n", "INT64", (-1,)),)
+    batched = True
+
+    def run(self, inputs, state):
+        what = int(inputs["x"][0])
+        n = int(state.get("n") or b"0") + 1
+        state.put("n", b"%d" % n)
+        assert state.get("n") == b"%d" % n
+        if what == -1:
+            raise ModelError("not now")
+        if what == -2 and not (first := Path("FIRST")).exists():
+            first.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        if what == -3:
+            state.put("much", bytes(2**20 + 1))
+        if what == -4:
+            state.put("much", bytes(range(256)) * 3000)
+        if what == -5:
+            assert state.get("much") == bytes(range(256)) * 3000
+        if what == -6:
+            for key in range(100):
+                state.get(str(key))
+        if what == -7:
+            state.put("", b"")
+        return {"n": np.array([n] * len(inputs["x"]))}
+'''
+
+
+class Kept:
+    """``Sessions`` in a dict; ``failure`` is what ``put`` meets."""
+
+    def __init__(self) -> None:
+        self.items: dict[tuple[str, str], bytes] = {}
+        self.puts = 0
+        self.failure: Exception | None = None
+        self.unreadable: Exception | None = None
+
+    async def get(self, session: str, key: str) -> bytes | None:
+        await asyncio.sleep(0.001)
+        if self.unreadable is not None:
+            raise self.unreadable
+        return self.items.get((session, key))
+
+    async def put(self, session: str, key: str, value: bytes) -> None:
+        await asyncio.sleep(0.001)
+        if self.failure is not None:
+            raise self.failure
+        self.items[session, key] = value
+        self.puts += 1
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "pipeline.py").write_text(COUNTER.replace("FIRST", str(tmp_path / "first")))
+    return tmp_path
+
+
+@contextlib.asynccontextmanager
+async def pool_of(folder: Path, kept: Kept | None, workers: int = 1) -> AsyncIterator[Pool]:
+    settings = PoolSettings(workers=workers)
+    pool = await Pool.start(folder, "counter", "1", settings, sessions=kept)
+    try:
+        yield pool
+    finally:
+        await pool.close()
+
+
+async def count(pool: Pool, session: str, what: int = 1) -> int:
+    outputs = await pool.run({"x": np.array([what])}, 30, session)
+    assert set(outputs) == {"n"}
+    return int(outputs["n"][0])
+
+
+def test_a_session_counts_its_requests_once_each(folder: Path) -> None:
+    async def story() -> None:
+        kept = Kept()
+        async with pool_of(folder, kept, workers=2) as pool:
+            assert pool.info.stateful
+            asked = [count(pool, session) for session in "aababaaa"]
+            found = await asyncio.gather(*asked)
+            assert found == [1, 2, 1, 3, 2, 4, 5, 6]
+            assert kept.items == {("a", "n"): b"6", ("b", "n"): b"2"}
+
+            # Its worker dies after it has put: another one does it, and it counts once.
+            assert await count(pool, "a", -2) == 7
+            assert (folder / "first").exists()
+            assert kept.items["a", "n"] == b"7"
+            assert kept.puts == 9
+
+            # Values larger than a message.
+            await count(pool, "a", -4)
+            await count(pool, "a", -5)
+            assert len(kept.items["a", "much"]) == 768_000
+            assert len(pool._turns) == 0
+
+    asyncio.run(story())
+
+
+def test_what_is_refused_changes_nothing_and_is_told(folder: Path) -> None:
+    async def story() -> None:
+        kept = Kept()
+        async with pool_of(folder, kept) as pool:
+            for what, text in (
+                (-1, "not now"),
+                (-3, "may put 1048576 bytes"),
+                (-6, "may ask for 64 keys"),
+                (-7, "A key is a text of 1 to 128 bytes"),
+            ):
+                with pytest.raises(ModelError, match=text):
+                    await count(pool, "a", what)
+            with pytest.raises(ModelError, match="names none: send X-Session-Id"):
+                await count(pool, "")
+            assert not kept.puts
+
+            for error in (NotPrimary("b", "host:1"), TooLarge("full"), Unavailable("nobody")):
+                kept.failure = error
+                with pytest.raises(type(error)) as found:
+                    await count(pool, "a")
+                assert found.value is error
+            kept.failure = None
+            for defect, told in ((Unavailable("behind"), "behind"), (KeyError(), "cannot be read")):
+                kept.unreadable = defect
+                with pytest.raises(Unavailable, match=told):
+                    await count(pool, "a")
+            kept.unreadable = None
+            assert not kept.items
+            assert await count(pool, "a") == 1
+            assert pool.replaced == 0
+
+    asyncio.run(story())
+
+
+def test_a_replica_of_no_group_says_that_it_keeps_nothing(folder: Path) -> None:
+    async def story() -> None:
+        async with pool_of(folder, None) as pool:
+            with pytest.raises(ModelError, match="in no group that could keep it"):
+                await count(pool, "a")
+
+    asyncio.run(story())
+
+
+def test_turns_come_in_order_and_go_on_without_who_has_given_up() -> None:
+    async def story() -> None:
+        turns, order = Turns(), list[int]()
+        loop = asyncio.get_running_loop()
+        go_on = asyncio.Event()
+
+        async def one(number: int, timeout_s: float = 30.0) -> None:
+            async with turns.turn("a", loop.time() + timeout_s):
+                order.append(number)
+                await go_on.wait()
+
+        tasks = [asyncio.ensure_future(one(number)) for number in range(5)]
+        late = asyncio.ensure_future(one(9, 0.0))
+        await asyncio.sleep(0)
+        tasks[1].cancel()
+        with pytest.raises(Unavailable, match="has not ended in time"):
+            await late
+        async with turns.turn("b", loop.time()):
+            go_on.set()
+        tasks[0].add_done_callback(lambda _: tasks[2].cancel())  # as its turn has just come
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert order in ([0, 3, 4], [0, 2, 3, 4])
+        assert not len(turns)
+
+    asyncio.run(story())
