@@ -348,5 +348,5 @@ def _named(name: str) -> str:
 
 
 def _metadata(context: Any) -> dict[str, str]:
-    wanted = ("authorization", TIMEOUT_HEADER)
+    wanted = ("authorization", "x-session-id", TIMEOUT_HEADER)
     return {key: value for key, value in context.invocation_metadata() or () if key in wanted}

@@ -219,6 +219,8 @@ def _operation(route: Route) -> dict[str, Any]:
     if route.operation == "infer" or "{key}" in route.path:
         limit = {"type": "integer", "minimum": 1, "maximum": 3_600_000}
         found["parameters"].append(_header("x-request-timeout-ms", limit))
+    if route.operation == "infer":
+        found["parameters"].append(_header("x-session-id", {"type": "string"}))
     if route.operation == "state_get":
         found["parameters"].append(
             _header("paddle-ft-term", {"type": "string", "pattern": r"^\d{1,19}\.\d{1,19}$"})
