@@ -19,7 +19,7 @@ from paddle_ft.serve.log import Entry, Held, Image, Kind, Position
 
 Message = Append | Install | Answer
 
-SLICE_BYTES = 2**20
+SLICE_BYTES = 2**18
 """Of the items in one slice without its last one, which may be as large as values are."""
 MESSAGE_BYTES_MAX = 2**30
 """Of an image: who sends more is not believed."""

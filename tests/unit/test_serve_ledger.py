@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from types import SimpleNamespace
 from urllib.parse import quote
 
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from paddle_ft.config import EtcdConfig
+from paddle_ft.serve import replicated
+from paddle_ft.serve.broadcast import Append, Primary
 from paddle_ft.serve.http_paths import find
 from paddle_ft.serve.ledger import Bounds, Ledger, name_of, session_of
 from paddle_ft.serve.log import Entry, Log, Position, State, size_of
+from paddle_ft.serve.participant import GroupSettings
+from paddle_ft.serve.replicated import Replicated
 from paddle_ft.serve.tensors import BadRequest
 from paddle_ft.serve.types import Full, TooLarge
 
@@ -83,6 +89,46 @@ def test_an_image_is_taken_like_changes() -> None:
         newcomer.put(name_of("a", "1"), b"")
     newcomer.ledger.took(Entry(Position(), "state", name_of("a", "0"), None), 6.0)
     assert newcomer.ledger.size_bytes(name_of("a", "0")) == 0
+
+
+def test_a_new_primary_deletes_nothing_that_its_predecessor_has_just_taken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The change may have been acknowledged, though that is not known here yet."""
+    now_s = 0.0
+    monkeypatch.setattr(replicated, "time", SimpleNamespace(monotonic=lambda: now_s))
+    etcd, bounds = EtcdConfig(endpoints=("127.0.0.1:1",)), Bounds(session_ttl_s=10.0)
+    group = Replicated(GroupSettings(etcd, "g", "n0", bounds=bounds))
+    replica, names = group._seat.replica, [name_of("s", "k"), name_of("t", "k")]
+
+    def hear(number: int, name: str, acknowledged: int) -> None:
+        entry = Entry(Position(1, number), "state", name, b"%d" % number)
+        before = Position(1, number - 1) if number > 1 else Position()
+        replica.hear(Append(1, "a.1", before, (entry,), acknowledged))
+        fresh, replica.fresh = replica.fresh, []
+        group.applied(fresh)
+
+    hear(1, names[0], 1)
+    hear(2, names[1], 2)
+    now_s = 11.0
+    hear(3, names[0], 2)
+    assert replica.state.at == Position(1, 2)
+    group._seat.primary = Primary(replica, 2, [group.name], 1, now_s)
+    group.role_changed()
+    assert group._ledger.due(now_s, 9) == [names[1]]
+
+
+@given(st.lists(st.tuples(st.sampled_from("ab"), st.sampled_from("kl"), st.none() | st.binary())))
+def test_the_ledger_agrees_with_the_state(changes: list[tuple[str, str, bytes | None]]) -> None:
+    group = Group()
+    for session, key, value in changes:
+        group.put(name_of(session, key), value)
+    for session in "ab":
+        held = group.state.items.items()
+        sizes = [size_of(n, h.value) for (_, n), h in held if session_of(n) == session]
+        assert group.ledger.size_bytes(name_of(session, "k")) == sum(sizes)
+    left = {name for _, name in group.state.items}
+    assert set(group.ledger.due(1e9, 99)) == left
 
 
 SESSIONS = st.text("ab/%.", min_size=1, max_size=3)
