@@ -30,6 +30,7 @@ from paddle_ft.policies import (
     Automatic,
     EveryNSteps,
     EverySeconds,
+    OnBetter,
     OnPreemption,
     OnSignal,
 )
@@ -53,6 +54,7 @@ __all__ = [
     "LeaseLost",
     "MachineError",
     "MembersMissing",
+    "OnBetter",
     "OnPreemption",
     "OnSignal",
     "PaddleFTError",

@@ -12,8 +12,9 @@ from __future__ import annotations
 import math
 import re
 import signal
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
 
 from paddle_ft.errors import ConfigError
 
@@ -36,6 +37,10 @@ class Facts:
     """What a checkpoint costs training, as measured: the time for which a step waited for it."""
     mtbf_s: float = 0.0
     """Mean time between failures of the job, as measured; 0.0 if not known."""
+    measured: Mapping[str, float] = field(default_factory=dict)
+    """What ``Session.measured`` was told of this step."""
+    best: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """The lowest and the highest that was measured of what was published."""
 
 
 class Rule(Protocol):
@@ -78,6 +83,22 @@ class OnPreemption:
 
     def __call__(self, facts: Facts) -> bool:
         return facts.preempted
+
+
+@dataclass(frozen=True, slots=True)
+class OnBetter:
+    """When ``metric`` is better than it was of anything that was published; for publishing."""
+
+    metric: str
+    mode: Literal["max", "min"] = "max"
+    """What is better."""
+
+    def __call__(self, facts: Facts) -> bool:
+        value = facts.measured.get(self.metric, math.nan)
+        if math.isnan(value):
+            return False
+        low, high = facts.best.get(self.metric, (math.inf, -math.inf))
+        return value > high if self.mode == "max" else value < low
 
 
 @dataclass(frozen=True, slots=True)

@@ -293,7 +293,7 @@ class Session(Publishing, Standing):
         step, saver = self.global_step + 1, self._saver
         ballot = Ballot(
             step=step,
-            due=saver is not None and saver.is_due(step),
+            due=saver is not None and (self._wants_saving or saver.is_due(step)),
             busy=saver is not None and saver.is_busy(),
             pause=bool(self._keeper.pause_reason),
             regroup=self._members.ordered,
@@ -315,6 +315,7 @@ class Session(Publishing, Standing):
             self._saver.save(self._position, verdict.pause)
         if verdict.pause:
             self._leave_paused()
+        self._publish_due(verdict.save)
         return False
 
     def _regroup(self) -> None:

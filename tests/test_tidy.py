@@ -84,6 +84,7 @@ LAYERS = (
             "serve.breaker",
             "serve.rollout",
             "serve.cut",
+            "serve.publish_rule",
             "serve.wanted",
             "serve.ramp",
             "serve.deadline",
@@ -226,7 +227,7 @@ SHRUNK_LINES = 20
 """By how much one of them may be shorter than written down before that is to be lowered."""
 
 EXPORTED = """
-    AnyOf Automatic EveryNSteps EverySeconds OnPreemption OnSignal CheckpointDamaged
+    AnyOf Automatic EveryNSteps EverySeconds OnBetter OnPreemption OnSignal CheckpointDamaged
     CheckpointError CheckpointMismatch CollectiveFailed ConfigError CoordinationError
     EtcdUnavailable LeaseLost MachineError MembersMissing PaddleFTError Session ShardOf
     StoreDenied StoreError StoreFull StoreMissing StoreUnavailable WorkerFailed session

@@ -27,12 +27,12 @@ def cut(data: memoryview, *, parameters: bool) -> list[int]:
 def _runs(data: memoryview) -> Iterator[int]:
     """Sizes of tensors and of groups of small ones; of all in one if ``data`` cannot be read."""
     try:
-        tensors = list(_tensors(data))
+        sizes = list(tensors(data))
     except (struct.error, ValueError, KeyError, IndexError):
         yield len(data)
         return
     group = 0
-    for size in tensors:
+    for size in sizes:
         if group and size + group > GROUP_BYTES:
             yield group
             group = 0
@@ -46,7 +46,7 @@ _ITEM_BYTES = {0: 1, 1: 2, 2: 4, 3: 8, 4: 2, 5: 4, 6: 8, 20: 1, 21: 1, 22: 2, 23
 """By Paddle's number of the dtype."""
 
 
-def _tensors(data: memoryview) -> Iterator[int]:
+def tensors(data: memoryview) -> Iterator[int]:
     """Bytes of each record of a ``.pdiparams`` file: versions, levels, a description, the data."""
     at = 0
     while at < len(data):

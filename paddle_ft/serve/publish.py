@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,13 @@ from paddle_ft.checkpoint.crew import Crew
 from paddle_ft.checkpoint.sign import Trust
 from paddle_ft.checkpoint.store import Store, open_store
 from paddle_ft.config import CheckpointConfig
-from paddle_ft.errors import ConfigError, MachineError, StoreMissing, StoreUnavailable
+from paddle_ft.errors import (
+    ConfigError,
+    MachineError,
+    PaddleFTError,
+    StoreMissing,
+    StoreUnavailable,
+)
 from paddle_ft.failpoints import failpoint
 from paddle_ft.serve import pipeline
 from paddle_ft.serve.cut import cut
@@ -38,6 +44,7 @@ from paddle_ft.serve.models import (
     check_name,
     list_versions,
     manifest_name,
+    read_version,
     signature_name,
 )
 from paddle_ft.serve.program import DESCRIPTION, Description, find_files
@@ -47,6 +54,8 @@ _THREADS = 8
 _TRIES = 100
 _FILES_MAX = 10_000
 _SKIPPED = ("__pycache__",)
+_PROGRAM = ("inference.json", "inference.pdmodel")
+"""As ``export`` calls it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +181,8 @@ def _store(
         listed = [_put_file(blocks, crew, path, file) for path, file in files.items()]
     nbytes_new = sum(blocks.new.values())
     failpoint("publish.blobs")
+    if versions and (before := _of_same_step(store, trust, name, versions[-1], source, listed)):
+        return replace(before, nbytes_new=nbytes_new)
     number = versions[-1] + 1 if versions else 1
     for version in range(number, number + _TRIES):
         manifest = Version(
@@ -194,6 +205,38 @@ def _store(
         if trust.signer is not None:
             store.delete([signature])
     raise StoreUnavailable(f"{store.url}: {_TRIES} versions of {name} were published by others.")
+
+
+def _of_same_step(
+    store: Store,
+    trust: Trust,
+    name: str,
+    version: int,
+    source: Mapping[str, str | int],
+    files: Sequence[File],
+) -> Published | None:
+    """That version, if it is of the same step of the same job, with the same weights.
+
+    A job that is started again after its end has nothing new to publish. The program is not
+    looked at: where it was traced from stands in it, too.
+    """
+    if not {"job", "step"} <= source.keys():
+        return None
+    signed = trust.signer is not None
+    strict = replace(trust, verify="required") if signed else trust
+    try:
+        manifest, ref = read_version(store, name, version, strict)
+    except PaddleFTError:
+        return None
+    if any(manifest.source.get(key) != source[key] for key in ("job", "step")):
+        return None
+
+    def kept(given: Sequence[File]) -> list[File]:
+        return sorted((f for f in given if not f.path.startswith(_PROGRAM)), key=lambda f: f.path)
+
+    if kept(manifest.files) != kept(files):
+        return None
+    return Published(ref, store.url, manifest.nbytes, 0, manifest.info, signed)
 
 
 def _is_ours(store: Store, place: str, content: bytes) -> bool:

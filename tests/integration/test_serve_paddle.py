@@ -15,6 +15,7 @@ from paddle_ft.checkpoint.sign import Trust
 from paddle_ft.checkpoint.store import open_store
 from paddle_ft.errors import ConfigError
 from paddle_ft.serve.export import export_layer
+from paddle_ft.serve.folder import load
 from paddle_ft.serve.models import list_versions, read_version
 from paddle_ft.serve.predictor import Predictor, Settings, warm_up
 from paddle_ft.serve.program import DESCRIPTION, Description
@@ -101,3 +102,42 @@ def test_the_ranks_of_a_job_publish_each_version_once(tmp_path: Path) -> None:
     manifests = [read_version(store, "digits", n, Trust())[0] for n in (1, 2, 3)]
     assert [manifest.source["step"] for manifest in manifests] == [2, 7, 12]
     assert len({manifest.files[1].blocks for manifest in manifests}) == 3
+
+
+@pytest.mark.slow
+def test_a_job_publishes_by_rules_what_it_would_publish_by_hand(tmp_path: Path) -> None:
+    place = tmp_path / "store"
+    options = ["--nproc_per_node", "2", "--checkpoint", str(place), "--log_dir", str(tmp_path)]
+    script = [str(SCRIPT.with_name("ruled.py")), str(tmp_path)]
+
+    def run() -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "paddle_ft.launch", *options, *script],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            timeout=110,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        return done.stdout + done.stderr
+
+    told = run()
+    assert "exported anew" not in told
+    assert f"published often 3 to {place}" in told
+    store = open_store(str(place))
+    found = list_versions(store)
+    assert found == {"best": [1, 2], "often": [1, 2, 3]}
+    steps = {
+        name: [read_version(store, name, n, Trust())[0].source["step"] for n in versions]
+        for name, versions in found.items()
+    }
+    assert steps == {"best": [3, 7], "often": [5, 10, 12]}
+    for name, of_name in steps.items():
+        for version, step in enumerate(of_name, 1):
+            loaded = load(store, name, version, tmp_path / "cache")
+            by_hand = tmp_path / f"by-hand-{step}" / "inference.pdiparams"
+            assert (loaded.folder / "inference.pdiparams").read_bytes() == by_hand.read_bytes()
+
+    run()  # it is over: nothing is trained, and nothing published once more
+    assert list_versions(store) == found
