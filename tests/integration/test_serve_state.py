@@ -25,6 +25,7 @@ from tests.integration.serving_group import ServingGroup
 
 TERM = "paddle-ft-term"
 SETTINGS = "/v2/admin/settings"
+PATIENT = {"x-request-timeout-ms": "20000"}
 ADMIN = {"Authorization": f"Bearer {TOKEN}"}
 
 
@@ -198,14 +199,16 @@ def test_a_client_reads_its_own_write_anywhere_also_after_the_primary_died(
         token = headers[TERM]
         assert (status, token.count(".")) == (200, 1)
         for port in (primary, other):
-            status, found, value = ask(port, "GET", door("s", "k/1"), paddle_ft_term=token)
+            status, found, value = ask(
+                port, "GET", door("s", "k/1"), paddle_ft_term=token, **PATIENT
+            )
             assert (status, value) == (200, b"mine")
             assert tuple(map(int, found[TERM].split("."))) >= tuple(map(int, token.split(".")))
         status, _, text = ask(other, "PUT", door("s", "k/1"), b"theirs")
         assert (status, f"127.0.0.1:{primary}" in text.decode()) == (421, True)
         status, headers, _ = ask(primary, "DELETE", door("s", "k/1"))
         assert status == 200
-        gone = ask(other, "GET", door("s", "k/1"), paddle_ft_term=headers[TERM])
+        gone = ask(other, "GET", door("s", "k/1"), paddle_ft_term=headers[TERM], **PATIENT)
         assert gone[0] == 404
 
         change = json.dumps({"queue_max": 7}).encode()
@@ -230,7 +233,7 @@ def test_a_client_reads_its_own_write_anywhere_also_after_the_primary_died(
         group.primary().kill()
         writer.join(20)
         for key, token in written.items():
-            status, _, value = ask(other, "GET", door("w", key), paddle_ft_term=token)
+            status, _, value = ask(other, "GET", door("w", key), paddle_ft_term=token, **PATIENT)
             assert (status, value) == (200, key.encode())
         wait_until(lambda: ask(other, "PUT", door("s", "k"), b"after")[0] == 200, "a primary")
         after = ask(other, "GET", door("s", "k"))[1][TERM]
