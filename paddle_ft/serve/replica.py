@@ -79,6 +79,7 @@ class Replica:
         self._name: NodeName | None = None
         self._draining = False
         self._degraded = False
+        self._said = False
         self._asked: asyncio.Event
 
     async def run(self) -> None:
@@ -221,12 +222,23 @@ class Replica:
                     self._degraded = degraded
                     log.warning("%.0f %% of the memory are used", 100 * used)
                 self._tell(catalog)
+                self._say_where(catalog)
                 # Not wait_for, which swallows a cancellation that comes with a change.
                 await asyncio.wait([changed], timeout=LOOK_S)
                 if changed.done():
                     changed = loop.create_future()
         finally:
             cancel()
+
+    def _say_where(self, catalog: Catalog) -> None:
+        """Says once, for people, what is served and where."""
+        if self._said or not catalog.ready() or not catalog.served:
+            return
+        self._said = True
+        served = ", ".join(f"{name} version {n}" for name, n in catalog.served.items())
+        scheme = "https" if self._config.serve.cert_file else "http"
+        host = self._config.serve.host
+        log.info("serving %s at %s://%s:%d", served, scheme, host, self._front.http_port)
 
     def _tell(self, catalog: Catalog) -> None:
         if self._group is None:

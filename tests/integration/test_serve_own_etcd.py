@@ -10,12 +10,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from paddle_ft.cli import app
 from paddle_ft.config import Config, load
 from paddle_ft.coordination.etcd import EtcdCoordinator
-from paddle_ft.errors import PaddleFTError
+from paddle_ft.errors import CoordinationError, PaddleFTError
+from paddle_ft.serve import registry
 from paddle_ft.serve.own_etcd import with_etcd
-from tests.integration.replica_world import publish_times, replica
+from tests.integration.replica_world import TIMES, publish_times, replica
 
 pytestmark = pytest.mark.etcd
 
@@ -67,6 +70,32 @@ def test_who_is_to_be_alone_starts_none(caplog: pytest.LogCaptureFixture) -> Non
     with with_etcd(named) as config:
         assert config is named
     assert not servers()
+
+
+def test_a_group_is_told_of_what_the_command_line_publishes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/pipeline.py").write_text(TIMES.format(gate="/", seconds=0, factor=2))
+    store, keys = str(tmp_path / "store"), registry.Keys("readers")
+    given = ["publish", str(tmp_path / "model"), "--name", "times", "--store", store]
+    given += ["--group", "readers"]
+    with with_etcd(serve()) as config:
+        coordinator = EtcdCoordinator(config.etcd)
+        for version in (1, 2):
+            done = CliRunner().invoke(app, [*given, "--etcd", config.etcd.endpoints[0]])
+            assert done.exit_code == 0, done.output
+            group = registry.parse(keys, coordinator.read(keys.prefix).kvs)
+            found = group.published["times"]
+            assert (found.version, found.store) == (version, store)
+        coordinator.close()
+    monkeypatch.setenv("PADDLE_FT_ETCD__CALL_TIMEOUT_S", "1")
+    lost = CliRunner().invoke(app, [*given, "--etcd", config.etcd.endpoints[0]])
+    assert isinstance(lost.exception, CoordinationError)
+    assert f"times 3 is in {store}, but the serving group readers was not told" in str(
+        lost.exception
+    )
 
 
 @pytest.mark.slow

@@ -100,6 +100,7 @@ def test_a_node_serves_with_the_private_etcd_of_its_job_until_it_is_stopped(
     launcher.send(signal.SIGINT)
     assert launcher.wait() == 0, launcher.output
     assert "training has ended, now serving: " in launcher.output
+    assert re.search(r"serving times version 1 at http://127.0.0.1:\d+\n", launcher.output)
     assert not list((tmp_path / "tmp").iterdir())
 
 
