@@ -120,6 +120,18 @@ class ServeConfig(BaseModel):
     """Of what a group keeps for one session."""
     state_bytes_max: int = Field(256 * 2**20, ge=2**20, le=2**29)
     """Of all that a group keeps."""
+    heartbeat_s: float = Field(5.0, ge=0.1, le=3600)
+    """In a group, how often a replica renews its lease in etcd."""
+    misses: int = Field(3, ge=2, le=100)
+    """After so many missed heartbeats it is out of the group, and no longer the primary. A process
+    that ends, and a stream that breaks, are noticed at once."""
+    observe_s: float = Field(0.5, ge=0.5, le=3600)
+    """How long a primary whose lease has ended must have been silent on its streams, too, before
+    another takes its place; no matter if its process is known to have ended."""
+    patience_s: float = Field(0.5, gt=0, le=3600)
+    """How long a change waits for a replica that does not keep up, which is not in sync then."""
+    peer_port: int = Field(0, ge=0, le=65534)
+    """For the other replicas; the next one, too, where they notice its death. 0: any two."""
     peer_ca_file: str = ""
     """Mutual TLS between replicas: PEM files of the authority, this replica's certificate, its key.
     Each certificate names the host it is for."""

@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
 import math
 import os
 import random
 import re
+import secrets
 import socket
 import struct
 import tempfile
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
@@ -109,6 +112,17 @@ def interface_of(host: str) -> str:
     return ""
 
 
+def is_local(host: str) -> bool:
+    """Whether a process on this machine can listen on ``host``."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.bind((host, 0))
+            return True
+        except OSError:
+            return False
+
+
 def endpoint(host: str, port: int) -> str:
     """host:port, with brackets where ``host`` is an address of IPv6."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
@@ -121,12 +135,17 @@ class NodeName:
     A lock on a file decides, so a name is free again the moment its launcher is dead.
     """
 
-    def __init__(self, job: str, wanted: str = "") -> None:
+    def __init__(self, job: str, wanted: str = "", alone: bool = False) -> None:
+        """``alone``: a name that is wanted is locked, too; raises ConfigError if another has it."""
         base = wanted or socket.gethostname().split(".")[0] or "node"
         base = re.sub(r"[^A-Za-z0-9-]", "-", base)
         self._lock: IO[str] | None = None
         if wanted:
             self.name = base
+            if alone:
+                self._lock = _try_lock(f"{_own_locks()}{job}-{base}.lock")
+                if self._lock is None:
+                    raise ConfigError(f"another process on this machine is --node {base} of {job}")
             return
         _remove_leftovers()
         for number in range(1, 1000):
@@ -143,6 +162,23 @@ class NodeName:
                 os.unlink(self._lock.name)
             self._lock.close()
             self._lock = None
+
+
+def place() -> str:
+    """Four hexadecimal digits for where a ``NodeName`` is a process's own: the machine, user and
+    directory of its lock. They stay over a restart of the machine if these do; another one each
+    time where they cannot be told."""
+    try:
+        machine = Path("/etc/machine-id").read_text().strip()
+        locks = os.stat(tempfile.gettempdir())
+    except OSError:
+        machine = ""
+    card = uuid.getnode()
+    if not machine or card >> 40 & 1:  # made up
+        return secrets.token_hex(2)
+    parts = (machine, card, os.getuid(), os.path.realpath(tempfile.gettempdir()))
+    found = "/".join(map(str, (*parts, locks.st_dev, locks.st_ino)))
+    return hashlib.sha256(found.encode()).hexdigest()[:4]
 
 
 def _own_locks() -> str:

@@ -7,6 +7,7 @@ already. While etcd is away, the view stays what it was and transactions end as 
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -17,7 +18,13 @@ from paddle_ft.coordination.etcd import EtcdCoordinator
 from paddle_ft.coordination.kv import Coordinator, Transaction, TxnResult
 from paddle_ft.coordination.lease import LeaseKeeper
 from paddle_ft.coordination.mirror import Mirror
-from paddle_ft.errors import CoordinationError, EtcdUnavailable, LeaseLost, PaddleFTError
+from paddle_ft.errors import (
+    ConfigError,
+    CoordinationError,
+    EtcdUnavailable,
+    LeaseLost,
+    PaddleFTError,
+)
 from paddle_ft.serve import registry
 from paddle_ft.serve.registry import Group, Keys, ReplicaRecord
 
@@ -27,6 +34,22 @@ TELL_S = 0.5
 """Between two writes of a record in which only the end of the log is new."""
 RETRY_S = 0.5
 JOIN_S = 1.0
+STUCK_S = 1.0
+"""An event loop that has stood still for so long, or half a heartbeat, does not renew its lease."""
+
+
+def with_heartbeat(etcd: EtcdConfig, heartbeat_s: float, misses: int) -> EtcdConfig:
+    """``etcd`` with a lease that ends when ``misses`` heartbeats are missing.
+
+    Raises ConfigError where they are too quick for the time-out of one request to etcd.
+    """
+    ttl_s = max(2, math.ceil(heartbeat_s * misses))  # etcd grants no less
+    if ttl_s - heartbeat_s - etcd.rpc_timeout_s <= 0:
+        raise ConfigError(
+            f"serve.heartbeat_s = {heartbeat_s:g} and serve.misses = {misses} leave no time for a "
+            f"request to etcd (etcd.rpc_timeout_s = {etcd.rpc_timeout_s:g}): raise one of them"
+        )
+    return etcd.model_copy(update={"lease_ttl_s": ttl_s, "renew_interval_s": heartbeat_s})
 
 
 class _Alive:
@@ -66,7 +89,8 @@ class Member:
     ) -> None:
         self.coordinator: Coordinator = coordinator or EtcdCoordinator(etcd)
         self.keys = Keys(group)
-        self._alive = _Alive(self.coordinator, etcd.lease_ttl_s / 2)
+        stuck_s = max(STUCK_S, etcd.renew_interval_s / 2)
+        self._alive = _Alive(self.coordinator, stuck_s)
         self._etcd = etcd
         self._wake = wake
         self._mirror = Mirror(self.coordinator, self.keys.prefix, self._changed)

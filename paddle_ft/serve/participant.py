@@ -262,6 +262,7 @@ class Participant:
         for name in elect.outlived(self.seat.name, group.replicas):
             if name not in self.seat.dead:  # its lease need not run out
                 self.seat.died(name)
+                log.info("%s has ended: this process has taken its place", name)
                 self._threads.submit(self.member.end, group.leases[name])
         if self._watched is not None:
             links = {n: (r.link, group.leases[n]) for n, r in group.replicas.items()}

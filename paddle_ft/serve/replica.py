@@ -13,7 +13,7 @@ import signal
 from collections.abc import Sequence
 from pathlib import Path
 
-from paddle_ft.agent.net import NodeName, address_towards
+from paddle_ft.agent.net import NodeName, address_towards, is_local, place
 from paddle_ft.checkpoint.sign import Trust
 from paddle_ft.checkpoint.store import Store, open_store
 from paddle_ft.checkpoint.store_directory import DirectoryStore
@@ -27,6 +27,7 @@ from paddle_ft.serve.front import Front
 from paddle_ft.serve.gray import Gray
 from paddle_ft.serve.ledger import Bounds
 from paddle_ft.serve.loader import Loader, Wanted, pool_settings, wanted
+from paddle_ft.serve.member import with_heartbeat
 from paddle_ft.serve.registry import Condition
 from paddle_ft.serve.replicated import GroupSettings, Replicated
 from paddle_ft.serve.sessions import GroupSessions, LocalSessions
@@ -171,25 +172,31 @@ class Replica:
     async def _join(self) -> None:
         """Becomes one of its serving group; raises CoordinationError, ConfigError."""
         config, serve = self._config, self._config.serve
-        self._name = NodeName(f"serving-{serve.group}", config.job.node)
+        self._name = NodeName(f"serving-{serve.group}", config.job.node, alone=True)
         host = config.job.host or serve.host
         if host in _ANY:
             host = address_towards(EtcdCoordinator(config.etcd).targets)
+        listen = host if is_local(host) else serve.host  # the address of a NAT, or of a service
         tls = None
         if serve.peer_ca_file:
             tls = PeerTls(serve.peer_ca_file, serve.peer_cert_file, serve.peer_key_file)
         group = Replicated(
             GroupSettings(
-                config.etcd,
+                with_heartbeat(config.etcd, serve.heartbeat_s, serve.misses),
                 serve.group,
                 self._name.name,
                 host,
                 self._front.http_port,
                 self._front.grpc_port,
                 serve.in_sync_min,
+                serve.patience_s,
                 bounds=self._bounds,
                 tls=tls,
                 plain=serve.peer_plain,
+                observe_s=serve.observe_s,
+                place="0" if config.job.node else place(),
+                listen=listen,
+                peer_port=serve.peer_port,
             )
         )
         self._loader.sessions = GroupSessions(group)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, get_args
@@ -88,8 +89,6 @@ def _show(name: str, group: Group, as_json: bool) -> None:
 
 def _watch(etcd: EtcdConfig, name: str, as_json: bool) -> None:
     """Shows each state of the group that differs from the one before. Raises EtcdUnavailable."""
-    import time
-
     from paddle_ft.serve.gateway import Registry
 
     news = threading.Event()
@@ -133,9 +132,24 @@ def describe(name: str, group: Group) -> Iterator[str | Table]:
     primary = f"primary {group.primary}, term {group.term}" if group.primary else "no primary"
     yield f"serving group {name}: {count}, {primary}, {group.level}"
     yield _replicas(group)
+    yield from _troubles(group)
     for each, record in sorted(group.replicas.items()):
         if record.reason:
             yield f"{each}: {record.reason}"
+
+
+def _troubles(group: Group) -> Iterator[str]:
+    """Why there is no primary, and what the state of the group has lost last."""
+    in_sync = group.in_sync.names if group.in_sync else ()
+    if not group.primary and in_sync and not group.replicas.keys() & set(in_sync):
+        yield (
+            f"only {', '.join(in_sync)} had the state of the group: it waits for their nodes, or "
+            "for paddle-ft promote NODE --force, which gives it up"
+        )
+    if group.lost is not None:
+        at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(group.lost.at_s))
+        how = "a promotion was forced" if group.lost.forced else "all of them had ended"
+        yield f"changes that only {', '.join(group.lost.names)} had were given up at {at}: {how}"
 
 
 def _replicas(group: Group) -> Table:

@@ -152,6 +152,37 @@ def test_what_was_acknowledged_survives_the_primary(etcd: EtcdCluster) -> None:
         assert group.primary().node == first.node
 
 
+def test_a_group_that_has_lost_all_begins_anew(etcd: EtcdCluster) -> None:
+    with ServingGroup(etcd, 1, "lost", lease_ttl_s=60) as group:
+        only = group.primary()
+        only.ask("put", key="k", value="v", s=5.0)
+        name = only.ask("status")["name"]
+        only.kill()
+        group.start(only.node)
+        group.put("k", "after")  # its lease would have kept others away for a minute
+        assert "becomes the primary without the changes that only" in group.replicas["n0"].log()
+        shown = CliRunner().invoke(app, ["serving", "--etcd", etcd.endpoints[0], "--group", "lost"])
+        assert f"changes that only {name} had were given up at" in shown.output
+
+
+@pytest.mark.slow
+def test_a_stopping_primary_asks_one_after_another(etcd: EtcdCluster) -> None:
+    with ServingGroup(etcd, 3, "leaves", lease_ttl_s=60) as group:
+        first = group.primary()
+        loading, ready = (r for r in group.replicas.values() if r is not first)
+        loading.ask("tell", condition="loading")
+        at = first.ask("put", key="k", value="v", s=5.0)
+        assert first.stop() == 0
+        assert group.primary() is ready
+        assert ready.ask("get", key="k", at=at, s=5.0) == "v"
+        loading.ask("tell", condition="ready")
+        ready.kill()  # the last one that leaves gives the state up, in good order
+        assert group.primary() is loading
+        assert loading.stop() == 0
+        group.start(first.node)
+        assert group.put("k", "new")
+
+
 def test_a_planned_promotion_refuses_nobody(group: ServingGroup) -> None:
     primary = group.primary()
     target = next(r for r in group.replicas.values() if r is not primary)
