@@ -76,10 +76,18 @@ async def hand_over(party: Participant, timeout_s: float) -> bool:
     return True
 
 
-async def give_up(party: Participant) -> None:
-    """The last one that has the state leaves: those that are there, or come, begin anew."""
-    seat, group, member = party.seat, party.group, party.member
-    if seat.primary is None or seat.primary.recorded != {seat.name}:
+async def give_up(party: Participant, timeout_s: float) -> None:
+    """The last one that has the state leaves: those that are there, or come, begin anew.
+
+    Who has just fallen silent is in sync for another moment.
+    """
+    seat, member, until_s = party.seat, party.member, time.monotonic() + timeout_s
+    while seat.primary is not None and seat.primary.recorded != {seat.name}:
+        if time.monotonic() > until_s:
+            return
+        await party.change(time.monotonic() + LOOK_S)
+    group = party.group
+    if seat.primary is None:
         return
     txn = registry.forget(member.keys, group, seat.recorded_revision)
     if group.replicas.keys() - {seat.name} and seat.replica.state.items:

@@ -91,7 +91,7 @@ class Replicated:
     async def close(self) -> None:
         """Leaves: a primary hands over first, if somebody is in sync. Waits for etcd."""
         if self._seat.primary is not None and not await self.hand_over():
-            await promotion.give_up(self._party)
+            await promotion.give_up(self._party, LEAVE_S)
         if self._expiry is not None:
             self._expiry.cancel()
         await self._party.close()
