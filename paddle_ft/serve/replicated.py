@@ -213,6 +213,25 @@ class Replicated:
             if self._puts.get(sequence) is waiting:
                 del self._puts[sequence]
 
+    async def put_anywhere(
+        self, kind: Kind, key: str, value: bytes | None, timeout_s: float = 5.0
+    ) -> Position:
+        """As ``put``, passed on to the primary if that is another replica."""
+        until_s = time.monotonic() + timeout_s
+        while True:
+            left_s = until_s - time.monotonic()
+            try:
+                return await self.put(kind, key, value, max(0.0, left_s))
+            except NotPrimary:
+                other = self.primary
+                if other is None or left_s <= 0:
+                    raise
+            address, change = f"{other.host}:{other.peer_port}", (kind, key, value)
+            position = await self._party.peers.put(other.name, address, change, left_s)
+            if position is not None:
+                return position
+            await asyncio.sleep(FORWARD_PAUSE_S)  # it does not know yet
+
     async def delete(self, kind: Kind, key: str, timeout_s: float = 5.0) -> Position:
         """As ``put``; no error if there is no ``key``."""
         return await self.put(kind, key, None, timeout_s)

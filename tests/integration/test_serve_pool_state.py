@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+import json
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from paddle_ft.cli import app
 from paddle_ft.serve.pool import Pool
+from paddle_ft.serve.publish import publish
 from paddle_ft.serve.staff import PoolSettings
 from paddle_ft.serve.turns import Turns
 from paddle_ft.serve.types import (
@@ -19,6 +23,8 @@ from paddle_ft.serve.types import (
     TooLarge,
     Unavailable,
 )
+from tests.integration.etcd_cluster import EtcdCluster
+from tests.integration.replica_world import ReplicaProcess, replica
 
 COUNTER = '''
 import os, signal
@@ -198,3 +204,47 @@ def test_turns_come_in_order_and_go_on_without_who_has_given_up() -> None:
         assert not len(turns)
 
     asyncio.run(story())
+
+
+@pytest.mark.slow
+@pytest.mark.etcd
+def test_a_group_keeps_a_session_over_the_death_of_its_primary(
+    tmp_path: Path, wait_for: Callable[..., None]
+) -> None:
+    (tmp_path / "pipeline").mkdir()
+    (tmp_path / "pipeline" / "pipeline.py").write_text(COUNTER)
+    publish(tmp_path / "pipeline", "counter", str(tmp_path / "store"))
+
+    def ask(replica: ReplicaProcess, session: str) -> int | str:
+        tensor = {"name": "x", "datatype": "INT64", "shape": [1], "data": [1]}
+        headers = {"X-Session-Id": session}
+        path = "/v2/models/counter/infer"
+        status, _, answer = replica.ask("POST", path, {"inputs": [tensor]}, **headers)
+        return answer["outputs"][0]["data"][0] if status == 200 else str(answer["error"])
+
+    def flags(node: str) -> list[str]:
+        group = ["--etcd", etcd.endpoints[0], "--group", "counters", "--spares", "0"]
+        return [*group, "--node", node]
+
+    with EtcdCluster(1) as etcd:
+        first = ReplicaProcess(tmp_path, *flags("first"), models=["counter"])
+        try:
+            wait_for(lambda: ask(first, "warm") == 1)
+            with replica(tmp_path, *flags("second"), models=["counter"]) as second:
+                wait_for(lambda: ask(second, "other") == 1)
+                # By the one that is not the primary, which reads what it has had put.
+                assert [ask(second, "a") for _ in range(10)] == list(range(1, 11))
+                assert "a session is 1 to 128 visible" in str(ask(second, "a b"))
+                wait_for(lambda: "second" in in_sync(etcd))
+                first.kill()
+                wait_for(lambda: isinstance(ask(second, "alive"), int))
+                assert [ask(second, "a") for _ in range(3)] == [11, 12, 13]
+        finally:
+            first.kill()
+
+
+def in_sync(etcd: EtcdCluster) -> list[str]:
+    place = ["--etcd", etcd.endpoints[0], "--group", "counters", "--json"]
+    done = CliRunner().invoke(app, ["serving", *place])
+    assert done.exit_code == 0, done.output
+    return [name.partition(".")[0] for name in json.loads(done.output)["in_sync"]["names"]]
