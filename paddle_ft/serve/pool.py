@@ -194,12 +194,15 @@ class Pool:
             for key, value in zip(keys, values, strict=True)
         ]
         try:
-            await asyncio.wait_for(asyncio.gather(*puts), left_s)
+            done = await asyncio.wait_for(asyncio.gather(*puts, return_exceptions=True), left_s)
         except asyncio.TimeoutError:
             raise Unavailable(
                 f"What {self._source.name} keeps for this session was not acknowledged within "
                 f"{left_s:.1f} s, and whether it will be is not known."
             ) from None
+        for each in done:
+            if isinstance(each, BaseException):
+                raise each
 
     @property
     def _kept(self) -> Sessions:

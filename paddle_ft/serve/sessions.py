@@ -37,7 +37,8 @@ class GroupSessions:
 
     async def put(self, session: str, key: str, value: bytes) -> None:
         name = name_of(session, key)
-        self._own[session] = await self._group.put_anywhere("state", name, value)
+        at = await self._group.put_anywhere("state", name, value)
+        self._own[session] = max(at, self._own.get(session, at))
         self._own.move_to_end(session)
         if len(self._own) > _OWN_MAX:
             self._own.popitem(last=False)
