@@ -356,7 +356,7 @@ class _Handoff:
                 if before is not None:
                     before.join()
                 while committed_step() < self.step:
-                    if self._dropped.wait(_POLL_S):
+                    if self._dropped.wait(_POLL_S) and committed_step() < self.step:
                         self._clean()
                         return
                 self.finish(more, tell)

@@ -17,8 +17,11 @@ from contextlib import contextmanager
 from paddle_ft.agent.tether import tethered
 from paddle_ft.checkpoint.room import url_of
 from paddle_ft.config import Config
+from paddle_ft.coordination.endpoints import parse_endpoints
 from paddle_ft.errors import ConfigError
 from paddle_ft.serve.command import parse
+from paddle_ft.serve.own_etcd import ANY
+from paddle_ft.serve.stream import is_loopback
 
 POLL_S = 0.1
 _AT_ONCE = 3
@@ -34,6 +37,26 @@ def check(given: Sequence[str], config: Config) -> None:
     serve = asked.loaded.config.serve
     if asked.print_config or not serve.models:
         raise ConfigError("--then-serve does not name a model: give it '--model NAME'")
+    _check_reach(asked.loaded.config, config.job.nodes_max)
+
+
+def _check_reach(config: Config, nodes: int) -> None:
+    """Raises ConfigError where the replicas of a job could not make a group."""
+    serve, endpoints = config.serve, config.etcd.endpoints
+    targets = parse_endpoints(endpoints).targets if endpoints else ()
+    here = all(is_loopback(target.rpartition(":")[0].strip("[]")) for target in targets)
+    host = config.job.host or serve.host
+    local = here if host in ANY else is_loopback(host)
+    if not local and not (serve.peer_ca_file or serve.peer_plain):
+        raise ConfigError(
+            f"--then-serve: replicas on {host} would talk to each other without TLS: set "
+            f"serve.peer_ca_file and its certificates, or serve.peer_plain"
+        )
+    if local and nodes > 1 and not here:
+        raise ConfigError(
+            f"--then-serve: at {host} the replicas of other nodes cannot reach this one: give it "
+            f"'--host 0.0.0.0'"
+        )
 
 
 def flags(given: Sequence[str], config: Config, endpoints: Sequence[str]) -> list[str]:

@@ -41,6 +41,25 @@ def test_a_replica_belongs_to_the_job_unless_it_is_told_otherwise(tmp_path: Path
     assert "--etcd" not in flags([], config, ())
 
 
+def test_replicas_that_could_not_reach_each_other_are_told_of_before_the_training(
+    tmp_path: Path,
+) -> None:
+    def checked(then: str, etcd: str, nodes: str = "2") -> None:
+        flags = ["--then-serve", f"--model digits {then}", "--etcd", etcd, "--nnodes", nodes]
+        made = command(tmp_path, *flags)
+        check(made.then_serve, made.loaded.config)
+
+    checked("", "127.0.0.1:2379")
+    checked("", "192.0.2.1:2379", nodes="1")
+    checked("--host 0.0.0.0", "127.0.0.1:2379,[::1]:2379")
+    with pytest.raises(ConfigError, match="at 127.0.0.1 the replicas of other nodes cannot reach"):
+        checked("", "192.0.2.1:2379")
+    with pytest.raises(ConfigError, match="replicas on 0.0.0.0 would talk .* without TLS"):
+        checked("--host 0.0.0.0", "127.0.0.1:2379,192.0.2.1:2379")
+    with pytest.raises(ConfigError, match="replicas on 192.0.2.7 would talk .* without TLS"):
+        checked("--host 192.0.2.7", "127.0.0.1:2379")
+
+
 @pytest.mark.parametrize(
     ("given", "told"),
     [
