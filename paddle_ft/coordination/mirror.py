@@ -44,6 +44,12 @@ class Mirror:
             return Snapshot(self._revision, tuple(self._kvs.values()))
 
     @property
+    def lost(self) -> bool:
+        """Whether etcd has lost data: nothing is followed any more."""
+        with self._lock:
+            return bool(self._lost)
+
+    @property
     def revision(self) -> int:
         """The newest revision that is known to have changed one of the keys."""
         with self._lock:

@@ -146,7 +146,15 @@ class Member:
         self._alive.turned_s = time.monotonic()
 
     def group(self) -> Group:
-        """The newest view; the one before where etcd holds what cannot be read."""
+        """The newest view; the one before where etcd holds what cannot be read.
+
+        Raises CoordinationError if etcd has lost its data: no term counts up from there.
+        """
+        if self._mirror.lost:
+            raise CoordinationError(
+                f"etcd has lost what it knew of the serving group {self.keys.group}: start its "
+                "replicas again; what the group kept for sessions is lost with that"
+            )
         if self._mirror.revision == self._group.revision:
             return self._group
         try:
