@@ -21,7 +21,7 @@ from paddle_ft.agent.net import endpoint
 from paddle_ft.agent.peers import PeerLinks
 from paddle_ft.config import EtcdConfig
 from paddle_ft.coordination.kv import TxnResult
-from paddle_ft.errors import ConfigError
+from paddle_ft.errors import ConfigError, PaddleFTError
 from paddle_ft.serve import elect
 from paddle_ft.serve.broadcast import HOLD_S, Answer, Append, Install, Primary
 from paddle_ft.serve.ledger import Bounds
@@ -384,6 +384,8 @@ def _tell_loss(seat: Seat, deed: Deed) -> None:
 
 
 def _tell_end(task: asyncio.Task[None]) -> None:
-    """A defect has ended the turns: the lease is renewed no longer, and the others go on."""
-    if not task.cancelled() and task.exception() is not None:
-        log.critical("this replica takes part no longer", exc_info=task.exception())
+    """The turns have ended by themselves: the lease is renewed no longer, and the others go on."""
+    error = None if task.cancelled() else task.exception()
+    if error is not None:
+        defect = None if isinstance(error, PaddleFTError) else error
+        log.critical("this replica takes part no longer: %s", error, exc_info=defect)

@@ -136,6 +136,8 @@ class Replica:
         ended = self._group.ended
         await asyncio.wait([ended])
         why = None if ended.cancelled() else ended.exception()
+        if isinstance(why, PaddleFTError):
+            raise why
         raise PaddleFTError(
             f"this replica takes part in its group no longer ({why!r}); please report it with what "
             "was logged before."

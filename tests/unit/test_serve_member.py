@@ -9,8 +9,8 @@ from collections.abc import Iterator
 import pytest
 
 from paddle_ft.config import EtcdConfig
-from paddle_ft.coordination.kv import Transaction, TxnResult
-from paddle_ft.errors import EtcdUnavailable, LeaseLost
+from paddle_ft.coordination.kv import Snapshot, Transaction, TxnResult
+from paddle_ft.errors import CoordinationError, EtcdUnavailable, LeaseLost
 from paddle_ft.serve.member import Member
 from paddle_ft.serve.registry import Keys, ReplicaRecord
 from tests.integration.etcd_cluster import wait_until
@@ -108,3 +108,11 @@ def test_no_record_is_put_without_a_lease(etcd: Shaky, member: Member) -> None:
     with pytest.raises(LeaseLost):
         member._write(RECORD)
     assert etcd.lease_of(RECORD.name) != -1
+
+
+def test_an_etcd_that_has_lost_its_data_is_not_followed(member: Member) -> None:
+    member._mirror._reset_and_notify(Snapshot(9, ()))
+    assert member.group().revision == 9
+    member._mirror._reset_and_notify(Snapshot(8, ()))
+    with pytest.raises(CoordinationError, match="lost what it knew of the serving group g"):
+        member.group()
