@@ -89,10 +89,12 @@ test-2.6: setup-2.6 ## examples, restart and resume on Paddle 2.6.2
 	@$(VENV26)/bin/python -m pytest -n $(JOBS) -m "paddle and not slow" -k "examples or stop_saves" \
 	  tests/integration/test_examples.py tests/integration/test_launch.py
 
-sim: setup ## SEEDS=20000 runs of the simulated cluster, on two cores
-	@half=$$(( $(SEEDS) / 2 )); \
-	$(BIN)/python -m tests.sim.run --seeds $$half & first=$$!; \
-	$(BIN)/python -m tests.sim.run --from $$half --seeds $$(( $(SEEDS) - half )); second=$$?; \
+sim: setup ## SEEDS=20000 runs of the simulated cluster, and a quarter as many of the serving group, on two cores
+	@half=$$(( $(SEEDS) / 2 )); eighth=$$(( $(SEEDS) / 8 )); \
+	{ $(BIN)/python -m tests.sim.run --seeds $$half && \
+	  $(BIN)/python -m tests.sim.serve.run --seeds $$eighth; } & first=$$!; \
+	{ $(BIN)/python -m tests.sim.run --from $$half --seeds $$(( $(SEEDS) - half )) && \
+	  $(BIN)/python -m tests.sim.serve.run --from $$eighth --seeds $$eighth; }; second=$$?; \
 	wait $$first && exit $$second
 
 chaos: setup ## FAULTS=30 random faults of every kind on three nodes in network namespaces (root); 5 minutes

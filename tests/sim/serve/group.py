@@ -63,12 +63,13 @@ class Client:
         """Of its newest acknowledged write."""
         self.known = 0
         """What it wrote with that: it may not read less."""
+        self._age = 0
         Task(self.process, self._work)
 
     def _work(self, task: Task) -> Steps:
         clock = self.group.clock
         while clock.now < self.group.quiet_s:
-            age, history = self.group.history.age, self.group.history
+            history = self.group.history
             server, ask, known = self.group.somebody(), Ask(self), self.known
             if clock.chance(0.5):
                 self._send(server, server.get, ask, self.key, self.at)
@@ -78,8 +79,8 @@ class Client:
             until_s = clock.now + ANSWER_S
             while clock.now < until_s and not ask.answered:
                 yield task.sleep(0.01)
-            if history.age != age:  # it may be told that it is lost, and forgets what it knew
-                self.at, self.known = Position(), 0
+            if history.age != self._age:  # it may be told that it is lost, and forgets what it knew
+                self.at, self.known, self._age = Position(), 0, history.age
             elif ask.entry is not None:
                 self.at, self.known = ask.entry.at, self.number
             elif ask.value is not None:
