@@ -116,6 +116,7 @@ class Group:
         self.done: dict[str, int] = {}
         """Faults that were made."""
         self.disasters = disasters
+        self.history.ordered = not (disasters and seed % 8 == 7)
         self.asked_s = float("-inf")
         """When a promotion was asked for last."""
         self.killed: set[str] = set()
@@ -234,6 +235,8 @@ class Group:
         faults = (*faults, self._promote, self._trap, self._leave)
         if self.disasters:
             faults = (*faults, self._force, self._lose_all)
+        if not self.history.ordered:
+            faults = (*faults, self._mistake)
         fault = clock.random.choice(faults)
         if fault():
             name = fault.__name__.strip("_")
@@ -277,6 +280,11 @@ class Group:
         """Planned; whoever it is, also one that cannot be."""
         target = self.clock.random.choice(list(self.servers.values())).name
         self.ask_for(target)
+        return True
+
+    def _mistake(self) -> bool:
+        """A firewall answers for one that lives: the others take it for dead, and end its lease."""
+        self.known_dead(self._victim())
         return True
 
     def _force(self) -> bool:

@@ -30,6 +30,9 @@ class History:
         """The newest in which a change was acknowledged."""
         self.age = 0
         """Counts how often changes were given up."""
+        self.ordered = True
+        """No answer of a term comes after one of a later term. A late one of a primary that was
+        taken for dead while it lived may: its change is on all that count, and is not lost."""
         self._forced_term = 0
         """Of the last primary that did not wait until the one before could answer no more."""
         self._given_up_term = 0
@@ -44,7 +47,7 @@ class History:
         self.leads(name, term)
         if term < self._given_up_term:
             return False
-        if term < self.term and term >= self._forced_term:
+        if self.ordered and term < self.term and term >= self._forced_term:
             raise Broken(f"{name} answers in term {term} after one has answered in {self.term}")
         self.term = max(term, self.term)
         other = self.entries.setdefault(entry.at.sequence, entry)
