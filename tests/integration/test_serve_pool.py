@@ -98,6 +98,14 @@ async def check_answer(pool: Pool, *numbers: float) -> None:
     assert outputs["said"].tolist() == [b"abab"]
 
 
+def is_open(descriptor: int) -> bool:
+    try:
+        os.fstat(descriptor)
+    except OSError:
+        return False
+    return True
+
+
 def descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
 
@@ -241,6 +249,7 @@ open({str(short)!r}, "w").close()
             assert pool.progress.failure == "it ended by SIGKILL"
             await asyncio.sleep(0.3)
             assert starts.read_text() == "xx"
+            assert len(pool._staff.workers) == 1  # nor is another one on its way
             await check_answer(pool, 1)
 
             # One that could be started is replaced at once, whatever the spare waits for.
@@ -286,11 +295,12 @@ def test_a_worker_lost_while_it_is_given_a_batch_harms_nobody(
 ) -> None:
     monkeypatch.setattr(worker_process, "_INLINE_BYTES", 10)
     written, go_on, write = threading.Event(), threading.Event(), shared.write
+    still_open: list[bool] = []
 
     def slow(memory: shared.Memory, *args: Any) -> Any:
         written.set()
         assert go_on.wait(30)
-        os.fstat(memory.descriptor)  # its own still, though its worker is gone
+        still_open.append(is_open(memory.descriptor))  # though its worker is gone
         return write(memory, *args)
 
     async def story() -> None:
@@ -303,6 +313,7 @@ def test_a_worker_lost_while_it_is_given_a_batch_harms_nobody(
             await until(lambda: pool.replaced == 1)
             go_on.set()
             assert (await answer)["y"].tolist() == [[14, 16]]
+            assert all(still_open)
 
     before = descriptors()
     asyncio.run(story())
@@ -313,12 +324,12 @@ def test_one_that_is_not_wanted_any_more_while_it_is_started(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     began, go_on = threading.Event(), threading.Event()
+    still_open: list[bool] = []
 
     def slow(*numbers: int) -> Any:
         began.set()
         assert go_on.wait(30)
-        for number in numbers:
-            os.fstat(number)
+        still_open.extend(map(is_open, numbers))
         raise OSError(24, "Too many open files")
 
     monkeypatch.setattr(worker_process, "_popen", slow)
@@ -334,6 +345,7 @@ def test_one_that_is_not_wanted_any_more_while_it_is_started(
         await start
         await worker.reap()
         assert changes == ["it was not wanted"]
+        assert still_open == [True] * 4
 
     before = descriptors()
     asyncio.run(story())
