@@ -57,8 +57,9 @@ class ServeConfig(BaseModel):
     body_bytes_max: int = Field(64 * 2**20, ge=1024, le=2**31 - 1)
     """Of one request, unpacked."""
     body_timeout_s: float = Field(30.0, gt=0)
-    json_bytes_max: int = Field(8 * 2**20, ge=1024, le=2**31 - 1)
-    """Of the JSON of a request; tensors as binary data are not in it."""
+    json_bytes_max: int = Field(4 * 2**20, ge=1024, le=2**31 - 1)
+    """Of the JSON of a request, without tensors that are binary data. Nobody else is answered while
+    it is parsed, some 25 ms for each 2**20 bytes."""
     elements_max: int = Field(2**20, ge=1)
     """Of a request, and of an answer, written one by one: as JSON, or typed contents of gRPC."""
     strings_max: int = Field(65_536, ge=1)

@@ -249,7 +249,9 @@ class HttpApi:
         batcher = self._catalog.find(*call.model)
         json_bytes = json_length(call.headers)
         bounds = self._access.bounds
-        if (len(call.body) if json_bytes is None else json_bytes) > LARGE_JSON_BYTES:
+        texts = any(feature.datatype == "BYTES" for feature in batcher.info.inputs)
+        slow = len(call.body) if json_bytes is None or texts else json_bytes
+        if slow >= LARGE_JSON_BYTES:
             request = await asyncio.to_thread(
                 wire.decode, call.body, json_bytes, batcher.info, bounds
             )

@@ -37,8 +37,8 @@ TIMEOUT_US_MAX = 3_600_000_000
 class Bounds:
     """On what costs time for each element: Python makes an object of it."""
 
-    json_bytes: int = 8 * 2**20
-    """Of a request's JSON."""
+    json_bytes: int = 4 * 2**20
+    """Of a request's JSON, which takes some 0.1 s to parse, in which nobody else is answered."""
     listed: int = 2**20
     """Elements of a request, and of an answer, in JSON or in typed contents of gRPC."""
     strings: int = 65_536
