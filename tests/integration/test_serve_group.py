@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 from typer.testing import CliRunner
 
+from paddle_ft.agent.net import is_local
 from paddle_ft.cli import app
 from tests.integration.etcd_cluster import EtcdCluster, wait_until
 from tests.integration.serving_group import Refused, ReplicaProcess, ServingGroup
@@ -163,6 +164,17 @@ def test_a_group_that_has_lost_all_begins_anew(etcd: EtcdCluster) -> None:
         assert "becomes the primary without the changes that only" in group.replicas["n0"].log()
         shown = CliRunner().invoke(app, ["serving", "--etcd", etcd.endpoints[0], "--group", "lost"])
         assert f"changes that only {name} had were given up at" in shown.output
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not is_local("::1"), reason="this machine has no IPv6")
+def test_a_group_over_ipv6(etcd: EtcdCluster) -> None:
+    with ServingGroup(etcd, 2, "six", host="::1", lease_ttl_s=60) as group:
+        at = group.put("k", "v")
+        for replica in group.replicas.values():
+            assert replica.ask("get", key="k", at=at, s=5.0) == "v"
+        group.primary().kill()  # noticed where nobody listens any more
+        assert group.put("k", "after")
 
 
 @pytest.mark.slow

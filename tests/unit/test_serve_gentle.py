@@ -13,8 +13,7 @@ def test_a_module_is_imported_at_a_low_priority_and_ours_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "slow_to_import.py").write_text(
-        "import os, threading\n"
-        "nice = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())\n"
+        "import os, threading\nnice = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     before = os.getpriority(os.PRIO_PROCESS, 0)
