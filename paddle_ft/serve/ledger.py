@@ -41,6 +41,11 @@ def name_of(session: str, key: str) -> str:
     return name
 
 
+def marker_of(session: str) -> str:
+    """A key in the log of that session which never holds anything, and no client can name."""
+    return session + _BETWEEN
+
+
 def session_of(name: str) -> str:
     return name.partition(_BETWEEN)[0]
 

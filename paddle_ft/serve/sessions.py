@@ -3,45 +3,35 @@
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
 
-from paddle_ft.serve.ledger import Bounds, Ledger, name_of
-from paddle_ft.serve.log import Log, Position, State
+from paddle_ft.serve.ledger import Bounds, Ledger, marker_of, name_of
+from paddle_ft.serve.log import Log, State
 from paddle_ft.serve.replicated import Replicated
-from paddle_ft.serve.types import Lost
 
-_OWN_MAX = 4096
 TERM = 1
 """Of a replica alone, which is its own primary."""
 
 
 class GroupSessions:
-    """``types.Sessions`` over what the group keeps.
+    """``types.Sessions`` over what the group keeps, on any replica.
 
-    A replica that is not the primary passes changes on to it, and reads its own: it remembers where
-    the last change of each of ``_OWN_MAX`` sessions stands.
+    One that is not the primary passes changes on to it. Before it reads, it has the primary note
+    something that changes nothing, and waits until it has that itself: what was acknowledged to a
+    client before, through whichever replica, comes earlier in the log.
     """
 
     def __init__(self, group: Replicated) -> None:
         self._group = group
-        self._own: OrderedDict[str, Position] = OrderedDict()
 
     async def get(self, session: str, key: str) -> bytes | None:
-        at_least = self._own.get(session)
-        try:
-            held = await self._group.get("state", name_of(session, key), at_least)
-        except Lost:
-            self._own.pop(session, None)  # told once
-            raise
+        name, at_least = name_of(session, key), None
+        if self._group.role != "primary":
+            at_least = await self._group.put_anywhere("state", marker_of(session), None)
+        held = await self._group.get("state", name, at_least)
         return held.value if held is not None else None
 
     async def put(self, session: str, key: str, value: bytes) -> None:
-        name = name_of(session, key)
-        at = await self._group.put_anywhere("state", name, value)
-        self._own[session] = max(at, self._own.get(session, at))
-        self._own.move_to_end(session)
-        if len(self._own) > _OWN_MAX:
-            self._own.popitem(last=False)
+        await self._group.put_anywhere("state", name_of(session, key), value)
 
 
 class LocalSessions:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import threading
@@ -150,9 +151,9 @@ def test_answers_to_load_and_unload_carry_the_term(running: Running) -> None:
 def test_sessions_of_pipelines(running: Running) -> None:
     group = follower(running)
     ours: Sessions = GroupSessions(group)
-    assert running.start(ours.get("s", "a")).result(10) is None
-    with pytest.raises(Unavailable):
-        running.start(ours.put("s", "k", b"v")).result(10)
+    for work in (ours.put("s", "k", b"v"), ours.get("s/1", "a")):  # which nobody can confirm
+        with pytest.raises(Unavailable, match="no primary"):
+            running.start(work).result(10)
 
     local: Sessions = LocalSessions(Bounds(session_bytes=400, session_ttl_s=1e-9))
     running.start(local.put("s", "k", b"v")).result(10)
@@ -240,6 +241,32 @@ def test_a_client_reads_its_own_write_anywhere_also_after_the_primary_died(
         assert int(after.split(".")[0]) > int(token.split(".")[0])
         status, _, text = ask(other, "GET", SETTINGS, **ADMIN)
         assert (status, json.loads(text)["queue_max"]) == (200, 7)
+
+
+@pytest.mark.etcd
+def test_pipelines_on_two_replicas_lose_no_change_of_a_session(etcd: EtcdCluster) -> None:
+    """Asked in turn, each reads what the other has had put."""
+
+    async def work() -> None:
+        settings = [GroupSettings(etcd.config(), "turns", node) for node in ("n0", "n1")]
+        groups = [Replicated(each) for each in settings]
+        try:
+            for group in groups:
+                group.tell(condition="ready")
+                await group.start()
+            while len(groups[0].status().in_sync) < 2 or not groups[1].status().primary:
+                await asyncio.sleep(0.01)
+            both = [GroupSessions(group) for group in groups]
+            for number in range(100):
+                sessions = both[number % 2]
+                assert int(await sessions.get("s", "n") or b"0") == number
+                await sessions.put("s", "n", b"%d" % (number + 1))
+            assert {key for _, key in groups[0]._seat.replica.state.items} == {name_of("s", "n")}
+        finally:
+            for group in groups:
+                await group.close()
+
+    asyncio.run(asyncio.wait_for(work(), 60))
 
 
 @pytest.mark.slow
