@@ -39,6 +39,7 @@ class Bench:
 
     def __init__(self, folder: Path, args: argparse.Namespace, say: Say) -> None:
         self._folder, self._args, self._say = folder, args, say
+        self._logs: Path | None = args.logs
 
     def parts(self) -> dict[str, tuple[str, Callable[[], list[Row]]]]:
         """By name: what was asked for, in words, and how it is done."""
@@ -65,7 +66,8 @@ class Bench:
         return make_model(place, name, versions, hidden)
 
     def _world(self, replicas: int, versions: int = 1) -> World:
-        return World(self._folder, self._model(versions=versions), replicas, flags=LEAN)
+        model = self._model(versions=versions)
+        return World(self._folder, model, replicas, flags=LEAN, logs=self._logs)
 
     def _kills(self, replicas: int) -> list[Row]:
         with self._world(replicas) as world:
@@ -91,7 +93,7 @@ class Bench:
             return serving_faults.updates(world, count, self._args.rate, self._say)
 
     def _lost_node(self) -> list[Row]:
-        with NodesApart(self._folder, self._model(), {}) as world:
+        with NodesApart(self._folder, self._model(), LEAN, self._logs) as world:
             return serving_faults.lost_node(
                 world, world.cut, self._args.cuts, self._args.rate, self._say
             )
@@ -156,6 +158,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--calls", type=int, default=500, help="of each round of latency")
     parser.add_argument("--ocr_s", type=float, default=60.0)
     parser.add_argument("--only", default="", help="parts, or how their names begin, by commas")
+    parser.add_argument("--logs", type=Path, help="where the logs of the last world are to stay")
     parser.add_argument("--out", type=Path, default=HERE.parent / "docs")
     return parser
 

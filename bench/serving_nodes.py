@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from typing_extensions import Self
 
 from bench.serving_model import Model
-from bench.serving_world import GROUP, Broken, Node, World, has_setting
+from bench.serving_world import GROUP, Broken, Node, World
 from paddle_ft.chaos import network
 from tests.chaos import namespaces
 from tests.integration.etcd_cluster import EtcdCluster
@@ -32,15 +31,11 @@ class EtcdOnHost(EtcdCluster):
 class NodesApart(World):
     """Each replica on a node of its own; etcd, gateway and load on the machine's side."""
 
-    def __init__(self, folder: Path, model: Model, settings: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, model: Model, flags: Sequence[str], logs: Path | None) -> None:
         if why := namespaces.unusable():
             raise Broken(why)
-        given = {**settings, "serve.peer_plain": "true"}
-        if has_setting("plain"):
-            given["serve.plain"] = "true"
-        super().__init__(
-            folder, model, 3, settings=given, flags=("--spares", "0", "--threads", "1")
-        )
+        plain = {"serve.peer_plain": "true", "serve.plain": "true"}
+        super().__init__(folder, model, 3, settings=plain, flags=flags, logs=logs)
         self._network = namespaces.World()
 
     def __enter__(self) -> Self:

@@ -31,7 +31,6 @@ from paddle_ft.agent.net import free_ports
 from paddle_ft.agent.tether import tethered
 from paddle_ft.coordination.etcd import EtcdCoordinator
 from paddle_ft.serve.registry import Group, Keys, parse
-from paddle_ft.serve_config import ServeConfig
 from tests.integration.etcd_cluster import EtcdCluster
 
 GROUP = "bench"
@@ -195,7 +194,9 @@ class World:
     def __init__(
         self, folder: Path, model: Model, replicas: int, *, gateway: bool = True,
         settings: Mapping[str, Any] | None = None, flags: Sequence[str] = (),
+        logs: Path | None = None,
     ) -> None:  # fmt: skip
+        """``logs``: where the logs of its processes are to stay."""
         self.folder, self.model = folder / f"world-{time.monotonic_ns()}", model
         self.nodes: dict[str, Node] = {}
         self.gone: set[str] = set()
@@ -206,6 +207,7 @@ class World:
         self._flags, self._settings = tuple(flags), dict(settings or {})
         self._gateway: subprocess.Popen[bytes] | None = None
         self._wants_gateway = gateway
+        self._logs = logs
         self._loads = 0
         self._stack = contextlib.ExitStack()
         self._coordinator: EtcdCoordinator
@@ -224,6 +226,7 @@ class World:
         self.folder.mkdir(parents=True)
         with contextlib.ExitStack() as stack:
             stack.callback(shutil.rmtree, self.folder, ignore_errors=True)
+            stack.callback(self._keep_logs)
             stack.enter_context(self.etcd)
             self._coordinator = EtcdCoordinator(self.etcd.config())
             stack.callback(self._coordinator.close)
@@ -252,6 +255,12 @@ class World:
                 tethered(argv, signal.SIGTERM), stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                 env=environment({"gateway.workers": 1, **self._settings}),
             )  # fmt: skip
+
+    def _keep_logs(self) -> None:
+        if self._logs is not None:
+            self._logs.mkdir(parents=True, exist_ok=True)
+            for path in self.folder.glob("*.log"):
+                shutil.copy(path, self._logs)
 
     def _stop(self) -> None:
         """All that was started."""
@@ -364,8 +373,3 @@ class World:
             elif status != 404:
                 raise Broken(f"the state cannot be read: {status} {body[:100]!r}")
         return found
-
-
-def has_setting(name: str) -> bool:
-    """Of a replica."""
-    return name in ServeConfig.model_fields
