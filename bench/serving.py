@@ -19,6 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import grpc
+
 from bench import report, serving_faults, serving_hop, serving_report, serving_speed
 from bench.recovery_trials import say_to_stderr
 from bench.report import Row
@@ -126,7 +128,14 @@ def measure(name: str, options: str, work: Callable[[], list[Row]], say: Say) ->
     at = time.strftime("%Y-%m-%d %H:%M", time.gmtime())
     try:
         rows = work()
-    except (Broken, PaddleFTError, OSError, AssertionError, subprocess.SubprocessError) as error:
+    except (
+        Broken,
+        PaddleFTError,
+        OSError,
+        AssertionError,
+        grpc.RpcError,
+        subprocess.SubprocessError,
+    ) as error:
         say(f"{name} cannot be measured: {error}")
         rows = serving_report.unfinished(name, str(error))
     took_s = round(time.monotonic() - begin_s, 1)

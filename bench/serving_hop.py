@@ -59,11 +59,10 @@ def hop(world: World, rounds: int, calls: int, say: Say) -> list[Row]:
         clients = {name: Http(where[name], request) for name in takes}
         for client in clients.values():
             stack.callback(client.close)
-            for _ in range(100):
-                client.call()
         for number in range(rounds):
             say(f"{group}: round {number + 1} of {rounds}")
             for name, client in clients.items():
+                client.warm()
                 takes[name].append(p50_ms([client.call() for _ in range(calls)]))
     ours, theirs = (
         [a - b for a, b in zip(takes[name], takes["direct"], strict=True)]
