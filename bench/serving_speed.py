@@ -95,11 +95,14 @@ class Http:
 
     def warm(self) -> None:
         """Connects anew, since servers close what is idle; raises Broken."""
+        self._connect()
+        for _ in range(WARM_CALLS):
+            self.call()
+
+    def _connect(self) -> None:
         self._socket.close()
         self._socket = socket.create_connection(("127.0.0.1", self._port), timeout=30)
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        for _ in range(WARM_CALLS):
-            self.call()
 
     def call(self) -> float:
         """Seconds; raises Broken for anything but 200."""
@@ -115,7 +118,10 @@ class Http:
                 break
         took_s = time.perf_counter() - begin_s
         if data[9:12] != b"200":
-            raise Broken(f"{data[:200]!r} instead of 200")
+            told = f"{data[:200]!r} instead of 200" if data else "the connection was closed"
+            raise Broken(f"port {self._port}: {told}")
+        if b"connection: close" in head.lower():  # nginx lets go of clients so when it reloads
+            self._connect()
         return took_s
 
     def close(self) -> None:
