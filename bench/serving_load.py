@@ -31,7 +31,7 @@ KEYS = 40
 READ_EVERY = 10
 TOLD_MAX = 50
 TERM = re.compile(rb"paddle-ft-term:\s*(\d+)\.(\d+)", re.IGNORECASE)
-LENGTH = re.compile(rb"content-length:\s*(\d+)", re.IGNORECASE)
+LENGTH = re.compile(rb"\ncontent-length:\s*(\d+)", re.IGNORECASE)
 VERSION = re.compile(rb'"model_version"\s*:\s*"(\d+)"')
 JSON_LENGTH = re.compile(rb"inference-header-content-length:\s*(\d+)", re.IGNORECASE)
 

@@ -32,6 +32,7 @@ from bench.serving_load import WRONG, Load, Spec, infer_request, parsed
 from bench.serving_report import Part, document, from_json, to_json, unfinished
 
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+OTHER_LENGTH = b"HTTP/1.1 200 OK\r\nInference-Header-Content-Length: 1\r\n"
 
 
 def request(at_s: float, took_s: float = 0.005, status: int = 200) -> Request:
@@ -94,6 +95,8 @@ def test_what_was_acknowledged_last_must_be_there_or_a_later_one() -> None:
         (b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nabc", (200, b"abc")),
         (b"HTTP/1.1 200 OK\r\ncontent-length: 3\r\n\r\nab", None),
         (b"HTTP/1.1 200 OK\r\ncontent-le", None),
+        (OTHER_LENGTH + b"Content-Length: 3\r\n\r\na", None),
+        (OTHER_LENGTH + b"Content-Length: 3\r\n\r\nabc", (200, b"abc")),
         (b"HTTP/1.1 204 No Content\r\n\r\n", (204, b"")),
         (
             CHUNKED + b"3\r\nabc\r\n2\r\nde\r\n0\r\n\r\n",
