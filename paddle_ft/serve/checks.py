@@ -84,6 +84,7 @@ class Checks:
         self._lock = threading.Lock()
         self._targets: dict[str, Target] = {}
         self._health: dict[str, Health] = {}
+        self._unanswered_s: dict[str, float] = {}
         self._loop = asyncio.new_event_loop()
         self._tasks: dict[str, tuple[Target, asyncio.Task[None]]] = {}
         self._thread = threading.Thread(target=self._run, name="checks", daemon=True)
@@ -103,6 +104,14 @@ class Checks:
         """By name, of those that have been checked."""
         with self._lock:
             return dict(self._health)
+
+    def unanswered_s(self) -> dict[str, float]:
+        """Of those that are silent: when the last check began that nobody has answered in time.
+
+        Not of those that have refused the connection: there is nobody.
+        """
+        with self._lock:
+            return dict(self._unanswered_s)
 
     def close(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
@@ -126,6 +135,7 @@ class Checks:
                 del self._tasks[name]
                 with self._lock:
                     self._health.pop(name, None)
+                    self._unanswered_s.pop(name, None)
         for name, target in wanted.items():
             if name not in self._tasks:
                 self._tasks[name] = (target, self._loop.create_task(self._follow(name, target)))
@@ -134,7 +144,7 @@ class Checks:
         answered, given_up, gave_up_s = RETURNS, 0, 0.0
         while True:
             began_s, timeout_s = time.monotonic(), self._pace.timeout_s
-            found = await self._check(target, timeout_s)
+            found, refused = await self._check(target, timeout_s)
             took_s = time.monotonic() - began_s
             if found == "silent":
                 given_up, gave_up_s = given_up + 1, took_s
@@ -147,23 +157,32 @@ class Checks:
             if not blind:
                 answered = 0 if found == "silent" else answered + 1
                 if found == "silent" or answered >= RETURNS:
-                    self._found(name, target, found)
+                    timed_out = found == "silent" and not refused
+                    self._found(name, target, found, began_s if timed_out else None)
             pause_s = max(self._settings.check_interval_s, len(self._tasks) / CHECKS_PER_S)
             await asyncio.sleep(max(pause_s - took_s, pause_s / 4))
 
-    def _found(self, name: str, target: Target, health: Health) -> None:
+    def _found(self, name: str, target: Target, health: Health, unanswered_s: float | None) -> None:
         with self._lock:
-            if self._targets.get(name) != target or self._health.get(name) == health:
+            if self._targets.get(name) != target:
+                return
+            self._unanswered_s.pop(name, None)
+            if unanswered_s is not None:
+                self._unanswered_s[name] = unanswered_s
+            if self._health.get(name) == health:
                 return
             self._health[name] = health
         self._notify()
 
-    async def _check(self, target: Target, timeout_s: float) -> Health:
+    async def _check(self, target: Target, timeout_s: float) -> tuple[Health, bool]:
+        """What was found, and whether somebody or something said no."""
         try:
             status = await asyncio.wait_for(self._ask(target), timeout_s)
-        except (OSError, ValueError, EOFError, asyncio.TimeoutError):
-            return "silent"
-        return "ready" if status == 200 else "refusing"
+        except (asyncio.TimeoutError, TimeoutError):  # the same from Python 3.11 on
+            return "silent", False
+        except (OSError, ValueError, EOFError):
+            return "silent", True
+        return ("ready" if status == 200 else "refusing"), False
 
     async def _ask(self, target: Target) -> int:
         """The status of an answer; on a connection of its own, which shows that it accepts."""

@@ -9,15 +9,13 @@ loop decides; the watch and the checks only wake it.
 from __future__ import annotations
 
 import hashlib
-import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO
 
 from paddle_ft.config import EtcdConfig
 from paddle_ft.coordination.etcd import EtcdCoordinator
@@ -27,10 +25,12 @@ from paddle_ft.gateway_config import GatewayConfig
 from paddle_ft.serve.checks import Checks, Target
 from paddle_ft.serve.latency import Learners, tries_of
 from paddle_ft.serve.nginx import Nginx, find_nginx, workers_user, write_whole
+from paddle_ft.serve.nginx_pools import without_one
 from paddle_ft.serve.nginx_text import FIRST_MIN_TIMEOUT, LOG, Place, whole_nginx
 from paddle_ft.serve.registry import Group, Keys, parse
+from paddle_ft.serve.request_log import LOG_BYTES_MAX, Log
 from paddle_ft.serve.routing import Health, Routes, configured, fault_of, models_of, routes
-from paddle_ft.serve.steady import Damper, Roster
+from paddle_ft.serve.steady import Damper, Roster, believed
 from paddle_ft.serve.types import ServeError
 from paddle_ft.types import decode, encode
 
@@ -39,9 +39,10 @@ ETCD_RETRY_S = 1.0
 APPLY_RETRY_S = 1.0
 PAUSE_S = 0.5
 """Between two reloads, unless somebody could not be served meanwhile."""
+SETTLE_S = 2.0
+"""So long may one replica be left out without a reload: it may be back."""
 DEATHS = 3
 DEATHS_WITHIN_S = 10.0
-LOG_BYTES_MAX = 16 * 2**20
 GROUP_FILE = "group.json"
 Tell = Callable[[str], None]
 
@@ -125,32 +126,6 @@ def _foreign(name: str, error: ValueError) -> str:
     )
 
 
-class Log:
-    """What nginx has written about requests since the last look; the file stays small."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._file: BinaryIO | None = None
-        self._rest = b""
-
-    def lines(self) -> Iterator[str]:
-        if self._file is None:
-            with suppress(FileNotFoundError):
-                self._file = self._path.open("rb")
-                self._file.seek(0, os.SEEK_END)
-            return
-        *lines, self._rest = (self._rest + self._file.read(2**20)).split(b"\n")
-        if self._file.tell() > LOG_BYTES_MAX:  # nginx appends, wherever the end is
-            os.truncate(self._path, 0)
-            self._file.seek(0)
-            self._rest = b""
-        yield from (line.decode(errors="replace") for line in lines)
-
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-
-
 @dataclass(frozen=True, slots=True)
 class _Running:
     """What nginx was last given."""
@@ -180,6 +155,9 @@ class Gateway:
         self._running = _Running("", routes(name, Group(), settings), 0.0)
         self._told: dict[str, str] = {}
         self._deaths: deque[float] = deque(maxlen=DEATHS)
+        self._answered_s: dict[str, float] = {}
+        self._health: dict[str, Health] = {}
+        self._left_s: float | None = None
         self._retry_at_s = 0.0
 
     def run(self, stop: threading.Event) -> None:
@@ -238,15 +216,27 @@ class Gateway:
             self._restart(now_s)
             return
         wanted = self._routes(now_s)
-        self._nginx.leave_out(_asked(self._running.routes) - _asked(wanted))
+        left = _asked(self._running.routes) - _asked(wanted)
+        self._nginx.leave_out(left)
+        self._left_s = (self._left_s or now_s) if left else None
         text, digest = self._text(wanted)
         if text == self._running.text:
             self._nginx.let_in(_asked(wanted))
-        elif now_s >= self._retry_at_s and (
-            _pressing(self._running.routes, wanted) or now_s >= self._running.at_s + PAUSE_S
-        ):
+            self._tell_of(wanted)
+        elif now_s >= self._retry_at_s and self._due(wanted, left, now_s):
             self._apply(wanted, text, digest)
             self._nginx.trim_log(LOG_BYTES_MAX)
+        elif left:
+            self._tell_of(wanted)
+
+    def _due(self, wanted: Routes, left: set[str], now_s: float) -> bool:
+        """Whether nginx is to reload now: at once if somebody cannot be served otherwise."""
+        running = self._running.routes
+        switched = len(left) == 1 and bool(without_one(running))
+        if running.main is None or running.primary != wanted.primary or (left and not switched):
+            return True
+        settled = self._left_s is None or now_s >= self._left_s + SETTLE_S
+        return settled and now_s >= self._running.at_s + PAUSE_S
 
     def _apply(self, wanted: Routes, text: str, digest: str) -> None:
         try:
@@ -285,7 +275,7 @@ class Gateway:
             self._once("registry", "")
         group = self._group
         if fresh is not None:
-            group = self._roster.renew(group, fresh, self._checks.health(), now_s)
+            group = self._roster.renew(group, fresh, self._health, now_s)
         assert group is not None, "read or loaded before"
         if group.replicas and _lasting(group) != _lasting(self._group):
             with suppress(OSError):
@@ -304,7 +294,9 @@ class Gateway:
 
     def _routes(self, now_s: float) -> Routes:
         assert self._group is not None
-        found = self._checks.health()
+        found = self._health = believed(
+            self._checks.health(), self._checks.unanswered_s(), self._answered_s
+        )
         health = self._damper.settle(found, now_s)
         learnt = self._learners.learnt() if self._settings.learn_timeouts else None
         wanted = routes(self._name, self._group, self._settings, health, learnt)
@@ -323,12 +315,21 @@ class Gateway:
 
     def _learn(self, log: Log, now_s: float) -> None:
         assert self._group is not None
-        health = self._checks.health()
-        ready = [r for r in self._group.replicas.values() if health.get(r.name) == "ready"]
-        answering = {f"{r.host}:{port}" for r in ready for port in (r.http_port, r.grpc_port)}
+        replicas = self._group.replicas.values()
+        names = {
+            f"{r.host}:{port}": r.name for r in replicas for port in (r.http_port, r.grpc_port)
+        }
+        answering = {
+            address for address, name in names.items() if self._health.get(name) == "ready"
+        }
+        ago_s = time.time() - now_s
         for line in log.lines():
             for tried in tries_of(line):
                 self._learners.observe(tried, now_s, answering)
+                if tried.alive and tried.address in names:
+                    self._answered_s[names[tried.address]] = tried.at_s - ago_s
+        for name in self._answered_s.keys() - self._group.replicas.keys():
+            del self._answered_s[name]
 
     def _place(self) -> Place:
         return Place(self._binary.version, workers_user(self._folder))
@@ -371,12 +372,6 @@ def _lasting(group: Group | None) -> object:
 def _asked(taken: Routes) -> set[str]:
     """Names of the replicas that answer for models."""
     return {server.name for server in taken.main.servers} if taken.main else set()
-
-
-def _pressing(running: Routes, wanted: Routes) -> bool:
-    """Whether somebody is asked who is not there, or nobody although somebody is."""
-    left = _asked(running) - _asked(wanted)
-    return bool(left) or running.main is None or running.primary != wanted.primary
 
 
 def _told_of(name: str, health: Health | None) -> str:

@@ -4,9 +4,10 @@ Learnt from nginx's own log of every try, not from the health checks: how long a
 nothing of how long a model takes, and the log has the connection and the answer apart.
 
 Invariant: a learnt time-out is at least ``FACTOR`` times the slowest answer of the last
-``WINDOW_S``, at least the floor, and at most the configured one. A try that was given up at a
-replica whose health check passes was too slow for the time-out, not dead: it counts as four times
-as long, so that a time-out that has become too short grows at once, and shrinks minutes later.
+``WINDOW_S``, or ``FACTOR_SLOW`` times and ``MORE_S`` where that is less, at least the floor, and at
+most the configured one. A try that was given up at a replica that is there was too slow for the
+time-out, not dead: it counts as half as long again, so that a time-out that has become too short
+grows at once, and shrinks minutes later.
 Each model is learnt for itself, so that a slow one does not make a quick one wait; gRPC, which
 names the model where nginx does not look, is learnt as a whole. Pure.
 """
@@ -22,12 +23,14 @@ from dataclasses import dataclass
 from paddle_ft.serve.routing import Learnt, Timeouts
 
 FACTOR = 5.0
-GROWTH = 4.0
+FACTOR_SLOW = 2.0
+MORE_S = 1.0
+GROWTH = 1.5
 GRPC = "grpc call"
 """What a call by gRPC is about; no model has such a name."""
 LEAST = 20
 """Answers before anything is learnt."""
-WINDOW_S = 300.0
+WINDOW_S = 120.0
 _SLOTS = 10
 _STEP = 1.25
 """Time-outs are rounded up to powers of it: each change costs nginx a reload."""
@@ -40,6 +43,8 @@ _BETWEEN = re.compile(r"\s*(?:,| : )\s*")
 class Try:
     """One replica asked for one request; times in s, None where it did not come so far."""
 
+    at_s: float
+    """When the request ended, by the clock of the day."""
     about: str
     """A model, ``GRPC``, or "" for everything else."""
     address: str
@@ -48,19 +53,24 @@ class Try:
     connect_s: float | None
     answer_s: float | None
 
+    @property
+    def alive(self) -> bool:
+        """Whether the replica itself has answered; 502 and 504 are nginx's words."""
+        return 200 <= self.status < 500 or self.status == 503
+
 
 def tries_of(line: str) -> Iterator[Try]:
     """The tries of one request in nginx's log (``nginx_text``); none if the line is cut off."""
     fields = line.rstrip("\n").split("\t")
     if len(fields) != 7:
         return
-    about = _about(fields[2])
+    at_s, about = _number(fields[0]) or 0.0, _about(fields[2])
     columns = [_BETWEEN.split(text) for text in fields[3:]]
     if len({len(column) for column in columns}) != 1:
         return
     for address, status, connect, answer in zip(*columns, strict=True):
         code = int(status) if re.fullmatch(r"[0-9]{3}", status) else 0
-        yield Try(about, address, code, _number(connect), _number(answer))
+        yield Try(at_s, about, address, code, _number(connect), _number(answer))
 
 
 def _about(path: str) -> str:
@@ -122,9 +132,9 @@ class Learner:
                 return
             connected = tried.connect_s is not None
             if connected:
-                slot.answer_s = max(slot.answer_s, GROWTH * tried.answer_s / FACTOR)
+                slot.answer_s = max(slot.answer_s, GROWTH * tried.answer_s)
             else:
-                slot.connect_s = max(slot.connect_s, GROWTH * tried.answer_s / FACTOR)
+                slot.connect_s = max(slot.connect_s, GROWTH * tried.answer_s)
         elif 200 <= tried.status < 500 and tried.connect_s is not None:
             self._seen += 1
             slot.connect_s = max(slot.connect_s, tried.connect_s)
@@ -147,7 +157,8 @@ class Learner:
 
     def _settle(self, current_s: float, slowest_s: float, most_s: float) -> float:
         """Up at once, down only by much."""
-        wanted_s = max(self._floor_s, FACTOR * slowest_s) / self._floor_s
+        beyond_s = min(FACTOR * slowest_s, FACTOR_SLOW * slowest_s + MORE_S)
+        wanted_s = max(self._floor_s, beyond_s) / self._floor_s
         steps = math.ceil(math.log(wanted_s, _STEP) - 1e-9)
         wanted_s = min(self._floor_s * _STEP**steps, most_s)
         return wanted_s if wanted_s > current_s or wanted_s < _FALL * current_s else current_s

@@ -141,7 +141,8 @@ def _http_server(routes: Routes, version: tuple[int, ...], without: Sequence[Wit
         *_tls_to_replicas(routes, "proxy"),
     ]
     target = f"proxy_pass {scheme}://pft_http_{target_of(routes, without)};"
-    retry = f"{RETRY} http_404"  # from one that has not got the model yet
+    # 404: it has not got the model yet; 429: it has too much to do, another one may not.
+    retry = f"{RETRY} http_404 http_429"
     way = _Way("proxy", "http", target, f"proxy_next_upstream {retry};")
     if routes.main is not None:
         lines += _chain(way, routes, "/", "", routes.timeouts, s.tries)

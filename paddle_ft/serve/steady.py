@@ -1,14 +1,16 @@
-"""What the gateway does not believe at once: a registry that has lost a replica, and a replica
-that is back.
+"""What the gateway does not believe at once: a registry that has lost a replica, a check that was
+not answered, and a replica that is back.
 
 Invariant: a replica whose checks pass stays known for ``KEEP_S`` after the registry has lost it,
-unless it has said that it leaves or another one has its address. One that comes and goes is left
+unless it has said that it leaves or another one has its address. One that has answered a request
+since a check began is there, however long that check takes. One that comes and goes is left
 out at once and let in again later each time, so that it cannot make nginx reload all the time;
 but never is nobody asked while somebody is ready. Pure: time comes in as an argument.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -16,7 +18,7 @@ from paddle_ft.serve.registry import Group
 from paddle_ft.serve.routing import Health
 
 KEEP_S = 60.0
-HOLD_S = 1.0
+HOLD_S = 0.25
 """How long one that was lost must be ready before it is let in; doubles with each loss."""
 HOLD_MAX_S = 30.0
 CALM_S = 60.0
@@ -51,6 +53,21 @@ class Roster:
                 and now_s - self._missing_s[name] <= KEEP_S
             }
         return replace(fresh, replicas={**fresh.replicas, **missing}) if missing else fresh
+
+
+def believed(
+    found: Mapping[str, Health], unanswered_s: Mapping[str, float], answered_s: Mapping[str, float]
+) -> dict[str, Health]:
+    """Health, with those ready that have answered a request since a check was not answered.
+
+    Args:
+        unanswered_s: when that check began, by replica; none for those that refuse connections.
+        answered_s: when each has answered a request last, by the same clock.
+    """
+    return {
+        name: "ready" if answered_s.get(name, 0.0) > unanswered_s.get(name, math.inf) else health
+        for name, health in found.items()
+    }
 
 
 @dataclass(slots=True)

@@ -16,14 +16,14 @@ from paddle_ft.gateway_config import GatewayConfig
 from paddle_ft.serve.checks import LEAST as CHECKS_LEAST
 from paddle_ft.serve.checks import WINDOW_S as CHECKS_WINDOW_S
 from paddle_ft.serve.checks import Pace
-from paddle_ft.serve.gateway import Log
 from paddle_ft.serve.haproxy_text import to_haproxy
 from paddle_ft.serve.latency import GRPC, LEAST, WINDOW_S, Learner, Learners, Try, tries_of
 from paddle_ft.serve.nginx import emergency, find_nginx
 from paddle_ft.serve.nginx_text import Place, to_nginx, whole_nginx
 from paddle_ft.serve.registry import Group, Level, ReplicaRecord
+from paddle_ft.serve.request_log import Log
 from paddle_ft.serve.routing import Learnt, Routes, Timeouts, configured, routes, split_listen
-from paddle_ft.serve.steady import CALM_S, HOLD_MAX_S, KEEP_S, Damper, Roster
+from paddle_ft.serve.steady import CALM_S, HOLD_MAX_S, HOLD_S, KEEP_S, Damper, Roster, believed
 
 USUAL = Timeouts(10, 30, 30)
 SLOW, QUICK = Timeouts(1, 20, 20), Timeouts(1, 1, 1.25)
@@ -37,30 +37,33 @@ B = ReplicaRecord(
 def learner(answer_s: float, at_s: float = 0.0) -> Learner:
     found = Learner(USUAL, 1.0)
     for _ in range(LEAST):
-        found.observe(Try("", "a:1", 200, 0.001, answer_s), at_s, {"a:1"})
+        found.observe(Try(0.0, "", "a:1", 200, 0.001, answer_s), at_s, {"a:1"})
     return found
 
 
 def test_nothing_is_learnt_from_little() -> None:
     found = Learner(USUAL, 1.0)
     for _ in range(LEAST - 1):
-        found.observe(Try("", "a:1", 200, 0.001, 0.01), 0.0, set())
+        found.observe(Try(0.0, "", "a:1", 200, 0.001, 0.01), 0.0, set())
     assert found.timeouts() == USUAL
 
 
-@pytest.mark.parametrize(("answer_s", "read_s"), [(0.01, 1), (0.2, 1), (0.25, 1.25), (9, 30)])
+@pytest.mark.parametrize(
+    ("answer_s", "read_s"), [(0.01, 1), (0.2, 1), (0.25, 1.25), (1, 3.06), (5, 11.64), (20, 30)]
+)
 def test_time_outs_follow_the_slowest_answer(answer_s: float, read_s: float) -> None:
-    assert learner(answer_s).timeouts() == Timeouts(1, min(30, read_s), read_s)
+    found = learner(answer_s).timeouts()
+    assert found == Timeouts(1, found.read_s, pytest.approx(read_s, rel=0.01))
 
 
 def test_too_short_a_time_out_grows_at_once_and_shrinks_later() -> None:
     found = learner(0.01)
     assert found.timeouts().read_s == 1
-    found.observe(Try("", "a:1", 504, 0.001, 1.0), 1.0, {"a:1"})
+    found.observe(Try(0.0, "", "a:1", 504, 0.001, 1.0), 1.0, {"a:1"})
     grown_s = found.timeouts().read_s
     assert 4 <= grown_s < 5
     for now_s in range(0, int(2.5 * WINDOW_S), 10):
-        found.observe(Try("", "a:1", 200, 0.001, 0.01), now_s, {"a:1"})
+        found.observe(Try(0.0, "", "a:1", 200, 0.001, 0.01), now_s, {"a:1"})
         if now_s < WINDOW_S / 2:
             assert found.timeouts().read_s == grown_s
     assert found.timeouts().read_s == 1
@@ -68,27 +71,27 @@ def test_too_short_a_time_out_grows_at_once_and_shrinks_later() -> None:
 
 def test_a_dead_replica_teaches_nothing() -> None:
     found = learner(0.01)
-    found.observe(Try("", "a:1", 504, 0.001, 1.0), 1.0, set())
-    found.observe(Try("", "a:1", 502, None, 8.0), 1.0, {"a:1"})
+    found.observe(Try(0.0, "", "a:1", 504, 0.001, 1.0), 1.0, set())
+    found.observe(Try(0.0, "", "a:1", 502, None, 8.0), 1.0, {"a:1"})
     assert found.timeouts().read_s == 1
 
 
 def test_lines_of_the_log() -> None:
     line = "1.5\t200\t/v2\ta:1, b:2 : b:2\t504, 502 : 200\t0.001, - : 0.000\t1.000, 0.002 : 0.5\n"
     assert list(tries_of(line)) == [
-        Try("", "a:1", 504, 0.001, 1.0),
-        Try("", "b:2", 502, None, 0.002),
-        Try("", "b:2", 200, 0.0, 0.5),
+        Try(1.5, "", "a:1", 504, 0.001, 1.0),
+        Try(1.5, "", "b:2", 502, None, 0.002),
+        Try(1.5, "", "b:2", 200, 0.0, 0.5),
     ]
-    assert list(tries_of("1.5\t400\t/\t-\t-\t-\t-")) == [Try("", "-", 0, None, None)]
+    assert list(tries_of("1.5\t400\t/\t-\t-\t-\t-")) == [Try(1.5, "", "-", 0, None, None)]
     for bad in ("", "1.5\t200\ta:1", "1\t2\t/\ta, b\t200\t0\t0", "\t" * 6 + "x\t"):
-        assert list(tries_of(bad)) in ([], [Try("", "", 0, None, None)])
+        assert list(tries_of(bad)) in ([], [Try(0.0, "", "", 0, None, None)])
 
 
 def test_the_log_is_followed_and_kept_small(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("paddle_ft.serve.gateway.LOG_BYTES_MAX", 10)
+    monkeypatch.setattr("paddle_ft.serve.request_log.LOG_BYTES_MAX", 10)
     path = tmp_path / "log"
     path.write_text("before\n")
     log = Log(path)
@@ -119,10 +122,10 @@ def test_a_slow_model_does_not_make_a_quick_one_wait() -> None:
     found.know(["quick", "slow"])
     for _ in range(LEAST):
         for about, answer_s in (("quick", 0.01), ("slow", 4.0), ("unknown", 0.3)):
-            found.observe(Try(about, "a:1", 200, 0.001, answer_s), 0.0, set())
+            found.observe(Try(0.0, about, "a:1", 200, 0.001, answer_s), 0.0, set())
     learnt = found.learnt()
     assert learnt.models["quick"].read_s == 1
-    assert learnt.models["slow"].read_s > 20
+    assert learnt.models["slow"].read_s > 9
     assert 1.5 <= learnt.rest.read_s < 2, "one that is not known is learnt with the rest"
     assert learnt.grpc == USUAL
     found.know(["slow"])
@@ -169,17 +172,17 @@ def test_a_replica_that_is_gone_is_not_kept() -> None:
 def test_one_that_comes_and_goes_is_let_in_later_each_time() -> None:
     damper, now_s, holds = Damper(), 0.0, []
     assert damper.settle({"a": "ready", "b": "ready"}, now_s)["a"] == "ready", "new ones at once"
-    for _ in range(8):
+    for _ in range(10):
         assert damper.settle({"a": "silent", "b": "ready"}, now_s)["a"] == "silent", "out at once"
         began_s = now_s
         while damper.settle({"a": "ready", "b": "ready"}, now_s)["a"] != "ready":
             now_s += 0.1
-        holds.append(round(now_s - began_s))
-    assert holds == [1, 2, 4, 8, 16, HOLD_MAX_S, HOLD_MAX_S, HOLD_MAX_S]
+        holds.append(int(now_s - began_s))
+    assert holds == [0, 0, 1, 2, 4, 8, 16, HOLD_MAX_S, HOLD_MAX_S, HOLD_MAX_S]
     now_s += CALM_S
     damper.settle({"a": "ready", "b": "ready"}, now_s)
     damper.settle({"a": "refusing", "b": "ready"}, now_s)
-    assert damper.hold_s("a") == 1, "long ago"
+    assert damper.hold_s("a") == HOLD_S, "long ago"
 
 
 def test_somebody_is_asked_while_somebody_is_ready() -> None:
@@ -188,6 +191,14 @@ def test_somebody_is_asked_while_somebody_is_ready() -> None:
     damper.settle({"a": "silent", "b": "ready"}, 1.0)
     assert damper.settle({"a": "ready", "b": "ready"}, 1.1)["a"] == "refusing"
     assert damper.settle({"a": "ready", "b": "silent"}, 1.2)["a"] == "ready"
+
+
+def test_one_that_answers_requests_is_there() -> None:
+    """On a busy machine a check takes long, and so does everything."""
+    found = {"a": "silent", "b": "ready"}
+    assert believed(found, {"a": 5.0}, {"a": 5.1}) == {"a": "ready", "b": "ready"}  # type: ignore[arg-type]
+    for unanswered_s, answered_s in (({"a": 5.0}, {"a": 4.9}), ({}, {"a": 5.1}), ({"a": 5.0}, {})):
+        assert believed(found, unanswered_s, answered_s) == found  # type: ignore[arg-type]
 
 
 def test_checks_are_given_less_time_where_all_are_quick() -> None:
