@@ -30,7 +30,7 @@ from paddle_ft.serve.nginx_text import FIRST_MIN_TIMEOUT, LOG, Place, whole_ngin
 from paddle_ft.serve.registry import Group, Keys, parse
 from paddle_ft.serve.request_log import LOG_BYTES_MAX, Log
 from paddle_ft.serve.routing import Health, Routes, configured, fault_of, models_of, routes
-from paddle_ft.serve.steady import Damper, Roster, believed
+from paddle_ft.serve.steady import Damper, Roster, believed, grace_s
 from paddle_ft.serve.types import ServeError
 from paddle_ft.types import decode, encode
 
@@ -327,7 +327,7 @@ class Gateway:
             for tried in tries_of(line):
                 self._learners.observe(tried, now_s, answering)
                 if tried.alive and tried.address in names:
-                    self._answered_s[names[tried.address]] = tried.at_s - ago_s
+                    self._answered_s[names[tried.address]] = tried.at_s - ago_s + grace_s(tried)
         for name in self._answered_s.keys() - self._group.replicas.keys():
             del self._answered_s[name]
 

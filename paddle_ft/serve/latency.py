@@ -81,7 +81,7 @@ def _about(path: str) -> str:
 
 
 def _number(text: str) -> float | None:
-    return float(text) if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text) else None
+    return float(text) if re.fullmatch(r"[0-9]{1,12}(\.[0-9]{1,9})?", text) else None
 
 
 @dataclass(slots=True)

@@ -14,6 +14,9 @@ What is not obvious:
 - Old workers serve kept connections for seconds after a reload, by the old configuration, and a
   reload takes nginx 0.1 s at the least. A file ``out/<replica>`` takes one replica out at once, in
   old and new workers: while it is there, they use a second set of pools, without that replica.
+- The first buffer of an answer is taken for each request; one of 64k would have to be mapped each
+  time. Beyond a plain configuration a request costs one look for a file for each replica, and every
+  tenth a line of the log.
 - nginx counts an answer that it passes on to another replica as a failure of the first. A model
   that loads would so take its replica away from all others: the gateway's own nginx counts nothing
   (``max_fails=0``), for its checks are quicker; somebody else's has nothing but that.
@@ -136,7 +139,7 @@ def _http_server(routes: Routes, version: tuple[int, ...], without: Sequence[Wit
         "proxy_set_header X-Forwarded-Proto $scheme;",
         "proxy_set_header X-Request-Id $request_id;",
         "proxy_buffers 16 64k;",
-        "proxy_buffer_size 64k;",
+        "proxy_buffer_size 16k;",
         "proxy_busy_buffers_size 128k;",
         *_tls_to_replicas(routes, "proxy"),
     ]
@@ -162,7 +165,7 @@ def _grpc_server(routes: Routes, version: tuple[int, ...], without: Sequence[Wit
         "client_body_buffer_size 1m;",
         "http2_max_concurrent_streams 1024;",
         "keepalive_timeout 1h;",
-        "grpc_buffer_size 64k;",
+        "grpc_buffer_size 16k;",
         *_tls_to_replicas(routes, "grpc"),
         block("location = /pft_nowhere", ["internal;", "access_log off;", "return 204;"]),
     ]

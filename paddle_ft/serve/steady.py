@@ -14,10 +14,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from paddle_ft.serve.latency import Try
 from paddle_ft.serve.registry import Group
 from paddle_ft.serve.routing import Health
 
 KEEP_S = 60.0
+GRACE_MAX_S = 0.25
 HOLD_S = 0.25
 """How long one that was lost must be ready before it is let in; doubles with each loss."""
 HOLD_MAX_S = 30.0
@@ -62,12 +64,17 @@ def believed(
 
     Args:
         unanswered_s: when that check began, by replica; none for those that refuse connections.
-        answered_s: when each has answered a request last, by the same clock.
+        answered_s: when each has answered a request last, by the same clock, and ``grace_s`` more.
     """
     return {
         name: "ready" if answered_s.get(name, 0.0) > unanswered_s.get(name, math.inf) else health
         for name, health in found.items()
     }
+
+
+def grace_s(tried: Try) -> float:
+    """How long after an answer the next one may be awaited, where answers take as long as this."""
+    return min(GRACE_MAX_S, 2 * (tried.answer_s or 0.0))
 
 
 @dataclass(slots=True)

@@ -33,10 +33,12 @@ class Authority:
         return authority
 
     def issue(self, who: str) -> None:
-        """Writes ``who.crt`` and ``who.key``, good for a server on the loopback and a client."""
+        """Writes ``who.crt`` and ``who.key``, good for a client, and a server on the loopback."""
         key = ec.generate_private_key(ec.SECP256R1())
         name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, who)])
-        names = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(HOST))])
+        names = x509.SubjectAlternativeName(
+            [x509.IPAddress(ipaddress.ip_address(HOST)), x509.DNSName(who)]
+        )
         self._write(who, self._sign(name, key, names), key)
 
     def file(self, name: str) -> str:

@@ -6,6 +6,7 @@ import http.client
 import json
 import os
 import signal
+import ssl
 import subprocess
 import time
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from paddle_ft.coordination.embedded import EmbeddedEtcd
 from paddle_ft.coordination.etcd import EtcdCoordinator
 from paddle_ft.serve.registry import Keys
 from paddle_ft.types import encode
+from tests.integration.authority import Authority
 from tests.integration.gateway_world import GROUP, HOST, World, call
 
 pytestmark = pytest.mark.etcd
@@ -97,6 +99,46 @@ def test_a_model_is_found_where_it_is(pair: World) -> None:
     assert {pair.ask("/v2/models/n/infer")[2]["name"] for _ in range(10)} == {"b"}
     pair.control("b", models={"n": 404})
     assert pair.ask("/v2/models/n/infer")[0] == 404
+
+
+def test_one_that_answers_requests_is_there_whatever_its_checks_say(pair: World) -> None:
+    """As on a machine that has too much to do: the other one would have to do all of it."""
+    for name in ("a", "b"):
+        assert pair.control(name, delay_s=0.11)  # each answer is logged
+    with pair.load(clients=8, pause_s=0.0) as told:
+        pair.until(lambda: told.by_name["a"] > 10 and told.by_name["b"] > 10, "both answer")
+        before = told.by_name["a"]
+        assert pair.control("a", ready_delay_s=1.0)
+        pair.until(lambda: told.by_name["a"] > before + 100, "a goes on")
+        pair.send("a", signal.SIGSTOP)
+        pair.goes_to("b")
+        pair.send("a", signal.SIGCONT)
+    assert told.failed == []
+
+
+def test_replicas_are_reached_by_tls_and_must_have_the_name(world: World) -> None:
+    authority = Authority.make(world.folder / "authority")
+    files = {}
+    for who in ("replica", "stranger", "gateway"):
+        authority.issue(who)
+        files[who] = [authority.file(f"{who}.{kind}") for kind in ("crt", "key")]
+    ca = authority.file("ca.crt")
+    world.tls = ssl.create_default_context(cafile=ca)
+    world.tls.load_cert_chain(*files["gateway"])
+    for name, who in (("a", "replica"), ("b", "replica"), ("c", "stranger")):
+        world.add(name, *files[who], ca)
+    settings = {"CA_FILE": ca, "NAME": "replica"}
+    settings |= dict(zip(("CERT_FILE", "KEY_FILE"), files["gateway"], strict=True))
+    world.start_gateway(**{f"PADDLE_FT_GATEWAY__REPLICA_{key}": v for key, v in settings.items()})
+    world.goes_to("a, b")
+    assert set(world.names(10)) == {"a", "b"}
+    assert json.loads(grpc_call(world))["name"] in ("a", "b")
+    assert "c does not answer" in world.said()
+    for name in ("a", "b"):
+        world.send(name, signal.SIGKILL)
+        world.remove(Keys(GROUP).replica(name))
+    world.goes_to("c")
+    assert world.ask()[0] == 503, "nginx does not believe it either"
 
 
 def test_one_that_is_stopped_is_left_out_of_kept_connections_too(pair: World) -> None:

@@ -2,9 +2,10 @@
 
     backend.py NAME HTTP_PORT GRPC_PORT [CERTIFICATE KEY AUTHORITY]
 
-POST /control with {"ready": status, "answer": status, "delay_s": s, "models": {name: status}}
-changes what it does. Every other call but /v2/health/ready gives {"name", "path", "bytes"} after
-the delay. With a certificate it speaks TLS, and wants one of the authority from its clients.
+POST /control changes what it does, with some of {"ready": status, "ready_delay_s": s, "answer":
+status, "delay_s": s, "models": {name: status}}. Every other call but /v2/health/ready gives
+{"name", "path", "bytes"} after the delay. With a certificate it speaks TLS, and wants one of the
+authority from its clients.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from typing import Any
 
 import grpc
 
-STATE: dict[str, Any] = {"ready": 200, "answer": 200, "delay_s": 0.0, "models": {}}
+STATE: dict[str, Any] = {"ready": 200, "ready_delay_s": 0.0, "answer": 200, "delay_s": 0.0}
+STATE["models"] = {}
 
 
 async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -50,6 +52,7 @@ async def answer(path: str, body: bytes) -> tuple[int, dict[str, Any]]:
         STATE.update(json.loads(body))
         return 200, {}
     if path == "/v2/health/ready":
+        await asyncio.sleep(STATE["ready_delay_s"])
         return STATE["ready"], {}
     await asyncio.sleep(STATE["delay_s"])
     parts = path.split("/")
