@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from paddle_ft.serve.nginx_text import NO_PRIMARY, NOBODY, TO_PRIMARY, TO_PRIMARY_GRPC
 from paddle_ft.serve.routing import Pool, Routes, split_listen
 
-RETRIED = "conn-failure empty-response response-timeout 404 429 502 503 504 0rtt-rejected"
+RETRIED = "conn-failure empty-response response-timeout 404 502 503 504 0rtt-rejected"
 WEIGHT_MAX = 256
 
 

@@ -93,6 +93,7 @@ def test_a_model_that_loads_takes_nobody_away_from_the_others(pair: World) -> No
     assert all(fault.startswith("503 {'name'") for fault in refused.failed), "by a replica itself"
 
 
+@pytest.mark.slow
 def test_a_model_is_found_where_it_is(pair: World) -> None:
     """Also where the record does not say so yet."""
     pair.control("a", models={"n": 404})
@@ -101,6 +102,7 @@ def test_a_model_is_found_where_it_is(pair: World) -> None:
     assert pair.ask("/v2/models/n/infer")[0] == 404
 
 
+@pytest.mark.slow
 def test_one_that_answers_requests_is_there_whatever_its_checks_say(pair: World) -> None:
     """As on a machine that has too much to do: the other one would have to do all of it."""
     for name in ("a", "b"):
@@ -116,6 +118,7 @@ def test_one_that_answers_requests_is_there_whatever_its_checks_say(pair: World)
     assert told.failed == []
 
 
+@pytest.mark.slow
 def test_replicas_are_reached_by_tls_and_must_have_the_name(world: World) -> None:
     authority = Authority.make(world.folder / "authority")
     files = {}
