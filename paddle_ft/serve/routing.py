@@ -148,6 +148,11 @@ def routes(
         # A standby has nothing running that could answer; the primary may be about to.
         answering = [r for r in known if r.name == group.primary]
     main, shares = _spread(group, answering)
+    unheard = [r for r in known if health.get(r.name) == "silent" and _is_ready(r, None)]
+    if not ready and unheard and group.level != "cold-standby":
+        # Slow, it may be: it comes before who says that it loads.
+        main, shares = _pool("main", unheard, [r for r in answering if r not in unheard]), ()
+        answering = unheard
     standby = group.level != "active-active"
     sticky = None
     if settings.sticky_header and not standby and len(answering) > 1:

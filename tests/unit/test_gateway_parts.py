@@ -381,6 +381,16 @@ def test_a_cold_standby_is_not_asked_before_it_is_ready() -> None:
     assert [server.name for server in asked.servers] == ["b"]
 
 
+def test_one_that_seems_silent_comes_before_one_that_loads() -> None:
+    """On a busy machine no check may pass; who was ready until then can still answer."""
+    group = Group(replicas={"a": A, "b": replace(B, condition="loading")})
+    found = routes("g", group, GatewayConfig(), {"a": "silent", "b": "refusing"})
+    assert found.main is not None
+    assert [(s.name, s.backup) for s in found.main.servers] == [("a", False), ("b", True)]
+    assert found.sticky is None
+    assert not found.shares
+
+
 def test_a_name_for_replicas_that_nginx_would_never_find() -> None:
     for name in ("10.0.0.1", "::1", "a b"):
         settings = GatewayConfig(replica_ca_file="c", replica_name=name)
