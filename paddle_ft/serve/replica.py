@@ -130,7 +130,7 @@ class Replica:
 
     async def _part(self) -> None:
         """As long as it takes part in its group; raises PaddleFTError (a defect)."""
-        if self._group is None or not hasattr(self._group, "ended"):
+        if self._group is None:
             await asyncio.Event().wait()
             return
         ended = self._group.ended
