@@ -39,13 +39,13 @@ def test_a_replica_says_how_far_it_is_and_then_swaps_versions_under_requests(
     gate = tmp_path / "gate"
     publish_times(tmp_path, 2, gate=gate)
     with replica(tmp_path, "--spares", "0") as made:
-        wait_for(lambda: ("times", "1", "LOADING") in states(made))
-        wait_for(lambda: made.infer()[1] == "times 1 is being loaded: 50% done")
+        wait_for(lambda: ("times", "1", "LOADING") in states(made), 60)
+        wait_for(lambda: made.infer()[1] == "times 1 is being loaded: 50% done", 60)
         status, headers, answer = made.ask("GET", "/v2/models/times")
         assert (status, headers["retry-after"], answer["progress"]) == (503, "1", 0.5)
         assert not made.is_ready()
         gate.touch()
-        wait_for(made.is_ready)
+        wait_for(made.is_ready, 60)
         assert made.infer(4)[1][0] == 8
 
         publish_times(tmp_path, 3)
