@@ -73,7 +73,7 @@ def test_what_cannot_be_loaded_leaves_the_replica_as_it_is(
     publish_times(tmp_path, 5, name="late", gate=gate)
     broken = tmp_path / "pipeline" / "pipeline.py"
     with replica(tmp_path, "--spares", "0") as made:
-        wait_for(made.is_ready)
+        wait_for(made.is_ready, 60)
         path = "/v2/repository/models/times/load"
         assert made.ask("POST", path, {})[0] == 401
         for name, parameters, code, text in (
@@ -112,7 +112,7 @@ def test_no_request_fails_when_workers_are_killed(
 ) -> None:
     publish_times(tmp_path, 2)
     with replica(tmp_path, "--workers", "2") as made:
-        wait_for(made.is_ready)
+        wait_for(made.is_ready, 60)
         with Clients(made) as clients:
             for _ in range(2):
                 seen = len(clients.pids)
@@ -129,7 +129,7 @@ def test_a_replica_that_is_asked_to_stop_answers_what_it_has(
 ) -> None:
     publish_times(tmp_path, 2, seconds=0.2)
     with replica(tmp_path, "--spares", "0") as made, ThreadPoolExecutor(3) as pool:
-        wait_for(made.is_ready)
+        wait_for(made.is_ready, 60)
         asked = [pool.submit(made.infer, value) for value in (1, 2, 3)]
         stats = "/v2/models/times/stats"
         wait_for(lambda: made.ask("GET", stats)[2]["model_stats"][0]["inference_count"] >= 1)
