@@ -92,6 +92,7 @@ def world(
 ) -> Iterator[World]:
     monkeypatch.setenv("PADDLE_FT_SERVE__RAMP_S", "0")
     monkeypatch.setenv("PADDLE_FT_SERVE__NOTICE_S", "0.3")
+    monkeypatch.setenv("PADDLE_FT_SERVE__HEARTBEAT_S", "1")
     publish_times(tmp_path, 2)
     with EtcdCluster(1) as etcd:
         made = World(tmp_path, etcd.endpoints[0], wait_for)
