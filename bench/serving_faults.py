@@ -24,7 +24,7 @@ from bench.serving_rows import (
     without_primary,
     worst,
 )
-from bench.serving_world import GROUP, TOKEN, Broken, Node, World, ask, environment, until
+from bench.serving_world import GROUP, LEASE_S, TOKEN, Broken, Node, World, ask, environment, until
 
 ROUTED_S = 4.0
 """For so long after a SIGSTOP the replica stays stopped, at least."""
@@ -83,7 +83,6 @@ def stops(world: World, count: int, rate_hz: float, say: Say) -> list[Row]:
     group = f"SIGSTOP of the primary, {len(world.nodes)} replicas"
     progress = Progress(say, group, count)
     changed: list[str] = []
-    ttl_s = world.etcd.config().lease_ttl_s
 
     def act(run: Run) -> None:
         for _ in range(count):
@@ -91,7 +90,7 @@ def stops(world: World, count: int, rate_hz: float, say: Say) -> list[Row]:
             at_s = time.monotonic()
             victim.send(signal.SIGSTOP)
             try:
-                took_s = world.primary_other_than(name, at_s, ttl_s + 10.0)
+                took_s = world.primary_other_than(name, at_s, LEASE_S + 10.0)
                 time.sleep(max(0.0, ROUTED_S - (time.monotonic() - at_s)))
                 term = world.group().term
             finally:
@@ -112,7 +111,7 @@ def stops(world: World, count: int, rate_hz: float, say: Say) -> list[Row]:
         slowest(run, group, None),
         Row(group, "changes by a woken primary", "terms", [len(changed)] if run.strikes else [],
             goal=0.0, note="; ".join(changed[:3])),
-        worst(group, "new primary in etcd", new, ttl_s + 1.0, f"the lease is of {ttl_s} s"),
+        worst(group, "new primary in etcd", new, LEASE_S + 1.0, f"the lease is of {LEASE_S} s"),
         worst(group, "nothing acknowledged", without_primary(run), None),
         *state(run, group),
     ]  # fmt: skip
@@ -294,14 +293,13 @@ def lost_node(world: World, cut: Callable[[Node], contextlib.AbstractContextMana
     """The primary's node cut off from the network ``count`` times."""
     group = f"Node of the primary cut off, {len(world.nodes)} replicas"
     progress = Progress(say, group, count)
-    ttl_s = world.etcd.config().lease_ttl_s
 
     def act(run: Run) -> None:
         for _ in range(count):
             victim, name = world.primary(), world.group().primary or ""
             at_s = time.monotonic()
             with cut(victim):
-                took_s = world.primary_other_than(name, at_s, ttl_s + 20.0)
+                took_s = world.primary_other_than(name, at_s, LEASE_S + 20.0)
                 time.sleep(2.0)
             world.settle()
             run.strikes.append(Strike(at_s, "cut", took_s, time.monotonic()))
@@ -311,8 +309,8 @@ def lost_node(world: World, cut: Callable[[Node], contextlib.AbstractContextMana
     new = [s.primary_s for s in run.strikes if s.primary_s is not None]
     return [
         failures(run, group),
-        worst(group, "new primary in etcd", new, ttl_s + 1.0,
-              f"the lease is of {ttl_s} s; Patroni's figure is quoted", {"Patroni": PATRONI_S}),
+        worst(group, "new primary in etcd", new, LEASE_S + 1.0,
+              f"the lease is of {LEASE_S} s; Patroni's figure is quoted", {"Patroni": PATRONI_S}),
         slowest(run, group, None),
         *state(run, group),
     ]  # fmt: skip

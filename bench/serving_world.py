@@ -34,6 +34,9 @@ from paddle_ft.serve.registry import Group, Keys, parse
 from tests.integration.etcd_cluster import EtcdCluster
 
 GROUP = "bench"
+HEARTBEAT: dict[str, Any] = {"serve.heartbeat_s": 1, "serve.misses": 3}
+LEASE_S = 3
+"""Of a replica with that; by default 15. What is measured beyond a lease does not depend on it."""
 TOKEN = "bench"
 START_S = 120.0
 """For a replica until it is ready; a worker imports Paddle, on a machine that answers requests."""
@@ -204,7 +207,7 @@ class World:
         self.http_port, self.grpc_port = free_ports("127.0.0.1", 2)
         self.etcd = EtcdCluster(1)
         self._names = [f"n{i}" for i in range(replicas)]
-        self._flags, self._settings = tuple(flags), dict(settings or {})
+        self._flags, self._settings = tuple(flags), HEARTBEAT | (settings or {})
         self._gateway: subprocess.Popen[bytes] | None = None
         self._wants_gateway = gateway
         self._logs = logs
