@@ -26,8 +26,7 @@ RETRY_AFTER_S = 1.0
 
 
 class Overloaded(Unavailable):
-    """The queue is full. 429 goes back to the client, through a gateway too: passed on to the next
-    replica, an overload of one would become one of all."""
+    """The queue is full. 429, after which nginx asks another replica, which may have room."""
 
     status = 429
 

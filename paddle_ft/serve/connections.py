@@ -61,6 +61,7 @@ class Connection(_Base):  # type: ignore[misc]
 
     def on_response_complete(self) -> None:
         self._quiet_since_s = self.loop.time()
+        self._waiting = None  # an idle connection would hold the tensors of its last answer
         super().on_response_complete()
 
     def pause_writing(self) -> None:

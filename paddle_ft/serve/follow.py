@@ -121,15 +121,18 @@ class Following:
     async def _load(self, name: str, version: int | None) -> None:
         try:
             model = self._models.model(check_name(name))
-            async with model.lock:
-                await self._loader.bring(Wanted(name, version), extra=model.own is None)
-                served = self._models.served(name)
-                assert served is not None
-                await self._agree(model, Choice(served, pinned=version is not None))
+            model.loads += 1
+            try:
+                async with model.lock:
+                    await self._loader.bring(Wanted(name, version), extra=model.own is None)
+                    served = self._models.served(name)
+                    assert served is not None
+                    await self._agree(model, Choice(served, pinned=version is not None))
+            finally:
+                model.loads -= 1
+                self._models.forget(name)
         except PaddleFTError as error:
             raise as_answer(error) from error
-        finally:
-            self._models.forget(name)
 
     async def _unload(self, name: str) -> None:
         model = self._models.get(name)

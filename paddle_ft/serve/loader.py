@@ -179,6 +179,7 @@ class Loader:
         async with self._lock(name):
             for version in self.catalog.versions(name):
                 self._retire(name, version)
+            await asyncio.sleep(0)  # they have begun to leave: nothing of it is served any more
 
     async def unload(self, name: str) -> None:
         """Serves no version of it any more; raises BadRequest (404)."""
@@ -189,6 +190,7 @@ class Loader:
             self.catalog.forget(name)
             for version in versions:
                 self._retire(name, version)
+            await asyncio.sleep(0)  # as in cool: who looks now must not unload it again
         log.info("%s is no longer served here", name)
 
     async def _serve(self, ref: VersionRef, extra: bool) -> None:

@@ -95,7 +95,12 @@ http {{
         "~^02000\\.0[0-9]*$" 0;
         default 1;
     }}
-    log_format pft "$msec\\t$status\\t$uri\\t$upstream_addr\\t$upstream_status\\t"
+    # Who has the name of a session may read it.
+    map $uri $pft_about {{
+        "~^/v2/state(/|$)" /v2/state;
+        default $uri;
+    }}
+    log_format pft "$msec\\t$status\\t$pft_about\\t$upstream_addr\\t$upstream_status\\t"
                    "$upstream_connect_time\\t$upstream_response_time";
     access_log {LOG} pft if=$pft_told;
     server {{

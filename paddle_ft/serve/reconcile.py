@@ -45,6 +45,8 @@ class Model:
     failed: Failure | None = None
     unproven: Failure | None = None
     """Of a version that was to be proposed."""
+    loads: int = 0
+    """That administrators have asked for and that have not ended."""
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     news: asyncio.Event = field(default_factory=asyncio.Event)
     task: asyncio.Task[None] | None = None
@@ -117,7 +119,9 @@ class Models:
     def forget(self, name: str) -> None:
         """Nobody wants a model of that name: a load of it has failed."""
         model = self._models.get(name)
-        if model is not None and model.task is None and model.own is None and not model.choice:
+        if model is None or model.loads:  # else the next one would go on with what is forgotten
+            return
+        if model.task is None and model.own is None and not model.choice:
             del self._models[name]
 
     def begin(self, model: Model) -> None:

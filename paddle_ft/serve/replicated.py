@@ -226,7 +226,7 @@ class Replicated:
                 other = self.primary
                 if other is None or left_s <= 0:
                     raise
-            address, change = f"{other.host}:{other.peer_port}", (kind, key, value)
+            address, change = endpoint(other.host, other.peer_port), (kind, key, value)
             position = await self._party.peers.put(other.name, address, change, left_s)
             if position is not None:
                 return position

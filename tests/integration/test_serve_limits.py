@@ -215,6 +215,22 @@ def test_the_longest_idle_connection_makes_room(wait_for: Callable[..., None]) -
             each.close()
 
 
+def test_an_idle_connection_holds_no_answer(wait_for: Callable[..., None]) -> None:
+    with front() as made:
+        made.serve(DOUBLE, doubled)
+        kept = http.client.HTTPConnection(made.http, timeout=10)
+        kept.request("POST", INFER, json.dumps(asked(1.5)))
+        assert json.loads(kept.getresponse().read())["outputs"][0]["data"] == [3.0]
+
+        def held() -> list[Any]:
+            connections = made.front._http.server_state.connections
+            assert len(connections) == 1
+            return [each._waiting for each in connections]
+
+        wait_for(lambda: made.do(held) == [None])
+        kept.close()
+
+
 # ---------------------------------------------------------------- streams and stopping
 
 

@@ -314,6 +314,14 @@ def test_the_gateways_own_nginx_counts_no_failures() -> None:
     assert set(re.findall(r"max_fails=\d+", to_nginx(found))) == {"max_fails=3"}
 
 
+def test_the_log_of_requests_names_no_session() -> None:
+    text = whole_nginx(forms("active-active"), Place(), "d")
+    assert '"~^/v2/state(/|$)" /v2/state;' in text
+    logged = text[text.index("log_format") : text.index("access_log")]
+    assert "$pft_about" in logged
+    assert not re.search(r"\$(request|request_uri|uri|args|http_\w+)\b", logged)
+
+
 def block(text: str, head: str) -> str:
     """What stands between the braces after ``head``."""
     rest = text[text.index(f"{head} {{") :]
