@@ -238,8 +238,9 @@ class Following:
             self._unproven(model, version, error)
         except PaddleFTError as error:
             self._unproven(model, version, error)
-        failed = model.unproven
-        return failed.again_s if failed is not None and not failed.final else float("inf")
+        failed = model.unproven  # of an older version, it may be: then it is over
+        again = failed is not None and not failed.final and failed.again_s > now_s
+        return failed.again_s if failed is not None and again else float("inf")
 
     def _unproven(self, model: Model, version: int | None, error: PaddleFTError) -> None:
         assert version is not None

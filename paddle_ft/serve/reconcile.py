@@ -144,6 +144,8 @@ class Models:
                 await model.news.wait()
                 if timer is not None:
                     timer.cancel()
+            else:
+                await asyncio.sleep(0)  # a step need not have waited for anything
 
     async def _advance(self, model: Model) -> float:
         """One step; gives when the next is due, should there be no news."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import pytest
 from paddle_ft.checkpoint.sign import Trust
 from paddle_ft.checkpoint.store import open_store
 from paddle_ft.config import EtcdConfig
+from paddle_ft.errors import StoreUnavailable
+from paddle_ft.serve import wanted
 from paddle_ft.serve.batching import Limits
 from paddle_ft.serve.catalog import Catalog
 from paddle_ft.serve.follow import Following
@@ -86,6 +89,49 @@ def test_a_load_that_fails_does_not_forget_a_model_that_another_one_waits_for(
         with pytest.raises(BadRequest):
             await following.load("x", {"version": "9"})
         assert following._models.get("x") is None
+
+    asyncio.run(asyncio.wait_for(story(), 30))
+
+
+def test_a_version_that_was_taken_up_at_the_second_try_is_looked_at_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wanted, "AGAIN_S", 0.01)
+
+    async def story() -> None:
+        made, tries, looks = loader(tmp_path), 0, 0
+        made.catalog.serve(NumpyRunner(DOUBLE, doubled))
+
+        async def bring(_: Wanted, extra: bool = False) -> None:
+            nonlocal tries
+            tries += 1
+            if tries == 1:
+                raise StoreUnavailable("the store does not answer")
+            made.catalog.serve(NumpyRunner(replace(DOUBLE, version="2"), doubled))
+            await made.catalog.retire("double", "1")
+
+        made.bring = bring
+        following: Any = Following(made)
+        lead = following._models._lead
+
+        async def counted(model: Model, now_s: float) -> float:
+            nonlocal looks
+            looks += 1
+            assert looks < 50, "it goes round without end"
+            until_s: float = await lead(model, now_s)
+            return until_s
+
+        following._models._lead = counted
+        model = following._models.model("double")
+        model.choice, model.found = Choice(1), 2
+        running = asyncio.create_task(following.run([]))
+        while model.choice != Choice(2):
+            await asyncio.sleep(0.005)
+        await asyncio.sleep(0.1)
+        assert not running.done(), running.exception()
+        assert (tries, made.catalog.served) == (2, {"double": "2"})
+        await following.stop()
+        running.cancel()
 
     asyncio.run(asyncio.wait_for(story(), 30))
 
