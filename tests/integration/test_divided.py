@@ -55,6 +55,7 @@ def test_2_1_2_3_ranks_end_as_one_rank(tmp_path: Path, undisturbed: dict[str, np
     same(run(tmp_path, 3, 12)[1], undisturbed)
 
 
+@pytest.mark.slow
 def test_what_2_ranks_had_is_read_by_3_and_a_lost_rank_means_a_restart(
     tmp_path: Path, undisturbed: dict[str, np.ndarray]
 ) -> None:

@@ -94,6 +94,7 @@ def life(
         return results, agent.newest
 
 
+@pytest.mark.slow
 def test_other_world_and_batch_sizes_use_every_sample_of_every_epoch_once() -> None:
     """The record counts what was committed: steps beyond the checkpoint are taken back."""
     options = {"samples": 23, "epochs": 3}
@@ -106,6 +107,7 @@ def test_other_world_and_batch_sizes_use_every_sample_of_every_epoch_once() -> N
     assert one.info.step < two.info.step < three.info.step
 
 
+@pytest.mark.slow
 def test_statistics_are_the_ranks_own_and_go_to_rank_r_mod_the_old_world_size() -> None:
     """The third rank of the new world begins, and with nothing left to do ends, with rank 0's."""
     with Agent(2) as agent:
