@@ -26,6 +26,7 @@ from paddle_ft.errors import (
     PaddleFTError,
 )
 from paddle_ft.serve import registry
+from paddle_ft.serve.elect import outlived
 from paddle_ft.serve.registry import Group, Keys, ReplicaRecord
 
 log = logging.getLogger("paddle_ft")
@@ -110,9 +111,14 @@ class Member:
     # ------------------------------------------------------------ life
 
     def start(self, record: ReplicaRecord) -> None:
-        """Registers and begins to follow the group; waits for etcd; raises CoordinationError."""
+        """Registers and begins to follow the group; waits for etcd, and until a replica of the same
+        name on another machine has gone.
+
+        Raises CoordinationError; ConfigError if that one does not go.
+        """
         self._wanted = record
         self._mirror.start()
+        self._wait_for_namesake(record)
         self._join(record)
         self._thread = threading.Thread(target=self._run, name="replica record", daemon=True)
         self._thread.start()
@@ -195,6 +201,25 @@ class Member:
 
     def _changed(self) -> None:
         self._wake()
+
+    def _wait_for_namesake(self, record: ReplicaRecord) -> None:
+        """Who has this replica's node and place has ended, or so all others will think of it: on
+        another machine only the end of its lease shows that."""
+        patience_s = 2 * self._etcd.lease_ttl_s
+        deadline_s = time.monotonic() + patience_s
+        while not self._closed.is_set():
+            known = self.group().replicas
+            names = outlived(record.name, known)
+            elsewhere = [known[name].host for name in names if known[name].host != record.host]
+            if not elsewhere:
+                return
+            if time.monotonic() > deadline_s:
+                raise ConfigError(
+                    f"another replica of the serving group {self.keys.group} is named "
+                    f"{record.node.partition('.')[0]}, at {elsewhere[0]}, and has been there for "
+                    f"{patience_s:g} s: give each its own --node"
+                )
+            self._closed.wait(0.1)
 
     def _join(self, record: ReplicaRecord) -> None:
         """Takes a lease and registers under it."""

@@ -156,6 +156,9 @@ class Models:
             self._loader.catalog.forget(name)
         due = wanted.step(now, now_s)
         if due.kind == "none":
+            if now.target is None and model.fetched is not None:  # nobody waits for it any more
+                model.fetched = None
+                self._loader.catalog.forget(name)
             return min(due.until_s, await self._lead(model, now_s))
         if due.kind == "load":
             await self._bring(model)

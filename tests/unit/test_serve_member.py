@@ -5,12 +5,13 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
 from paddle_ft.config import EtcdConfig
 from paddle_ft.coordination.kv import Snapshot, Transaction, TxnResult
-from paddle_ft.errors import CoordinationError, EtcdUnavailable, LeaseLost
+from paddle_ft.errors import ConfigError, CoordinationError, EtcdUnavailable, LeaseLost
 from paddle_ft.serve.member import Member
 from paddle_ft.serve.registry import Keys, ReplicaRecord
 from tests.integration.etcd_cluster import wait_until
@@ -116,3 +117,23 @@ def test_an_etcd_that_has_lost_its_data_is_not_followed(member: Member) -> None:
     member._mirror._reset_and_notify(Snapshot(8, ()))
     with pytest.raises(CoordinationError, match="lost what it knew of the serving group g"):
         member.group()
+
+
+def test_a_namesake_on_another_machine_is_waited_for_and_not_taken_for_ended(
+    etcd: Shaky, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick = EtcdConfig(lease_ttl_s=2, renew_interval_s=0.3, rpc_timeout_s=0.5)
+    first = Member(quick, "g", lambda: None, etcd)
+    first.start(RECORD)
+    monkeypatch.setattr(first._alive, "turned_s", float("inf"))  # it takes its turns
+    again = replace(RECORD, name="n1.x-2", host="other")
+    second = Member(quick, "g", lambda: None, etcd)
+    with pytest.raises(ConfigError, match="is named n1, at h, .* its own --node"):
+        second.start(again)
+    assert etcd.lease_of("n1.x-1") > 0, "it lives, and stays"
+    first.close()
+    third = Member(quick, "g", lambda: None, etcd)
+    third.start(again)
+    wait_until(lambda: etcd.lease_of("n1.x-2") > 0)
+    third.close()
+    second.close()
