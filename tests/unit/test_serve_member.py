@@ -120,20 +120,17 @@ def test_an_etcd_that_has_lost_its_data_is_not_followed(member: Member) -> None:
 
 
 def test_a_namesake_on_another_machine_is_waited_for_and_not_taken_for_ended(
-    etcd: Shaky, monkeypatch: pytest.MonkeyPatch
+    etcd: Shaky, member: Member
 ) -> None:
-    quick = EtcdConfig(lease_ttl_s=2, renew_interval_s=0.3, rpc_timeout_s=0.5)
-    first = Member(quick, "g", lambda: None, etcd)
-    first.start(RECORD)
-    monkeypatch.setattr(first._alive, "turned_s", float("inf"))  # it takes its turns
-    again = replace(RECORD, name="n1.x-2", host="other")
-    second = Member(quick, "g", lambda: None, etcd)
+    config = EtcdConfig(lease_ttl_s=2, renew_interval_s=0.3, rpc_timeout_s=0.5)
+    moved = replace(RECORD, name="n1.x-2", host="other")
+    second = Member(config, "g", lambda: None, etcd)
     with pytest.raises(ConfigError, match="is named n1, at h, .* its own --node"):
-        second.start(again)
-    assert etcd.lease_of("n1.x-1") > 0, "it lives, and stays"
-    first.close()
-    third = Member(quick, "g", lambda: None, etcd)
-    third.start(again)
-    wait_until(lambda: etcd.lease_of("n1.x-2") > 0)
+        second.start(moved)
+    assert etcd.lease_of(RECORD.name) > 0, "it lives, and stays"
+    member.close()
+    third = Member(config, "g", lambda: None, etcd)
+    third.start(moved)
+    assert etcd.lease_of(moved.name) > 0
     third.close()
     second.close()
