@@ -29,7 +29,7 @@ from paddle_ft.serve.nginx_pools import without_one
 from paddle_ft.serve.nginx_text import FIRST_MIN_TIMEOUT, LOG, Place, whole_nginx
 from paddle_ft.serve.registry import Group, Keys, parse
 from paddle_ft.serve.request_log import LOG_BYTES_MAX, Log
-from paddle_ft.serve.routing import Health, Routes, configured, fault_of, models_of, routes
+from paddle_ft.serve.routing import Health, Pool, Routes, configured, fault_of, models_of, routes
 from paddle_ft.serve.steady import Damper, Roster, believed, grace_s
 from paddle_ft.serve.types import ServeError
 from paddle_ft.types import decode, encode
@@ -233,9 +233,12 @@ class Gateway:
         """Whether nginx is to reload now: at once if somebody cannot be served otherwise."""
         running = self._running.routes
         switched = len(left) == 1 and bool(without_one(running))
-        if running.main is None or running.primary != wanted.primary or (left and not switched):
+        # Who is the primary no longer passes changes on; who does not answer cannot.
+        stuck = running.state is None or first_of(running.state) <= left
+        if running.main is None or (left and not switched) or (stuck and wanted.state is not None):
             return True
-        settled = self._left_s is None or now_s >= self._left_s + SETTLE_S
+        moved = running.primary != wanted.primary
+        settled = moved or self._left_s is None or now_s >= self._left_s + SETTLE_S
         return settled and now_s >= self._running.at_s + PAUSE_S
 
     def _apply(self, wanted: Routes, text: str, digest: str) -> None:
@@ -350,8 +353,8 @@ class Gateway:
             read_s, about = model.timeouts.read_s, f"time-outs of {model.name}"
             self._once(about, f"{about}: read {read_s:g} s")
         main = ", ".join(server.name for server in taken.main.servers) if taken.main else "nobody"
-        primary = taken.primary.servers[0].name if taken.primary else "nobody"
-        self._once("asked", f"requests go to {main}; state goes to {primary}")
+        primary = taken.primary.servers[0].name if taken.primary else "not known"
+        self._once("asked", f"requests go to {main}; the primary is {primary}")
 
     def _once(self, about: str, sentence: str) -> None:
         """Tells what is new about something; "" forgets it."""
@@ -372,6 +375,11 @@ def _lasting(group: Group | None) -> object:
 def _asked(taken: Routes) -> set[str]:
     """Names of the replicas that answer for models."""
     return {server.name for server in taken.main.servers} if taken.main else set()
+
+
+def first_of(pool: Pool | None) -> set[str]:
+    """Names of those that are asked first."""
+    return {server.name for server in pool.servers if not server.backup} if pool else set()
 
 
 def _told_of(name: str, health: Health | None) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 
-from paddle_ft.serve.nginx_text import NO_PRIMARY, NOBODY, TO_PRIMARY, TO_PRIMARY_GRPC
+from paddle_ft.serve.nginx_text import NO_PRIMARY, NOBODY, STATE, TO_PRIMARY, TO_PRIMARY_GRPC
 from paddle_ft.serve.routing import Pool, Routes, split_listen
 
 RETRIED = "conn-failure empty-response response-timeout 404 502 503 504 0rtt-rejected"
@@ -63,6 +63,9 @@ def _side(routes: Routes, kind: str) -> Iterator[str]:
         f"http-request deny status 413 if {{ req.hdr_val(content-length) gt {s.body_bytes_max} }}",
         f"use_backend pft_{kind}_primary if {{ var(txn.primary) -m bool }}",
     ]
+    if kind == "http" and routes.state is not None:
+        changes = f"{{ path_reg {STATE} }} {{ method PUT DELETE }}"
+        lines.insert(-1, f"use_backend pft_http_state if {changes}")
     if routes.sticky is not None:
         lines.append(f"use_backend pft_{kind}_sticky if {{ req.hdr({s.sticky_header}) -m found }}")
     if routes.shares:
@@ -73,7 +76,7 @@ def _side(routes: Routes, kind: str) -> Iterator[str]:
         condition = f"{{ var(txn.share) -m int lt {below} }}"
         lines.append(f"use_backend pft_{kind}_{share.pool.name} if {condition}")
     yield _section(f"frontend pft_{kind}", [*lines, f"default_backend pft_{kind}_main"])
-    for pool in routes.pools:
+    for pool in (p for p in routes.pools if kind == "http" or p is not routes.state):
         yield _backend(routes, pool, kind)
     if routes.main is None:
         yield _refusing(f"pft_{kind}_main", NOBODY)
@@ -91,6 +94,8 @@ def _backend(routes: Routes, pool: Pool, kind: str) -> str:
     if pool is routes.primary:
         # Whether the first try took effect is not known.
         lines += ["retries 0", "http-request disable-l7-retry"]
+    elif pool is routes.state:
+        lines += ["retries 1", "retry-on conn-failure", "option allbackups"]
     else:
         lines += ["option http-buffer-request", f"retry-on {RETRIED}"]
         lines += ["option allbackups"] if any(server.backup for server in pool.servers) else []

@@ -57,7 +57,7 @@ def upstreams(routes: Routes, without: Sequence[Without], own: bool) -> Iterator
     bound = [pool for pool in (routes.sticky, *(each.sticky for each in without)) if pool]
     others = [pool for pool in routes.pools if pool is not routes.sticky]
     for pool in (*others, *(each.main for each in without), *bound):
-        for kind in kinds:
+        for kind in kinds if pool is not routes.state else ("http",):
             yield _upstream(routes, pool, kind, pool in bound, own)
 
 
@@ -79,9 +79,9 @@ def _upstream(routes: Routes, pool: Pool, kind: str, sticky: bool, own: bool) ->
         lines.append(
             f"server {server.host}:{port} weight={server.weight} {fails}{backup};  # {server.name}"
         )
-    if pool is routes.primary:
-        # A call on a kept connection that the other end is closing would be lost, and is not sent
-        # again. Newer versions keep connections unless told otherwise, and take no 0.
+    if pool in (routes.primary, routes.state):
+        # A call on a kept connection that the other end is closing would be lost, and some are not
+        # sent again. Newer versions keep connections unless told otherwise, and take no 0.
         lines += ["keepalive 1;", "keepalive_requests 1;"]
     else:
         lines.append(f"keepalive {s.keepalive};")
@@ -94,6 +94,9 @@ def _header(routes: Routes) -> str:
 
 def choice(routes: Routes, without: Sequence[Without]) -> Iterator[str]:
     """Variables with the name of the pool, where there is a choice."""
+    if routes.state is not None:
+        changes = ["default primary;", "PUT state;", "DELETE state;"]
+        yield block("map $request_method $pft_state", changes)
     if routes.shares:
         parts = [f"{share.percent:.2f}% {share.pool.name};" for share in routes.shares]
         yield block('split_clients "$request_id" $pft_share', [*parts, "* main;"])

@@ -14,6 +14,9 @@ What is not obvious:
 - Old workers serve kept connections for seconds after a reload, by the old configuration, and a
   reload takes nginx 0.1 s at the least. A file ``out/<replica>`` takes one replica out at once, in
   old and new workers: while it is there, they use a second set of pools, without that replica.
+- Changes of the state are tried at a second replica if the first one could not be reached, or has
+  died over it: they may be made twice, with nothing of the same client in between. What was lost
+  in another way is not sent again.
 - The first buffer of an answer is taken for each request; one of 64k would have to be mapped each
   time. Beyond a plain configuration a request costs one look for a file for each replica, and every
   tenth a line of the log.
@@ -47,6 +50,7 @@ NEW = (1, 28, 0)
 FIRST_HTTP2_ON = (1, 25, 1)
 FIRST_MIN_TIMEOUT = (1, 27, 4)
 TO_PRIMARY = r"^/v2/(state|admin|repository/models)(/|$)"
+STATE = "^/v2/state(/|$)"
 TO_PRIMARY_GRPC = r"^/inference\.GRPCInferenceService/Repository(ModelLoad|ModelUnload)$"
 STREAMS_GRPC = (
     r"^/(inference\.GRPCInferenceService/ModelStreamInfer|grpc\.health\.v1\.Health/Watch)$"
@@ -158,6 +162,8 @@ def _http_server(routes: Routes, version: tuple[int, ...], without: Sequence[Wit
             at = f"^~ /v2/models/{model.name}/"
             lines += _chain(way, routes, at, f"_{i}", model.timeouts, model.tries)
     to_primary = f"proxy_pass {scheme}://pft_http_primary;"
+    if routes.state is not None:
+        lines.append(_state(routes, scheme))
     return block("server", [*lines, *_others(routes, "proxy", to_primary, TO_PRIMARY)])
 
 
@@ -277,17 +283,35 @@ def _others(routes: Routes, module: str, to_primary: str, paths: str) -> Iterato
         yield block("location /", _refusal(503, NOBODY))
     if routes.primary is None:
         yield block(f'location ~ "{paths}"', _refusal(503, NO_PRIMARY))
-    else:
+    if routes.primary is not None:
         # Nothing here is sent twice: whether the first try took effect is not known.
         once = [to_primary, f"{module}_next_upstream off;"]
         once += _timeouts(module, usual, usual.read_s)
         lost = ["error_page 502 = @broken;", "error_page 504 = @late;"]
         yield block(f'location ~ "{paths}"', [*once, *lost, "error_page 413 = @too_large;"])
+    if routes.primary is not None or routes.state is not None:
         yield block("location @broken", _refusal(502, UNKNOWN))
         yield block("location @late", _refusal(504, UNKNOWN))
     yield block("location @nobody", _refusal(503, NOBODY))
     most = routes.settings.body_bytes_max
     yield block("location @too_large", _refusal(413, f"more than {most} bytes"))
+
+
+def _state(routes: Routes, scheme: str) -> str:
+    """Changes and reads of the state; comes before what goes to the primary in any case."""
+    usual = configured(routes.settings)
+    lines = [f"proxy_pass {scheme}://pft_http_$pft_state;"]
+    lines += ["proxy_next_upstream error;", "proxy_next_upstream_tries 2;"]
+    lines += _timeouts("proxy", usual, usual.read_s)
+    lines += [
+        "error_page 502 = @broken;",
+        "error_page 504 = @late;",
+        "error_page 413 = @too_large;",
+    ]
+    if routes.primary is None:
+        refusal = _refusal(503, NO_PRIMARY)
+        lines += [*refusal[:-1], block("if ($pft_state = primary)", refusal[-1:])]
+    return block(f'location ~ "{STATE}"', lines)
 
 
 def _timeouts(module: str, timeouts: Timeouts, read_s: float) -> list[str]:

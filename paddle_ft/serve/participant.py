@@ -357,6 +357,8 @@ class Participant:
             if self.seat.primary is not primary:
                 return False
             self._took(self.seat.answered(answer, time.monotonic()))
+            if self.seat.handing_over:  # it may be due now
+                self._wake.set()
             known = message.acknowledged if isinstance(message, Append) else 0
             return not primary.told(name) or known < primary.acknowledged
 

@@ -20,15 +20,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from paddle_ft.agent.net import endpoint
-from paddle_ft.serve import promotion, registry
+from paddle_ft.serve import passing, promotion, registry
 from paddle_ft.serve.ledger import Ledger
 from paddle_ft.serve.log import Entry, Held, Kind, Position
 from paddle_ft.serve.participant import GroupSettings, Participant
 from paddle_ft.serve.reads import Reads
 from paddle_ft.serve.registry import Group, ReplicaRecord
 from paddle_ft.serve.seat import Seat
-from paddle_ft.serve.types import Lost, NotPrimary, ServeError, Unavailable
+from paddle_ft.serve.types import Lost, NoPrimary, NotPrimary, ServeError, Unavailable
 
 log = logging.getLogger("paddle_ft")
 
@@ -40,7 +39,6 @@ PENDING_BYTES_MAX = 2**26
 EXPIRED_MAX = 256
 """Keys of sessions deleted at one look."""
 LOOK_S = 1.0
-FORWARD_PAUSE_S = 0.005
 LEAVE_S = 2.0
 
 
@@ -187,6 +185,7 @@ class Replicated:
 
         Raises:
             NotPrimary: ask the one that it names.
+            NoPrimary: there is none, and nothing was done.
             Unavailable: nobody can take it now; or whether it was taken is not known, in which
                 case the message says so.
             TooLarge: it is beyond a bound; Full: that of the whole state.
@@ -194,7 +193,7 @@ class Replicated:
         until_s = time.monotonic() + timeout_s
         self._ledger.check(self._seat.replica.state, kind, key, value)
         if self._seat.handing_over:
-            position = await self._put_after_hand_over((kind, key, value), until_s)
+            position = await passing.after_hand_over(self._party, (kind, key, value), until_s)
             if position is not None:
                 return position
         self._refuse_unless_taking()
@@ -216,21 +215,8 @@ class Replicated:
     async def put_anywhere(
         self, kind: Kind, key: str, value: bytes | None, timeout_s: float = 5.0
     ) -> Position:
-        """As ``put``, passed on to the primary if that is another replica."""
-        until_s = time.monotonic() + timeout_s
-        while True:
-            left_s = until_s - time.monotonic()
-            try:
-                return await self.put(kind, key, value, max(0.0, left_s))
-            except NotPrimary:
-                other = self.primary
-                if other is None or left_s <= 0:
-                    raise
-            address, change = endpoint(other.host, other.peer_port), (kind, key, value)
-            position = await self._party.peers.put(other.name, address, change, left_s)
-            if position is not None:
-                return position
-            await asyncio.sleep(FORWARD_PAUSE_S)  # it does not know yet
+        """As ``put``, passed on to the primary if that is another replica, which is waited for."""
+        return await passing.anywhere(self._party, self.put, (kind, key, value), timeout_s)
 
     async def delete(self, kind: Kind, key: str, timeout_s: float = 5.0) -> Position:
         """As ``put``; no error if there is no ``key``."""
@@ -243,7 +229,7 @@ class Replicated:
                 raise NotPrimary(other.name, f"{other.host}:{other.http_port}")
             raise self._nobody()
         if not self._party.leads():
-            raise Unavailable("this primary cannot renew its lease, and takes no changes", 1.0)
+            raise NoPrimary("this primary cannot renew its lease, and takes no changes", 1.0)
         if not primary.accepts:
             raise Unavailable(
                 f"{len(primary.recorded)} replicas are in sync and {self._settings.in_sync_min} "
@@ -257,37 +243,16 @@ class Replicated:
                 f"{waiting} changes of {pending_bytes} bytes wait already: ask again", 1.0
             )
 
-    def _nobody(self) -> Unavailable:
+    def _nobody(self) -> NoPrimary:
         in_sync = self.group.in_sync
         if in_sync is not None and not self.group.replicas.keys() & set(in_sync.names):
-            return Unavailable(
+            return NoPrimary(
                 "all replicas that had the state of the group are gone "
                 f"({', '.join(in_sync.names)}): it begins anew once all their nodes are back, or "
                 "promote another replica with --force",
                 5.0,
             )
-        return Unavailable("there is no primary at the moment: ask again", 0.2)
-
-    async def _put_after_hand_over(
-        self, change: tuple[Kind, str, bytes | None], until_s: float
-    ) -> Position | None:
-        """Asks the new primary; None if this replica still is the one."""
-        while self._seat.handing_over:
-            if not await self._party.change(until_s):
-                raise Unavailable("a promotion takes too long: ask again", 0.2)
-        while self._seat.primary is None:
-            other, left_s = self.primary, until_s - time.monotonic()
-            if left_s <= 0:
-                raise self._nobody()
-            if other is not None and other.name != self.name:
-                address = endpoint(other.host, other.peer_port)
-                position = await self._party.peers.put(other.name, address, change, left_s)
-                if position is not None:
-                    return position
-                await asyncio.sleep(FORWARD_PAUSE_S)  # it does not know yet
-            else:
-                await self._party.change(until_s)
-        return None
+        return NoPrimary("there is no primary at the moment: ask again", 0.2)
 
     # ------------------------------------------------------------ reads
 

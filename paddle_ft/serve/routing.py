@@ -2,8 +2,8 @@
 
 Invariant: a replica that is known not to answer is in no pool, so neither balancing nor affinity
 can choose it, unless nothing better is left; and where replicas are known, there is somebody to
-ask for inference. Calls that change state go to the primary, or nowhere. Pure: the same arguments
-give the same routes, in the same order.
+ask for inference. Changes of the state go to the primary or to who passes them on, administration
+to the primary or nowhere. Pure: the same arguments give the same routes, in the same order.
 """
 
 from __future__ import annotations
@@ -106,13 +106,18 @@ class Routes:
     sticky: Pool | None = None
     """For requests with the header ``settings.sticky_header``, by consistent hash."""
     primary: Pool | None = None
-    """For state and administration; None: refused with 503."""
+    """Whom etcd says that it is, whatever its checks say; for administration and reads of the
+    state. None: refused with 503."""
+    state: Pool | None = None
+    """For changes of the state: the primary, then those who would pass them on to it, also before
+    it is known; None: refused with 503."""
     refused: tuple[str, ...] = field(default=(), compare=False)
     """Sentences about records that cannot be used."""
 
     @property
     def pools(self) -> tuple[Pool, ...]:
-        found = (self.main, *(share.pool for share in self.shares), self.sticky, self.primary)
+        shares = (share.pool for share in self.shares)
+        found = (self.main, *shares, self.sticky, self.primary, self.state)
         return tuple(pool for pool in found if pool is not None)
 
 
@@ -158,8 +163,6 @@ def routes(
     if settings.sticky_header and not standby and len(answering) > 1:
         sticky = Pool("sticky", tuple(_server(r, weight=w) for r, w in _scaled(answering)))
     primary = next((r for r in known if r.name == group.primary), None)
-    if primary is not None and health.get(primary.name) == "silent":
-        primary = None
     return Routes(
         group=name,
         settings=settings,
@@ -170,6 +173,7 @@ def routes(
         shares=shares,
         sticky=sticky,
         primary=Pool("primary", (_server(primary),)) if primary else None,
+        state=_state(primary, ready, health),
         refused=tuple(refused),
     )
 
@@ -228,6 +232,17 @@ def _spread(
         for i, r in enumerate(gray)
     ]
     return _pool("main", whole, gray), _shares(parts)
+
+
+def _state(
+    primary: ReplicaRecord | None, ready: Sequence[ReplicaRecord], health: Mapping[str, Health]
+) -> Pool | None:
+    """A primary that does not answer comes last: the others know better whether it is one."""
+    first = [primary] if primary is not None else []
+    others = [r for r in ready if r is not primary]
+    if primary is None or (others and health.get(primary.name) == "silent"):
+        first, others = others, first
+    return _pool("state", first, others) if first else None
 
 
 def _shares(parts: Sequence[Share]) -> tuple[Share, ...]:

@@ -97,7 +97,7 @@ class StateApi:
 
     async def _change(self, call: Call, value: bytes | None) -> Reply:
         limit_s = min(CHANGE_S, timeout_s(call.headers))
-        at = await self._there().put("state", _name(call), value, limit_s)
+        at = await self._there().put_anywhere("state", _name(call), value, limit_s)
         return Reply(200, [], {TERM_HEADER: token(at)})
 
     async def _tell_settings(self, call: Call) -> Reply:

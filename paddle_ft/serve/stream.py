@@ -35,7 +35,7 @@ from paddle_ft.serve.frames import (
     frames,
 )
 from paddle_ft.serve.log import Kind, Position
-from paddle_ft.serve.types import Full, NotPrimary, ServeError, TooLarge, Unavailable
+from paddle_ft.serve.types import Full, NoPrimary, NotPrimary, ServeError, TooLarge, Unavailable
 
 log = logging.getLogger("paddle_ft")
 
@@ -67,6 +67,10 @@ _CODES = {
 }
 """Of a change that is passed on and refused; grpc itself uses RESOURCE_EXHAUSTED, too, for messages
 that are too large, which changes are not."""
+_NOTHING_DONE = (_CODES[NotPrimary.status], grpc.StatusCode.PERMISSION_DENIED)
+"""It is not the primary, or not there: another one has its address."""
+_UNREACHED = "failed to connect"
+"""What grpc says of a call that it never sent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,6 +201,8 @@ class PeerServer:
             return encode_position(await self._on_put(kind, key, value))
         except ValueError as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        except NoPrimary as error:
+            await context.abort(_CODES[NotPrimary.status], str(error))
         except ServeError as error:
             await context.abort(_CODES.get(error.status, grpc.StatusCode.UNKNOWN), str(error))
         raise AssertionError("abort raises")
@@ -254,7 +260,7 @@ class Peers:
             return decode_position(answer)
         except grpc.RpcError as error:
             code = error.code()
-            if code == _CODES[NotPrimary.status]:
+            if code in _NOTHING_DONE or str(error.details()).startswith(_UNREACHED):
                 return None
             for kind in (TooLarge, Full):
                 if code == _CODES[kind.status]:

@@ -109,6 +109,10 @@ class Unavailable(ServeError):
         self.retry_after_s = retry_after_s
 
 
+class NoPrimary(Unavailable):
+    """Nobody takes changes just now, and nothing has been done."""
+
+
 class NotPrimary(ServeError):
     """Another replica takes changes: ``address`` (host:port) is that of its HTTP front."""
 

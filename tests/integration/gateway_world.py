@@ -196,9 +196,9 @@ class World:
         text = (self.folder / "run/requests.log").read_text()
         return sum(line.count(port) for line in text.splitlines() if "504" in line)
 
-    def goes_to(self, requests: str, state: str = "nobody") -> None:
+    def goes_to(self, requests: str, primary: str = "not known") -> None:
         """Waits until nginx asks these, and no others."""
-        wanted = f"requests go to {requests}; state goes to {state}"
+        wanted = f"requests go to {requests}; the primary is {primary}"
 
         def told() -> bool:
             lines = [line for line in self.said().splitlines() if "requests go to" in line]
@@ -207,10 +207,10 @@ class World:
         self.until(told, wanted)
 
     def ask(
-        self, path: str = "/v2/models/m/infer", **headers: str
+        self, path: str = "/v2/models/m/infer", method: str = "POST", **headers: str
     ) -> tuple[int, dict[str, str], Any]:
         given = {name.replace("_", "-"): value for name, value in headers.items()}
-        return call(self.http_port, "POST", path, b"{}", given)
+        return call(self.http_port, method, path, b"{}", given)
 
     def names(self, count: int, **headers: str) -> Counter[str]:
         """Who has answered ``count`` requests."""

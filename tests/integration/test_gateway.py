@@ -218,18 +218,38 @@ def test_slow_answers_are_waited_for_although_quick_ones_were_learnt(pair: World
 
 
 def test_state_and_administration_go_to_the_primary(pair: World) -> None:
-    paths = ["/v2/state/x", "/v2/repository/models/m/load"]
-    for path in paths:
-        status, headers, said = pair.ask(path)
+    ways = [("/v2/state/s/k", "GET"), ("/v2/repository/models/m/load", "POST")]
+    for way in ways:
+        status, headers, said = pair.ask(*way)
         assert (status, headers["retry-after"]) == (503, "1")
         assert "primary" in said["error"]
+    assert pair.ask("/v2/state/s/k", "PUT")[0] == 200, "who knows of none waits for one"
+    ways.append(("/v2/state/s/k", "PUT"))
     for name in ("b", "a"):
         pair.primary(name)
         pair.goes_to("a, b", name)
-        for path in paths:
-            assert {pair.ask(path)[2]["name"] for _ in range(5)} == {name}
+        for way in ways:
+            assert {pair.ask(*way)[2]["name"] for _ in range(5)} == {name}
     pair.control("a", answer=503)
-    assert pair.ask(paths[0])[0] == 503, "a refusal is not asked of another one"
+    for way in ways:
+        assert pair.ask(*way)[0] == 503, "a refusal is not asked of another one"
+
+
+def test_changes_of_the_state_find_another_way_to_the_primary(pair: World) -> None:
+    pair.primary("a")
+    pair.goes_to("a, b", "a")
+    pair.control("a", delay_s=5.0)
+    pair.control("a", ready_delay_s=5.0)
+    pair.goes_to("b", "a")
+    change = ("/v2/state/s/k", "PUT")
+    pair.until(lambda: pair.ask(*change)[2]["name"] == "b", "another one passes it on")
+    pair.control("a", delay_s=0.0)
+    assert pair.ask("/v2/repository/models/m/load")[2]["name"] == "a", "whatever its checks say"
+    pair.control("a", ready_delay_s=0.0)
+    pair.goes_to("a, b", "a")
+    pair.until(lambda: pair.ask(*change)[2]["name"] == "a", "it is asked again")
+    pair.send("a", signal.SIGKILL)
+    assert pair.ask(*change)[2]["name"] == "b", "at once"
 
 
 @pytest.mark.slow
