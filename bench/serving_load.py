@@ -84,6 +84,8 @@ class Connection(asyncio.Protocol):
 
     async def ask(self, data: bytes, timeout_s: float) -> tuple[int, bytes, bytes]:
         """(status, head, body); raises ConnectionError, asyncio.TimeoutError."""
+        if self.closed:  # nobody would ever answer
+            raise ConnectionResetError("closed before it was asked")
         self._waiting = asyncio.get_running_loop().create_future()
         self._transport.write(data)
         try:
@@ -257,7 +259,10 @@ class Load:
         at = (int(term[1]), int(term[2]))
         self.acks.append(Ack(asked_s, time.monotonic(), *at, writer, key, number))
         if number % READ_EVERY == 0:
-            await self._read(connection, path, number, at)
+            other = await self.connect() if connection.closed else connection
+            await self._read(other, path, number, at)
+            if other is not connection:
+                other.close()
         return True
 
     async def _read(
