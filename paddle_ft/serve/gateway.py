@@ -61,6 +61,7 @@ class Registry:
         self._lock = threading.Lock()
         self._kvs: dict[str, KeyValue] = {}
         self._known = False
+        self._parsed: Group | None = None
         self._closed = threading.Event()
 
     def start(self) -> None:
@@ -74,7 +75,9 @@ class Registry:
     def group(self) -> Group | None:
         """None while nothing has been read; raises ValueError if the keys hold something else."""
         with self._lock:
-            return parse(self._keys, self._kvs.values()) if self._known else None
+            if self._parsed is None and self._known:
+                self._parsed = parse(self._keys, self._kvs.values())
+            return self._parsed
 
     def close(self) -> None:
         self._closed.set()
@@ -94,10 +97,12 @@ class Registry:
     def _reset(self, snapshot: Snapshot) -> None:
         with self._lock:
             self._kvs, self._known = {kv.key: kv for kv in snapshot.kvs}, True
+            self._parsed = None
         self._notify()
 
     def _apply(self, _revision: int, events: tuple[Event, ...]) -> None:
         with self._lock:
+            self._parsed = None
             for event in events:
                 if event.deleted:
                     self._kvs.pop(event.kv.key, None)
@@ -159,6 +164,7 @@ class Gateway:
         self._health: dict[str, Health] = {}
         self._left_s: float | None = None
         self._retry_at_s = 0.0
+        self._made: tuple[Routes, str, str] | None = None
 
     def run(self, stop: threading.Event) -> None:
         """Until ``stop`` is set. On the main thread, which nginx's life hangs on.
@@ -280,7 +286,7 @@ class Gateway:
         if fresh is not None:
             group = self._roster.renew(group, fresh, self._health, now_s)
         assert group is not None, "read or loaded before"
-        if group.replicas and _lasting(group) != _lasting(self._group):
+        if group is not self._group and group.replicas and _lasting(group) != _lasting(self._group):
             with suppress(OSError):
                 write_whole(self._folder / GROUP_FILE, encode(group))
         self._group = group
@@ -338,11 +344,14 @@ class Gateway:
         return Place(self._binary.version, workers_user(self._folder))
 
     def _text(self, wanted: Routes) -> tuple[str, str]:
-        """A configuration, and the digest that it answers with."""
+        """A configuration, and the digest that it answers with; made anew for new routes alone."""
+        if self._made is not None and self._made[0] == wanted:
+            return self._made[1:]
         place = self._place()
         plain = whole_nginx(wanted, place, "")
         digest = hashlib.sha256(plain.encode()).hexdigest()[:16]
-        return whole_nginx(wanted, place, digest), digest
+        self._made = (wanted, whole_nginx(wanted, place, digest), digest)
+        return self._made[1:]
 
     def _tell_of(self, taken: Routes) -> None:
         """What nginx does now, where that is new."""

@@ -110,6 +110,7 @@ class Participant:
             self.seat.name, settings.host, settings.http_port, settings.grpc_port, 0
         )
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._told: tuple[ReplicaRecord, Position, tuple[str, ...]] | None = None
         self._was: Primary | None = None
         self._wake = asyncio.Event()
         self._changes: set[asyncio.Future[None]] = set()
@@ -232,8 +233,9 @@ class Participant:
     async def _run(self) -> None:
         while not self._closing:
             self._turn()
-            with suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), TURN_S)
+            timer = asyncio.get_running_loop().call_later(TURN_S, self._wake.set)
+            await self._wake.wait()  # wait_for would make a task each time
+            timer.cancel()
             self._wake.clear()
         if self._deed is not None:
             await self._deed
@@ -253,9 +255,12 @@ class Participant:
             if deed is not None:
                 self._deed = asyncio.get_running_loop().create_task(self._do(deed))
         self._settle()
-        last = seat.replica.log.last
-        where = replace(self._record, term=last.term, sequence=last.sequence)
-        self.member.tell(replace(where, outlived=seat.outlived))
+        now = (self._record, seat.replica.log.last, seat.outlived)
+        if now != self._told:
+            self._told, (record, last, outlived) = now, now
+            self.member.tell(
+                replace(record, term=last.term, sequence=last.sequence, outlived=outlived)
+            )
 
     def _follow(self, group: Group) -> None:
         """The group has changed."""

@@ -336,8 +336,11 @@ class Link:
         answer = await _exchange(call, message)
         if self._on_answer(message, answer):
             return
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._more.wait(), HEARTBEAT_S)
+        timer = asyncio.get_running_loop().call_later(HEARTBEAT_S, self._more.set)
+        try:
+            await self._more.wait()  # wait_for would make a task each time
+        finally:
+            timer.cancel()
 
 
 async def _exchange(call: Any, message: Append | Install) -> Answer:
