@@ -65,6 +65,25 @@ def ready(node: Node) -> bool:
 
 
 @contextmanager
+def echo() -> Iterator[dict[str, int]]:
+    """Servers of a replica's kinds that only give back what they get; their ports."""
+    argv = [sys.executable, str(HERE / "scripts" / "serving_echo.py")]
+    process = subprocess.Popen(
+        tethered(argv), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        env=environment({}), text=True,
+    )  # fmt: skip
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        if not line:
+            raise Broken("the echo servers do not start")
+        yield json.loads(line)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@contextmanager
 def bare(model: Model, rows: int = 1) -> Iterator[Line]:
     """A predictor in a process of its own, that does what it is asked to."""
     script = HERE / "scripts" / "serving_bare.py"
@@ -169,14 +188,17 @@ def added(folder: Path, model: Model, rounds: int, calls: int, say: Say) -> list
     """What a replica adds to a call of its predictor while nobody else asks; in turn."""
     group = "Added latency, one client"
     row = row_of(model)
-    takes: dict[str, list[float]] = {"bare": [], "HTTP": [], "gRPC": []}
     with ExitStack() as stack:
         node = stack.enter_context(alone(folder / "added", model))
-        line = stack.enter_context(bare(model))
+        line, ports = stack.enter_context(bare(model)), stack.enter_context(echo())
+        request = infer_request(model.name, row)
         clients: dict[str, Any] = {
-            "HTTP": Http(node.http_port, infer_request(model.name, row)),
+            "HTTP": Http(node.http_port, request),
             "gRPC": Grpc(node.grpc_port, model.name, row),
+            "HTTP echo": Http(ports["http"], request),
+            "gRPC echo": Grpc(ports["grpc"], model.name, row),
         }
+        takes: dict[str, list[float]] = {name: [] for name in ("bare", *clients)}
         for client in clients.values():
             stack.callback(client.close)
         for number in range(rounds):
@@ -186,13 +208,17 @@ def added(folder: Path, model: Model, rounds: int, calls: int, say: Say) -> list
                 client.warm()
                 takes[name].append(p50_ms([client.call() for _ in range(calls)]))
     rows = []
-    for name in clients:
+    for name in ("HTTP", "gRPC"):
         more = [a - b for a, b in zip(takes[name], takes["bare"], strict=True)]
         note = (
             f"p50 of {calls} calls each round: {statistics.median(takes[name]):.3f} ms, the bare "
             f"predictor {statistics.median(takes['bare']):.3f} ms"
         )
         rows.append(Row(group, f"{name}, beyond a bare call", "ms", more, goal=1.0, note=note))
+        server = "uvicorn" if name == "HTTP" else "grpc.aio"
+        note = f"what the transport takes: {server} in a process of its own, the same request"
+        rows.append(Row(group, f"{name}, an echo server alone", "ms", takes[f"{name} echo"],
+                        note=note))  # fmt: skip
     return rows
 
 

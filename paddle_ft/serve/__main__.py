@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -29,6 +30,7 @@ def run(config: Config) -> int:
     from paddle_ft.serve.own_etcd import with_etcd
     from paddle_ft.serve.replica import Replica
 
+    gc.freeze()  # modules stay: the collector need not go through them while requests wait
     with with_etcd(config) as config:
         asyncio.run(Replica(config).run())
     return EXIT_DONE

@@ -10,8 +10,9 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
@@ -23,6 +24,8 @@ LOG = logging.getLogger(__name__)
 POLL_S = 0.005
 """How soon it is seen that a worker came back by itself while requests wait."""
 RETRY_AFTER_S = 1.0
+Begin = Callable[[Tensors, float, Callable[[Tensors | Exception], None]], bool]
+"""``begin`` of a runner: as ``Pool.begin``."""
 
 
 class Overloaded(Unavailable):
@@ -82,6 +85,8 @@ class Batcher:
 
     def __init__(self, runner: Runner, limits: Limits) -> None:
         self.runner = runner
+        self._begin: Begin | None = getattr(runner, "begin", None)
+        """Of those that have it (``Pool``): saves a task, and turns of the loop, for each batch."""
         self.figures = Figures()
         self.limits = limits
         self._queue = Queue(limits)
@@ -125,18 +130,22 @@ class Batcher:
         now_s = loop.time()
         session = session if self.info.stateful else ""
         item = self._item(inputs, now_s, timeout_s, session)
-        if not self._queue.add(item):
+        future: asyncio.Future[Tensors] = loop.create_future()
+        timer = loop.call_at(item.deadline_s, self._expire, item.key)
+        pending = _Pending(item, inputs, future, timer, session)
+        at_once = not len(self._queue) and self.runner.idle > self._starting
+        if not (at_once and self._begun([pending])) and not self._queue.add(item):
+            timer.cancel()
             self.figures.refused += 1
             raise Overloaded(
                 f"{len(self._queue)} requests are waiting for {self.info.name} already: "
                 "try again later",
                 RETRY_AFTER_S,
             )
-        future: asyncio.Future[Tensors] = loop.create_future()
-        timer = loop.call_at(item.deadline_s, self._expire, item.key)
-        self._pending[item.key] = _Pending(item, inputs, future, timer, session)
+        self._pending[item.key] = pending
         future.add_done_callback(lambda _: self._forget(item.key))
-        self._pump()
+        if len(self._queue):
+            self._pump()
         return future
 
     async def close(self, timeout_s: float) -> None:
@@ -187,6 +196,8 @@ class Batcher:
             if not decision.batch:
                 break
             batch = [self._pending[item.key] for item in decision.batch]
+            if self._begun(batch):
+                continue
             self._starting += 1
             task = asyncio.create_task(self._run(batch))
             self._tasks.add(task)
@@ -198,31 +209,56 @@ class Batcher:
         self._poll = None
         self._pump()
 
+    def _begun(self, batch: Sequence[_Pending]) -> bool:
+        """Whether the runner has taken ``batch`` at once; then ``_ended`` is called at its end."""
+        if self._begin is None or batch[0].session or batch[0].suspect:
+            return False
+        batch = [pending for pending in batch if not pending.future.done()]
+        if not batch:
+            return True
+        begin_s = asyncio.get_running_loop().time()
+        try:
+            joined, timeout_s = _prepared(batch, begin_s)
+            return self._begin(joined, timeout_s, partial(self._ended, batch, begin_s))
+        except Exception as error:  # noqa: BLE001 - told apart where it is taken
+            self._not_run(batch, error)
+            return True
+
+    def _ended(
+        self, batch: Sequence[_Pending], begin_s: float, result: Tensors | Exception
+    ) -> None:
+        try:
+            if isinstance(result, Exception):
+                raise result
+            self._succeeded(batch, begin_s, result)
+        except Exception as error:  # noqa: BLE001 - as above
+            self._not_run(batch, error)
+        self._pump()
+
     async def _run(self, batch: Sequence[_Pending]) -> None:
         self._starting -= 1  # from here to the first await of the runner nobody else runs
         batch = [pending for pending in batch if not pending.future.done()]
         if batch:
+            begin_s, first = asyncio.get_running_loop().time(), batch[0]
             try:
-                await self._run_living(batch)
-            except ServeError as error:
-                self._failed(batch, error)
-            except Exception as error:
-                LOG.exception("a defect in the runner of %s", self.info.name)
-                self._failed(batch, ServeError(f"{self.info.name} failed: {error!r}"[:500]))
+                joined, timeout_s = _prepared(batch, begin_s)
+                outputs = await self.runner.run(
+                    joined, timeout_s, first.session, again=first.suspect
+                )
+                self._succeeded(batch, begin_s, outputs)
+            except Exception as error:  # noqa: BLE001 - as above
+                self._not_run(batch, error)
         self._pump()
 
-    async def _run_living(self, batch: Sequence[_Pending]) -> None:
-        loop = asyncio.get_running_loop()
-        begin_s = loop.time()
-        for pending in batch:
-            pending.queued_s = begin_s - pending.item.arrived_s
-        timeout_s = max(pending.item.deadline_s for pending in batch) - begin_s
-        joined, first = _joined([p.inputs for p in batch]), batch[0]
-        outputs = await self.runner.run(
-            joined, max(timeout_s, 1e-3), first.session, again=first.suspect
-        )
+    def _not_run(self, batch: Sequence[_Pending], error: Exception) -> None:
+        if not isinstance(error, ServeError):
+            LOG.error("a defect in the runner of %s", self.info.name, exc_info=error)
+            error = ServeError(f"{self.info.name} failed: {error!r}"[:500])
+        self._failed(batch, error)
+
+    def _succeeded(self, batch: Sequence[_Pending], begin_s: float, outputs: Tensors) -> None:
         parts = self._parts(outputs, [p.item.rows for p in batch])
-        took_s = loop.time() - begin_s
+        took_s = asyncio.get_running_loop().time() - begin_s
         rows = sum(pending.item.rows for pending in batch)
         self.figures.batches += 1
         self.figures.rows += rows
@@ -265,6 +301,14 @@ class Batcher:
 def _fail(pending: _Pending, error: ServeError) -> None:
     if not pending.future.done():
         pending.future.set_exception(error)
+
+
+def _prepared(batch: Sequence[_Pending], begin_s: float) -> tuple[Tensors, float]:
+    """The inputs together, and how long they may take, s."""
+    for pending in batch:
+        pending.queued_s = begin_s - pending.item.arrived_s
+    timeout_s = max(pending.item.deadline_s for pending in batch) - begin_s
+    return _joined([p.inputs for p in batch]), max(timeout_s, 1e-3)
 
 
 def _signature(inputs: Tensors) -> Hashable:

@@ -43,12 +43,12 @@ async def read_body(
     receive: Receive,
     headers: Mapping[str, str],
     bytes_max: int,
-    timeout_s: float,
+    timeout_s: float | None,
     count: Callable[[int], None] = _not_counted,
 ) -> bytes:
     """The body, unpacked; raises BadRequest (400, 408, 413, 415) and Disconnected.
 
-    ``count`` is told of bytes as they come and may raise.
+    ``count`` is told of bytes as they come and may raise. ``timeout_s`` None: it is there already.
     """
     encoding = headers.get("content-encoding", "identity").strip().lower()
     if encoding not in ("identity", *WBITS):
@@ -56,7 +56,8 @@ async def read_body(
     declared = headers.get("content-length", "0")
     if declared.isdecimal() and int(declared) > bytes_max:
         raise _too_large(bytes_max)
-    body = await _in_time(_read(receive, bytes_max, count), timeout_s)
+    reading = _read(receive, bytes_max, count)
+    body = await (reading if timeout_s is None else _in_time(reading, timeout_s))
     if encoding == "identity":
         return body
     if len(body) > IN_THREAD_BYTES:

@@ -52,6 +52,13 @@ class Connection(_Base):  # type: ignore[misc]
         self.flow.resume_reading()  # or the end of the connection is not seen
 
     @property
+    def whole(self) -> bool:
+        return not self.cycle.more_body
+
+    def join(self) -> None:
+        self.cycle.transport = _Joining(self.cycle.transport)
+
+    @property
     def busy(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
 
@@ -84,6 +91,27 @@ class Connection(_Base):  # type: ignore[misc]
             self._silent = _again(self._silent)
         elif self._silent is None and not self.transport.is_closing():
             self._silent = _again(None, self, self._silent_s)
+
+
+class _Joining:
+    """A transport to uvicorn, for one answer: what is written first waits for what comes next."""
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self._first: bytes | None = None
+        self._open = False
+
+    def write(self, data: bytes) -> None:
+        if self._open:
+            self._transport.write(data)
+        elif self._first is None:
+            self._first = data
+        else:
+            self._open = True
+            self._transport.write(self._first + data)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
 
 
 def _again(

@@ -199,12 +199,13 @@ class GrpcApi:
         asked = grpc_tensors.decode(request, batcher.info, bounds)
         if not request.raw_input_contents:
             charge.add(sum(array.nbytes for array in asked.inputs.values()))
-        limits_s = [self._access.request_timeout_s, timeout_s(_metadata(context))]
+        metadata = _metadata(context)
+        limits_s = [self._access.request_timeout_s, timeout_s(metadata)]
         if (left_s := context.time_remaining()) is not None:
             limits_s.append(left_s)
         if asked.timeout_us:
             limits_s.append(asked.timeout_us / 1e6)
-        session = _metadata(context).get("x-session-id", "")
+        session = metadata.get("x-session-id", "")
         outputs = await batcher.submit(asked.inputs, max(min(limits_s), 1e-3), session)
         charge.add(sum(array.nbytes for array in outputs.values()))
         return await gently(grpc_tensors.encoding(batcher.info, asked, outputs, bounds))

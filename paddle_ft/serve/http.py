@@ -48,6 +48,8 @@ CONTROL_BYTES_MAX = 2**20
 """Of the JSON of a call that is not inference."""
 SEND_BYTES = 2**18
 """Of an answer at a time: so much waits for a client that does not read."""
+JOIN_BYTES_MAX = 2**16
+"""An answer that is smaller goes out with its head in one piece."""
 _UNCOUNTED = frozenset({"live", "ready", "model_ready"})
 
 CONNECTION = "paddle_ft.connection"
@@ -60,6 +62,15 @@ class Connected(Protocol):
     @property
     def client_name(self) -> str:
         """Name in the verified certificate of the client, or ""."""
+        ...
+
+    @property
+    def whole(self) -> bool:
+        """Whether the body of the request is there."""
+        ...
+
+    def join(self) -> None:
+        """The next two parts that are sent are sent at once."""
         ...
 
     def cancel_if_lost(self, future: asyncio.Future[Any]) -> None:
@@ -170,7 +181,7 @@ class HttpApi:
                 charge = held.enter_context(counted.request())
                 if route.admin:
                     self._access.admit(headers.get("authorization", ""), connection.client_name)
-                body = await self._body(route, headers, receive, charge)
+                body = await self._body(route, headers, receive, charge, connection.whole)
                 call = Call(names, headers, body, connection, charge)
                 reply = await self._operation(route)(call)
             except ServeError as error:
@@ -180,16 +191,25 @@ class HttpApi:
             except Exception:
                 LOG.exception("a defect in answering %s %a", scope["method"], scope["path"][:100])
                 reply = refusal(ServeError("a defect of the server, which its log tells of"))
-            await _send(reply, accepted(headers.get("accept-encoding", "")), send)
+            encoding = accepted(headers.get("accept-encoding", ""))
+            if 0 < sum(map(len, reply.parts)) <= JOIN_BYTES_MAX and scope["method"] != "HEAD":
+                connection.join()
+            await _send(reply, encoding, send)
 
     async def _body(
-        self, route: Route, headers: Mapping[str, str], receive: Receive, charge: Charge
+        self,
+        route: Route,
+        headers: Mapping[str, str],
+        receive: Receive,
+        charge: Charge,
+        whole: bool,
     ) -> bytes:
         if route.method not in ("POST", "PUT"):
             return b""
         access = self._access
         bytes_max = min(access.body_bytes_max, route.body_bytes_max)
-        return await read_body(receive, headers, bytes_max, access.body_timeout_s, charge.add)
+        timeout_s = None if whole else access.body_timeout_s
+        return await read_body(receive, headers, bytes_max, timeout_s, charge.add)
 
     def _operation(self, route: Route) -> Callable[[Call], Awaitable[Reply]]:
         if route.operation in self.more:

@@ -35,11 +35,13 @@ from paddle_ft.serve.types import (
 )
 from paddle_ft.serve.worker import STATE
 from paddle_ft.serve.worker_process import (
+    Done,
     Fetch,
     Outputs,
     Source,
     WorkerLost,
     WorkerProcess,
+    seen,
 )
 
 _WAITERS_MAX = 1024
@@ -63,6 +65,9 @@ class Pool:
         self._learnt = deadline.Learnt(settings.look_s, settings.batch_s_max)
         self._staff = Staff(source, settings, on_progress, self._change)
         self._waiters: deque[asyncio.Future[None]] = deque()
+        self._looking: set[WorkerProcess] = set()
+        self._retries: set[asyncio.Task[None]] = set()
+        """Of batches that ``begin`` gave to workers that were lost."""
 
     @classmethod
     async def start(
@@ -149,14 +154,62 @@ class Pool:
             await self._refused.note(inputs, session)
             raise
 
+    def begin(self, inputs: Tensors, timeout_s: float, done: Done) -> bool:
+        """``run`` without a task, for what can begin at once: False if this cannot.
+
+        ``done`` is called with what ``run`` returns or raises, but not for the time alone. Raises
+        ModelError, Unavailable.
+        """
+        if self._closed or self._waiters or self._refused or (worker := self._free()) is None:
+            return False
+        until_s = asyncio.get_running_loop().time() + timeout_s
+
+        def ended(result: Outputs | Exception) -> None:
+            if isinstance(result, WorkerLost):
+                work = self._once_more(inputs, timeout_s, until_s, done)
+                task = asyncio.get_running_loop().create_task(work)
+                self._retries.add(task)
+                task.add_done_callback(self._retries.discard)
+            else:
+                done(result)
+
+        try:
+            worker.give(inputs, ended)
+        except BaseException:
+            self._hand_on()  # the worker is free still
+            raise
+        self._look_later(worker)
+        return True
+
+    async def _once_more(
+        self, inputs: Tensors, timeout_s: float, until_s: float, done: Done
+    ) -> None:
+        result: Outputs | Exception
+        try:
+            result = await self._run(inputs, timeout_s, until_s, _TRIES, None, first=_TRIES)
+        except BatchRefused as error:
+            await self._refused.note(inputs, "")
+            result = error
+        except Exception as error:  # noqa: BLE001 - whoever waits is to hear of it
+            result = error
+        done(result)
+
     async def _run(
-        self, inputs: Tensors, timeout_s: float, until_s: float, tries: int, fetch: Fetch | None
+        self,
+        inputs: Tensors,
+        timeout_s: float,
+        until_s: float,
+        tries: int,
+        fetch: Fetch | None,
+        first: int = 1,
     ) -> Outputs:
         loop = asyncio.get_running_loop()
-        for attempt in range(1, tries + 1):
+        for attempt in range(first, tries + 1):
             worker = await self._acquire(until_s)
             try:
-                outputs = worker.run(inputs, fetch)
+                outputs: asyncio.Future[Outputs] = loop.create_future()
+                outputs.add_done_callback(seen)
+                worker.give(inputs, partial(_settle, outputs), fetch)
             except BaseException:
                 self._hand_on()  # the worker is free still
                 raise
@@ -219,6 +272,8 @@ class Pool:
         while self._waiters:
             self._hand_on()
         await self._staff.wait()
+        while self._retries:
+            await asyncio.gather(*self._retries, return_exceptions=True)
         self._on_end()
 
     # ------------------------------------------------------------ who runs
@@ -267,14 +322,17 @@ class Pool:
         return Unavailable(f"{self._source.name} {why}.")
 
     def _look_later(self, worker: WorkerProcess) -> None:
-        assert worker.batch is not None
-        loop = asyncio.get_running_loop()
-        loop.call_later(self._settings.look_s, self._look, worker, worker.batch.number)
+        """One timer for each worker, not for each batch, each of which is looked at within
+        ``look_s``."""
+        if worker not in self._looking:
+            self._looking.add(worker)
+            asyncio.get_running_loop().call_later(self._settings.look_s, self._look, worker)
 
-    def _look(self, worker: WorkerProcess, number: int) -> None:
+    def _look(self, worker: WorkerProcess) -> None:
         """Ends a worker whose batch takes too long."""
+        self._looking.discard(worker)
         batch = worker.batch
-        if batch is None or batch.number != number:
+        if batch is None:
             return
         ran_s, stopped_s, still_s = worker.look()
         bounds = self._learnt.bounds(batch.nbytes)
@@ -296,3 +354,12 @@ class Pool:
             self._learnt.note(*worker.took)
             worker.took = None
         self._hand_on()
+
+
+def _settle(future: asyncio.Future[Outputs], result: Outputs | Exception) -> None:
+    if future.done():  # given up
+        return
+    if isinstance(result, Exception):
+        future.set_exception(result)
+    else:
+        future.set_result(result)

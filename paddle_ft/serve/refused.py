@@ -31,6 +31,10 @@ class Refused:
         self._until_s: OrderedDict[_Key, float] = OrderedDict()
         self._times: dict[_Key, int] = {}
 
+    def __bool__(self) -> bool:
+        """Whether anything may be remembered."""
+        return bool(self._until_s)
+
     async def note(self, inputs: Tensors, session: str) -> None:
         """A batch that was refused."""
         key = await _key(inputs, session)

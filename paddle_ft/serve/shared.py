@@ -12,6 +12,7 @@ import os
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -111,10 +112,17 @@ def write(memory: Memory, tensors: Tensors, start: int = 0) -> tuple[list[list[A
     return header, offset
 
 
+@lru_cache
+def _name_of(dtype: np.dtype[Any]) -> str:
+    """Numpy takes some 50 us to say."""
+    name: str = dtype.newbyteorder("=").name
+    return name
+
+
 def _flat(name: str, array: NDArray[Any]) -> tuple[str, NDArray[Any]]:
     array = np.asarray(array)
     if array.dtype.kind in "biuf":
-        return array.dtype.newbyteorder("=").name, array
+        return _name_of(array.dtype), array
     if array.dtype.kind not in "OSU":
         raise ModelError(f"{name} is of {array.dtype}, which cannot be carried.")
     parts = []

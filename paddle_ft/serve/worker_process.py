@@ -33,6 +33,8 @@ _INLINE_BYTES = 8 * 2**20
 """Batches above it are copied beside the event loop."""
 Outputs = dict[str, NDArray[Any]]
 """With what the session is to keep under ``worker.STATE``, if a pipeline changed something."""
+Done = Callable[[Outputs | Exception], None]
+"""Takes what a batch has come to."""
 Fetch = Callable[[str], Awaitable[bytes | None]]
 """The value that the batch's session has under a key; raises ServeError."""
 
@@ -58,7 +60,7 @@ class Batch:
 
     number: int
     began_s: float
-    outputs: asyncio.Future[Outputs]
+    done: Done
     fetch: Fetch | None
     nbytes: int = 0
     """Where its inputs end."""
@@ -91,7 +93,7 @@ class WorkerProcess:
         self.took: tuple[int, float] | None = None
         """Bytes and seconds of the batch that has just ended well; for who takes note of it."""
         self.ready: asyncio.Future[ModelInfo] = asyncio.get_running_loop().create_future()
-        self.ready.add_done_callback(_seen)
+        self.ready.add_done_callback(seen)
         self._on_change = on_change
         self._numbers = 0
         self._process: subprocess.Popen[bytes] | None = None
@@ -150,29 +152,27 @@ class WorkerProcess:
 
     # ------------------------------------------------------------ batches
 
-    def run(self, inputs: Tensors, fetch: Fetch | None = None) -> asyncio.Future[Outputs]:
-        """Gives an idle worker a batch; the future raises ModelError, Unavailable or WorkerLost.
+    def give(self, inputs: Tensors, done: Done, fetch: Fetch | None = None) -> None:
+        """Gives an idle worker a batch; ``done`` is called as soon as that has ended, with its
+        outputs or with a ModelError, Unavailable or WorkerLost.
 
         ``fetch`` answers a pipeline that asks for its session's state. Raises ModelError,
         Unavailable at once, too, for what does not fit into its memory.
         """
         assert self.idle
         assert self._inputs is not None
-        outputs: asyncio.Future[Outputs] = asyncio.get_running_loop().create_future()
-        outputs.add_done_callback(_seen)
         self._numbers += 1
-        batch = self.batch = Batch(self._numbers, time.monotonic(), outputs, fetch)
+        batch = self.batch = Batch(self._numbers, time.monotonic(), done, fetch)
         batch.wait()
         if sum(array.nbytes for array in inputs.values()) > _INLINE_BYTES:
             self._spawn(self._give(batch, inputs))
-            return outputs
+            return
         try:
             header, batch.nbytes = shared.write(self._inputs, inputs)
         except BaseException:
             self.batch = None
             raise
         self._begin(batch, header)
-        return outputs
 
     async def _give(self, batch: Batch, inputs: Tensors) -> None:
         assert self._inputs is not None
@@ -201,11 +201,8 @@ class WorkerProcess:
         if self.batch is not batch:  # the worker was lost meanwhile
             return
         self.batch = None
-        if isinstance(result, Exception):
-            batch.outputs.set_exception(result)
-        else:
-            batch.outputs.set_result(result)
         self._on_change(self)
+        batch.done(result)
 
     def look(self) -> tuple[float, float, float]:
         """Of its batch, seconds: since it began, stopped by a signal, without moving."""
@@ -261,17 +258,19 @@ class WorkerProcess:
         assert self._outputs is not None
         with self._outputs.in_use():
             copied = asyncio.ensure_future(asyncio.to_thread(self._outputs_of, message))
-            copied.add_done_callback(_seen)
+            copied.add_done_callback(seen)
             await asyncio.wait([copied])
         if self.batch is batch:
             self._answered(batch, copied.result)
 
     def _answered(self, batch: Batch, outputs: Callable[[], Outputs]) -> None:
         try:
-            self._end_batch(batch, outputs())
+            result = outputs()
         except (ValueError, TypeError, OSError, MemoryError) as error:
             _log.error("worker %d answers what cannot be read: %s", self.pid, error)
             self.kill("it answers what cannot be read")
+        else:
+            self._end_batch(batch, result)
 
     def _outputs_of(self, message: dict[str, Any]) -> Outputs:
         assert self._outputs is not None
@@ -336,9 +335,9 @@ class WorkerProcess:
         if not self.ready.done():
             self.ready.set_exception(WorkerLost(reason))
         batch, self.batch = self.batch, None
-        if batch is not None and not batch.outputs.done():
-            batch.outputs.set_exception(WorkerLost(reason))
         self._on_change(self)
+        if batch is not None:
+            batch.done(WorkerLost(reason))
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
@@ -357,7 +356,7 @@ def was_ready(worker: WorkerProcess) -> bool:
     return worker.ready.done() and worker.ready.exception() is None
 
 
-def _seen(future: asyncio.Future[Any]) -> None:
+def seen(future: asyncio.Future[Any]) -> None:
     """Nobody need wait for it: its error is no news."""
     if not future.cancelled():
         future.exception()

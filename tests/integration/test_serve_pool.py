@@ -98,6 +98,13 @@ async def check_answer(pool: Pool, *numbers: float) -> None:
     assert outputs["said"].tolist() == [b"abab"]
 
 
+async def begun(pool: Pool, number: float) -> asyncio.Future[Any]:
+    """What comes of a batch that begins at once."""
+    found: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+    assert pool.begin(given(number), 20, found.set_result)
+    return found
+
+
 def is_open(descriptor: int) -> bool:
     try:
         os.fstat(descriptor)
@@ -163,6 +170,29 @@ def test_a_batch_outlives_one_worker_and_not_two(folder: Path) -> None:
     assert descriptors() <= before
 
 
+@pytest.mark.slow
+def test_what_begins_at_once_outlives_one_worker_and_not_two(folder: Path) -> None:
+    async def story() -> None:
+        async with pool_of(folder, workers=1) as pool:
+            await until(lambda: len(pool.pids) == 2)
+            answer = await (await begun(pool, 3))
+            assert answer["y"].tolist() == [[6]]
+            assert isinstance(await (await begun(pool, -2)), ModelError)
+
+            slow = await begun(pool, -6)
+            assert not pool.begin(given(1), 20, lambda _: None)  # who has none must wait
+            os.kill(pool.pids[0], signal.SIGKILL)
+            assert (await slow)["y"].tolist() == [[-12]]
+
+            await until(lambda: len(pool.pids) == 2 and pool.idle == 1)
+            assert isinstance(await (await begun(pool, -1)), BatchRefused)
+            await until(lambda: pool.idle == 1)
+            assert not pool.begin(given(1), 20, lambda _: None)  # not before it is compared
+            await check_answer(pool, 1)
+
+    asyncio.run(story())
+
+
 def test_a_stopped_worker_is_replaced_and_its_batch_answered(folder: Path) -> None:
     async def story() -> None:
         async with pool_of(folder, workers=1) as pool:
@@ -171,6 +201,9 @@ def test_a_stopped_worker_is_replaced_and_its_batch_answered(folder: Path) -> No
             os.kill(pool.pids[0], signal.SIGSTOP)
             await asyncio.gather(*(check_answer(pool, n) for n in range(5)))
             assert pool.replaced == 1
+            last = await begun(pool, -6)
+        assert isinstance(await last, Unavailable)  # the pool was closed under it
+        assert not pool.begin(given(1), 20, lambda _: None)
 
     asyncio.run(story())
 

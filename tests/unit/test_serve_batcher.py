@@ -51,6 +51,42 @@ async def reached(runner: NumpyRunner, batches: int) -> None:
         await asyncio.sleep(0)
 
 
+class Beginner(NumpyRunner):
+    """Takes what it can at once, without a task of the batcher's."""
+
+    def begin(
+        self, inputs: Tensors, timeout_s: float, done: Callable[[Tensors | Exception], None]
+    ) -> bool:
+        if not self.idle:
+            return False
+        self.running += 1
+
+        async def work() -> Tensors:
+            self.running -= 1  # from here on it is the count of ``run``
+            return await self.run(inputs, timeout_s)
+
+        task = asyncio.ensure_future(work())
+        task.add_done_callback(lambda _: done(task.exception() or task.result()))  # type: ignore[arg-type]
+        return True
+
+
+@on_loop
+async def test_what_begins_at_once_ends_once_with_what_is_its_own() -> None:
+    runner = Beginner(DOUBLE, doubled, gate=asyncio.Event())
+    batcher = Batcher(runner, Limits())
+    first = batcher.submit(rows(1), 9)
+    await reached(runner, 1)
+    late = batcher.submit(rows(2), 0.01)
+    others = [batcher.submit(rows(value), 9) for value in (3, 13, 4)]
+    assert await outcome(late) is DeadlineExceeded
+    runner.gate.set()
+    assert await outcomes(first, *others) == [[2], [6], ModelError, [8]]
+    assert runner.batches == [1, 3, 1, 1, 1]
+    alone = batcher.submit(rows(13), 9)
+    assert await outcome(alone) is ModelError
+    assert (batcher.waiting, batcher.figures.rows, batcher.figures.success.count) == (0, 3, 3)
+
+
 @on_loop
 async def test_who_waits_for_a_worker_is_joined_and_gets_its_own_rows() -> None:
     batcher, runner = held()
