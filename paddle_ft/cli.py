@@ -1,4 +1,4 @@
-"""``paddle-ft``: launch a job, look at it, look after its checkpoints.
+"""``paddle-ft``: launch a job, look at it, look after its checkpoints, serve models.
 
 What a command needs is imported when it runs, so that help and completion are quick.
 """
@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import sys
 import time
+from argparse import SUPPRESS
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +17,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from paddle_ft import launch as launcher
 from paddle_ft.chaos.cli import chaos_app
@@ -36,7 +38,7 @@ LOGS = Path("log")
 
 app = typer.Typer(
     name="paddle-ft",
-    help="Fault-tolerant training with PaddlePaddle.",
+    help="Fault-tolerant training and serving with PaddlePaddle.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
@@ -87,16 +89,46 @@ def options(
         typer.Option("--version", callback=_tell_version, is_eager=True, help="tell it and end"),
     ] = False,
 ) -> None:
-    """Fault-tolerant training with PaddlePaddle."""
+    """Fault-tolerant training and serving with PaddlePaddle."""
+
+
+@dataclass(frozen=True)
+class _Completion:
+    """As click's CompletionItem, which is in click or in typer, by typer's version."""
+
+    value: str
+    help: str
+    type: str = "plain"
+
+
+class _PassOn(TyperCommand):
+    """A command with an argument parser of its own; what it knows is completed, too."""
+
+    def shell_complete(self, ctx: Any, incomplete: str) -> Any:
+        from paddle_ft import command_line
+        from paddle_ft.serve import command
+
+        parser = (command if ctx.info_name == "serve" else command_line).build_parser()
+        known = [
+            (option, action.help or "")
+            for action in parser._actions
+            for option in action.option_strings
+            if option.startswith("--") and action.help != SUPPRESS
+        ]
+        return [
+            _Completion(option, told)
+            for option, told in known
+            if incomplete.startswith("-") and option.startswith(incomplete)
+        ]
 
 
 _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
 
-app.command(context_settings=_PASS_ON, add_help_option=False)(serve)
+app.command(context_settings=_PASS_ON, add_help_option=False, cls=_PassOn)(serve)
 
 
-@app.command(context_settings=_PASS_ON, add_help_option=False)
+@app.command(context_settings=_PASS_ON, add_help_option=False, cls=_PassOn)
 def launch(context: typer.Context) -> None:
     """Run a training script: the same as python -m paddle_ft.launch."""
     raise typer.Exit(launcher.main(context.args))

@@ -156,6 +156,7 @@ LAYERS = (
             "health.probe_cli",
             "serve.publish_cli",
             "serve.serving_cli",
+            "serve.options",
             "serve.command",
             "serve.then_serve",
             "serve.__main__",

