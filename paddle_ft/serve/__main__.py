@@ -31,8 +31,9 @@ def run(config: Config) -> int:
     from paddle_ft.serve.replica import Replica
 
     gc.freeze()  # modules stay: the collector need not go through them while requests wait
-    with with_etcd(config) as config:
-        asyncio.run(Replica(config).run())
+    replica = Replica(config)  # what is wrong with the settings is told before anything starts
+    with with_etcd(config) as settled:
+        asyncio.run(replica.run(settled.etcd))
     return EXIT_DONE
 
 

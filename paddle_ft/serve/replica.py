@@ -17,7 +17,7 @@ from paddle_ft.agent.net import NodeName, address_towards, is_local, place
 from paddle_ft.checkpoint.sign import Trust
 from paddle_ft.checkpoint.store import Store, open_store
 from paddle_ft.checkpoint.store_directory import DirectoryStore
-from paddle_ft.config import Config
+from paddle_ft.config import Config, EtcdConfig
 from paddle_ft.coordination.etcd import EtcdCoordinator
 from paddle_ft.errors import ConfigError, PaddleFTError, StoreMissing
 from paddle_ft.serve import memory
@@ -83,11 +83,13 @@ class Replica:
         self._said = False
         self._asked: asyncio.Event
 
-    async def run(self) -> None:
-        """Serves until SIGTERM or SIGINT, then until what was taken is answered.
+    async def run(self, etcd: EtcdConfig) -> None:
+        """Serves until SIGTERM or SIGINT, then until what was taken is answered; in the group that
+        ``etcd`` holds, alone if it names none.
 
         Raises PaddleFTError for what keeps it from ever serving what it is to serve.
         """
+        self._config = self._config.model_copy(update={"etcd": etcd})
         self._asked = asyncio.Event()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
