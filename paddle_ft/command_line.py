@@ -282,6 +282,8 @@ def _then_serve(given: argparse.Namespace) -> tuple[str, ...]:
         flags = shlex.split(given.then_serve)
     except ValueError as error:
         raise ConfigError(f"--then-serve {given.then_serve!r}: {str(error).lower()}") from None
+    if not flags:
+        raise ConfigError("--then-serve is empty: give it '--model NAME'")
     return (*(("--config", given.config) if given.config else ()), *flags)
 
 

@@ -362,9 +362,9 @@ class Gateway:
         for model in taken.models:
             read_s, about = model.timeouts.read_s, f"time-outs of {model.name}"
             self._once(about, f"{about}: read {read_s:g} s")
-        main = ", ".join(server.name for server in taken.main.servers) if taken.main else "nobody"
+        names = sorted(server.name for server in taken.main.servers) if taken.main else ["nobody"]
         primary = taken.primary.servers[0].name if taken.primary else "not known"
-        self._once("asked", f"requests go to {main}; the primary is {primary}")
+        self._once("asked", f"requests go to {', '.join(names)}; the primary is {primary}")
 
     def _once(self, about: str, sentence: str) -> None:
         """Tells what is new about something; "" forgets it."""

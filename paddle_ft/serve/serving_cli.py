@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -86,7 +87,8 @@ def _show(name: str, group: Group, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(asdict(group)))
         return
-    screen = Console(soft_wrap=True)
+    # Wide where nobody looks, so that a row is a line.
+    screen = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 200)
     for line in describe(name, group):
         screen.print(line, markup=False, highlight=False)
 
@@ -163,9 +165,10 @@ def _troubles(group: Group) -> Iterator[str]:
 
 
 def _replicas(group: Group) -> Table:
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table("replica", "HTTP", "gRPC", "condition", "models", "", box=None, pad_edge=False)
+    name_column = Column("replica", overflow="fold")  # to be typed after paddle-ft promote
+    table = Table(name_column, "HTTP", "gRPC", "condition", "models", "", box=None, pad_edge=False)
     in_sync = group.in_sync.names if group.in_sync else ()
     for name, record in sorted(group.replicas.items()):
         host = f"[{record.host}]" if ":" in record.host else record.host

@@ -38,6 +38,14 @@ def check(given: Sequence[str], config: Config) -> None:
     if asked.print_config or not serve.models:
         raise ConfigError("--then-serve does not name a model: give it '--model NAME'")
     _check_reach(asked.loaded.config, config.job.nodes_max)
+    from paddle_ft.serve.replica import models_of
+    from paddle_ft.serve.tls import server_tls
+
+    try:
+        models_of(asked.loaded.config)
+        server_tls(serve)
+    except ConfigError as error:
+        raise ConfigError(f"--then-serve: {error}") from None
 
 
 def _check_reach(config: Config, nodes: int) -> None:

@@ -27,6 +27,8 @@ def test_flags_of_the_replica_are_one_argument_of_the_launcher(tmp_path: Path) -
     assert command(tmp_path).then_serve == ()
     with pytest.raises(ConfigError, match="no closing quotation"):
         command(tmp_path, "--then-serve", "--model 'digits")
+    with pytest.raises(ConfigError, match="--then-serve is empty"):
+        command(tmp_path, "--then-serve", " ")
 
 
 def test_a_replica_belongs_to_the_job_unless_it_is_told_otherwise(tmp_path: Path) -> None:
@@ -42,8 +44,10 @@ def test_a_replica_belongs_to_the_job_unless_it_is_told_otherwise(tmp_path: Path
 
 
 def test_replicas_that_could_not_reach_each_other_are_told_of_before_the_training(
-    tmp_path: Path,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("PADDLE_FT_SERVE__PLAIN", "true")
+
     def checked(then: str, etcd: str, nodes: str = "2") -> None:
         flags = ["--then-serve", f"--model digits {then}", "--etcd", etcd, "--nnodes", nodes]
         made = command(tmp_path, *flags)
@@ -67,6 +71,8 @@ def test_replicas_that_could_not_reach_each_other_are_told_of_before_the_trainin
         ("--workers 2", "does not name a model"),
         ("--model digits --http_port many", "many"),
         ("digits", "there is no argument digits"),
+        ("--model digits=new", "a version is a whole number"),
+        ("--model digits --host 0.0.0.0", "clients would reach this replica on 0.0.0.0"),
     ],
 )
 def test_what_cannot_be_served_is_told_before_the_training(
