@@ -83,6 +83,7 @@ def publish(
     typer.echo(
         f"{ref.name} {ref.version} is in {done.store_url}: {done.nbytes / 1e6:.1f} MB, of which "
         f"{done.nbytes_new / 1e6:.1f} MB are new; {'signed' if done.signed else 'not signed'}"
+        + (f"; the serving group {access.serve.group} has been told" if members else "")
     )
 
 

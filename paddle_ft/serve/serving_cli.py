@@ -138,7 +138,7 @@ def _lines(name: str, group: Group) -> list[str]:
 def describe(name: str, group: Group) -> Iterator[str | Table]:
     """What a person wants to know of a serving group."""
     if not group.replicas:
-        yield f"serving group {name}: no replica of it is running now"
+        yield f"serving group {name}: no replica of it is running now, {group.level}"
         return
     count = f"{len(group.replicas)} replica{'s' if len(group.replicas) > 1 else ''}"
     primary = f"primary {group.primary}, term {group.term}" if group.primary else "no primary"
