@@ -286,7 +286,7 @@ class HttpApi:
         if request.timeout_us:
             limits_s.append(request.timeout_us / 1e6)
         session = call.headers.get("x-session-id", "")
-        outputs = await _while_connected(
+        outputs = await while_connected(
             batcher.submit(request.inputs, min(limits_s), session), call.connection
         )
         call.charge.add(sum(array.nbytes for array in outputs.values()))
@@ -307,7 +307,7 @@ def _path(scope: Mapping[str, Any]) -> str:
     return quote(scope["path"]) if raw is None else raw.partition(b"?")[0].decode("latin1")
 
 
-async def _while_connected(future: asyncio.Future[Any], connection: Connected) -> Any:
+async def while_connected(future: asyncio.Future[Any], connection: Connected) -> Any:
     """The result, unless the client goes first: then it is cancelled. Raises Disconnected."""
     connection.cancel_if_lost(future)
     try:

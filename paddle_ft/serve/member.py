@@ -104,6 +104,8 @@ class Member:
         self._holder = ""
         """For whom the lease was taken."""
         self._told_s = 0.0
+        self._stood_still_s = float("-inf")
+        self._turns = False
         self._news = threading.Event()
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
@@ -149,7 +151,17 @@ class Member:
 
     def turned(self) -> None:
         """This replica takes its turns: without that its lease is not renewed."""
-        self._alive.turned_s = time.monotonic()
+        now_s = time.monotonic()
+        if self._turns and now_s - self._alive.turned_s > STUCK_S:
+            self._stood_still_s = now_s
+        self._turns, self._alive.turned_s = True, now_s
+
+    @property
+    def stood_still(self) -> bool:
+        """Until just now: what comes in may have been sent long ago, by who has given up since."""
+        now_s = time.monotonic()
+        stands = self._turns and now_s - self._alive.turned_s > STUCK_S
+        return stands or now_s - self._stood_still_s < STUCK_S
 
     def group(self) -> Group:
         """The newest view; the one before where etcd holds what cannot be read.

@@ -42,6 +42,8 @@ async def anywhere(
     while True:
         other, pause_s = primary_of(party), LOOK_S
         try:
+            if party.seat.primary is None and party.member.stood_still:
+                raise Unavailable("this replica stood still until just now: ask again", 0.5)
             if party.seat.primary is not None or other is None or timeout_s <= 0:
                 return await put(*change, max(0.0, until_s - time.monotonic()))
             position = await to(party, other, change, until_s)

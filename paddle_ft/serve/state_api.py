@@ -11,12 +11,13 @@ stands that it has read.
 
 from __future__ import annotations
 
+import asyncio
 import math
 import re
 from collections.abc import Awaitable, Callable, Mapping
 
 from paddle_ft.serve import wire
-from paddle_ft.serve.http import Call, Reply, json_reply, timeout_s
+from paddle_ft.serve.http import Call, Reply, json_reply, timeout_s, while_connected
 from paddle_ft.serve.ledger import name_of
 from paddle_ft.serve.log import Position
 from paddle_ft.serve.replicated import Replicated
@@ -97,7 +98,9 @@ class StateApi:
 
     async def _change(self, call: Call, value: bytes | None) -> Reply:
         limit_s = min(CHANGE_S, timeout_s(call.headers))
-        at = await self._there().put_anywhere("state", _name(call), value, limit_s)
+        put = self._there().put_anywhere("state", _name(call), value, limit_s)
+        # Who has gone makes it again elsewhere, and others after it: it must not come after those.
+        at = await while_connected(asyncio.ensure_future(put), call.connection)
         return Reply(200, [], {TERM_HEADER: token(at)})
 
     async def _tell_settings(self, call: Call) -> Reply:

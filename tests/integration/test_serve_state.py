@@ -237,7 +237,7 @@ def test_a_client_reads_its_own_write_anywhere_also_after_the_primary_died(
         for key, token in written.items():
             status, _, value = ask(other, "GET", door("w", key), paddle_ft_term=token, **PATIENT)
             assert (status, value) == (200, key.encode())
-        assert ask(other, "PUT", door("s", "k"), b"after")[0] == 200  # there is one by now, or soon
+        wait_until(lambda: ask(other, "PUT", door("s", "k"), b"after")[0] == 200, "a primary")
         after = ask(other, "GET", door("s", "k"))[1][TERM]
         assert int(after.split(".")[0]) > int(token.split(".")[0])
         status, _, text = ask(other, "GET", SETTINGS, **ADMIN)

@@ -134,3 +134,14 @@ def test_a_namesake_on_another_machine_is_waited_for_and_not_taken_for_ended(
     assert etcd.lease_of(moved.name) > 0
     third.close()
     second.close()
+
+
+def test_a_replica_that_stood_still_knows_it_for_a_moment(member: Member) -> None:
+    assert not member.stood_still, "it takes no turns yet"
+    member.turned()
+    member.turned()
+    assert not member.stood_still
+    member._alive.turned_s -= 5.0
+    assert member.stood_still
+    member.turned()
+    assert member.stood_still, "what had come in meanwhile is read now"
