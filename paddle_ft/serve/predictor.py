@@ -12,7 +12,6 @@ import time
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paddle_ft.errors import ConfigError, PaddleFTError
-from paddle_ft.serve.gentle import gently
 from paddle_ft.serve.pipeline import FILE, Loaded, PipelineModel, check_inputs, said
 from paddle_ft.serve.program import (
     NUMPY,
@@ -96,7 +94,7 @@ class Predictor:
         told = description_of(files.program.parent)
         self.info = info_of(files, told, name, version)
         try:
-            self._predictor = _created(files, settings)
+            self._predictor = _create(files, settings)
             self._handles = {
                 n: self._predictor.get_input_handle(n) for n in self._predictor.get_input_names()
             }
@@ -128,12 +126,6 @@ class Predictor:
             raise Unavailable("There is not enough memory for this batch.") from None
         except Exception as error:
             raise ModelError(f"{self.info.name} refuses these inputs: {said(error)}") from error
-
-
-def _created(files: Files, settings: Settings) -> Any:
-    """Gently, where that starts no thread that will compute: not for devices, nor OpenMP's."""
-    create = partial(_create, files, settings)
-    return gently(create) if (settings.device, settings.threads) == ("cpu", 1) else create()
 
 
 def _create(files: Files, settings: Settings) -> Any:

@@ -1,6 +1,6 @@
 """A worker process: one model, one batch at a time, its tensors in shared memory.
 
-    worker_start.py SOCKET LIFE INPUTS OUTPUTS     (file descriptors)
+    python -m paddle_ft.serve.worker SOCKET LIFE INPUTS OUTPUTS     (file descriptors)
 
 Over the socket, a JSON message each (SOCK_SEQPACKET):
 
@@ -19,13 +19,19 @@ Over the socket, a JSON message each (SOCK_SEQPACKET):
                                               or {"error": kind, "text": …, "of": n}
 
 What a pipeline puts into the state of the session comes with the outputs, as the tensor ``STATE``.
+
+Invariant: it ends with its front. The kernel sends SIGIO when the other end of LIFE is closed,
+whatever this process is doing: Paddle 3 holds the interpreter's lock while it computes.
 """
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import json
 import os
+import select
+import signal
 import socket
 import sys
 import warnings
@@ -53,8 +59,11 @@ _TEXT_MAX = 2000
 
 
 def main() -> None:
-    """Of a process that ``worker_start`` has prepared."""
-    control, _, inputs, outputs = map(int, sys.argv[1:])
+    control, life, inputs, outputs = map(int, sys.argv[1:])
+    die_with(life)
+    # What is sent to the whole group or session is the front's to answer: it drains.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     os.environ.setdefault("GLOG_minloglevel", "2")
     warnings.filterwarnings("ignore", message="No ccache found")
     with socket.socket(fileno=control) as connection:
@@ -76,6 +85,16 @@ def main() -> None:
             fetch = partial(_fetch, connection, message["run"], memories[0])
             answer = _answer(model, message, *memories, fetch if message["session"] else None)
             _send(connection, {**answer, "of": message["run"]})
+
+
+def die_with(life: int) -> None:
+    """Ends this process when the other end of the socket ``life`` is closed."""
+    signal.signal(signal.SIGIO, signal.SIG_DFL)
+    fcntl.fcntl(life, fcntl.F_SETOWN, os.getpid())
+    flags = fcntl.fcntl(life, fcntl.F_GETFL)
+    fcntl.fcntl(life, fcntl.F_SETFL, flags | os.O_ASYNC | os.O_NONBLOCK)
+    if select.select([life], [], [], 0)[0]:  # closed before this was said
+        os._exit(0)
 
 
 def _load(connection: socket.socket, order: dict[str, Any]) -> Loaded:
@@ -157,3 +176,7 @@ def _receive(connection: socket.socket) -> dict[str, Any]:
         end(0)  # the front has gone
     message: dict[str, Any] = json.loads(data)
     return message
+
+
+if __name__ == "__main__":
+    main()

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paddle_ft.errors import ConfigError
-from paddle_ft.serve import shared, worker_start
+from paddle_ft.serve import shared
 from paddle_ft.serve.predictor import Settings
 from paddle_ft.serve.types import ModelError, ModelInfo, ServeError, Tensors, Unavailable
 from paddle_ft.serve.worker import MESSAGE_BYTES_MAX, info_of
@@ -363,13 +363,8 @@ def seen(future: asyncio.Future[Any]) -> None:
 
 
 def _popen(*descriptors: int) -> subprocess.Popen[bytes]:
-    # Not as a script: names of this folder (types, http) would hide those of the library.
-    begin = f"import runpy; runpy.run_path({worker_start.__file__!r}, run_name='__main__')"
-    return subprocess.Popen(
-        [sys.executable, "-c", begin, *map(str, descriptors)],
-        stdin=subprocess.DEVNULL,
-        pass_fds=descriptors,
-    )
+    command = [sys.executable, "-m", "paddle_ft.serve.worker", *map(str, descriptors)]
+    return subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=descriptors)
 
 
 def _ended(code: int | None) -> str:

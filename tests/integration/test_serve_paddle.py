@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +17,9 @@ from paddle_ft.errors import ConfigError
 from paddle_ft.serve.export import export_layer
 from paddle_ft.serve.folder import load
 from paddle_ft.serve.models import list_versions, read_version
-from paddle_ft.serve.pool import Pool
 from paddle_ft.serve.predictor import Predictor, Settings, warm_up
 from paddle_ft.serve.program import DESCRIPTION, Description
-from paddle_ft.serve.staff import PoolSettings
 from paddle_ft.serve.types import Feature, ModelError
-from tests.integration.etcd_cluster import wait_until
 from tests.integration.session_world import ROOT, python_26
 
 pytestmark = pytest.mark.paddle
@@ -56,38 +51,6 @@ def test_a_layer_answers_as_it_did_and_refuses_what_it_cannot_take(tmp_path: Pat
         Predictor(tmp_path, "m", "1", Settings())
     with pytest.raises(ConfigError, match="cannot be exported"):
         export_layer(layer, tmp_path, [paddle.static.InputSpec([None, 9], "float32", "x")])
-
-
-def test_a_worker_gives_way_until_it_is_loaded_and_not_after(tmp_path: Path) -> None:
-    import paddle
-
-    spec = [paddle.static.InputSpec([None, 8], "float32", "x")]
-    export_layer(paddle.nn.Linear(8, 4), tmp_path, spec)
-
-    async def story() -> None:
-        for threads in (1, 2):
-            settings = PoolSettings(spares=0, predictor=Settings(threads=threads))
-            pool = await Pool.start(tmp_path, "m", "1", settings)
-            try:
-                (pid,) = pool.pids
-                await pool.run({"x": np.zeros((1, 8), "f4")}, 20)
-                wait_until(partial(_all_have, pid, os.nice(0)), "threads that gave way ended")
-                own = _nice_and_ticks(Path(f"/proc/{pid}/task/{pid}/stat"))[1]
-                assert own < _nice_and_ticks(Path(f"/proc/{pid}/stat"))[1] / 2
-            finally:
-                await pool.close()
-
-    asyncio.run(story())
-
-
-def _all_have(pid: int, nice: int) -> bool:
-    return all(_nice_and_ticks(p)[0] == nice for p in Path(f"/proc/{pid}/task").glob("*/stat"))
-
-
-def _nice_and_ticks(stat: Path) -> tuple[int, int]:
-    """Of a thread; or of a process with all its threads, those that have ended included."""
-    fields = stat.read_text().rpartition(")")[2].split()
-    return int(fields[16]), int(fields[11]) + int(fields[12])
 
 
 @pytest.mark.slow
