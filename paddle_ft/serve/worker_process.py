@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import signal
 import socket
 import subprocess
@@ -364,7 +365,12 @@ def seen(future: asyncio.Future[Any]) -> None:
 
 def _popen(*descriptors: int) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "paddle_ft.serve.worker", *map(str, descriptors)]
-    return subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=descriptors)
+    # Paddle's imports run at a low priority (``gentle``), which threads that they start would keep:
+    # those for matrix products come later, when the predictor is told how many it may use.
+    environment = {"OPENBLAS_NUM_THREADS": "1"} | os.environ
+    return subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, pass_fds=descriptors, env=environment
+    )
 
 
 def _ended(code: int | None) -> str:
