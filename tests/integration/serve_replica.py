@@ -38,6 +38,8 @@ async def answer(group: Replicated, request: dict[str, Any]) -> Any:
     if op == "items":
         return {key: value.decode() for key, value in group.items("state").items()}
     if op == "address":
+        while group.name not in group.group.replicas:  # it has not read of itself yet
+            await asyncio.sleep(0.01)
         return group.group.replicas[group.name].http_port
     if op == "tell":
         return group.tell(**request)

@@ -68,7 +68,7 @@ def test_what_was_acknowledged_without_a_store_outlives_a_kill(tmp_path: Path) -
 
         second = Launcher(tmp_path / "second", (*flags, *script), FAST_ETCD)
         wait_until(lambda: steps_done(tmp_path / "record") > before + 3)
-        assert steps_in(unsent)[-1] > acknowledged
+        wait_until(lambda: steps_in(unsent)[-1:] > [acknowledged])
         come_back(tmp_path)
         assert second.wait() == 0, second.output
         assert undisturbed.wait() == 0, undisturbed.output

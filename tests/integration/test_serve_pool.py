@@ -117,6 +117,7 @@ def descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
+@pytest.mark.slow
 def test_a_batch_outlives_one_worker_and_not_two(folder: Path) -> None:
     async def story() -> None:
         told: list[Progress] = []
@@ -208,6 +209,7 @@ def test_a_stopped_worker_is_replaced_and_its_batch_answered(folder: Path) -> No
     asyncio.run(story())
 
 
+@pytest.mark.slow
 def test_a_worker_that_computes_for_ever_is_ended_by_what_was_learnt(folder: Path) -> None:
     async def story() -> None:
         async with pool_of(folder, workers=1, spares=2, look_s=0.05) as pool:
@@ -260,6 +262,7 @@ def test_tensors_of_any_size_up_to_the_bound(
     asyncio.run(story())
 
 
+@pytest.mark.slow
 def test_a_spare_that_cannot_start_is_not_tried_without_a_pause(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -385,6 +388,7 @@ def test_one_that_is_not_wanted_any_more_while_it_is_started(
     assert descriptors() <= before
 
 
+@pytest.mark.slow
 def test_what_cannot_be_loaded_is_told_in_a_sentence(tmp_path: Path) -> None:
     async def start(text: str) -> None:
         (tmp_path / "pipeline.py").write_text(text)
