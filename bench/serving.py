@@ -124,6 +124,7 @@ class Bench:
 
 def measure(name: str, options: str, work: Callable[[], list[Row]], say: Say) -> Part:
     """What cannot be measured is told in the row of the part."""
+    busy = busy_share()
     begin_s, before = time.monotonic(), os.getloadavg()[0]
     at = time.strftime("%Y-%m-%d %H:%M", time.gmtime())
     try:
@@ -140,7 +141,23 @@ def measure(name: str, options: str, work: Callable[[], list[Row]], say: Say) ->
         rows = serving_report.unfinished(name, str(error))
     took_s = round(time.monotonic() - begin_s, 1)
     loads = (round(before, 2), round(os.getloadavg()[0], 2))
-    return Part(rows, at, took_s, loads, options, commit())
+    return Part(rows, at, took_s, loads, options, commit(), round(busy, 3))
+
+
+def busy_share(for_s: float = 3.0) -> float:
+    """Share of the processors in use, by whomever."""
+    first = _ticks()
+    time.sleep(for_s)
+    second = _ticks()
+    idle, whole = (b - a for a, b in zip(first, second, strict=True))
+    return 1 - idle / whole
+
+
+def _ticks() -> tuple[int, int]:
+    """Of all processors since the start: idle ones, and all."""
+    fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
+    ticks = [int(field) for field in fields]
+    return ticks[3] + ticks[4], sum(ticks)
 
 
 def commit() -> str:

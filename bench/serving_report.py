@@ -13,6 +13,10 @@ from bench.report import Row
 NAME = "bench-serving"
 
 
+BUSY = 0.2
+"""More of the processors in use by others: then it is them, too, that is measured."""
+
+
 @dataclass
 class Part:
     """The rows of one part, and under which circumstances they came about."""
@@ -26,6 +30,8 @@ class Part:
     options: str
     """What was asked for, in words."""
     commit: str = ""
+    busy: float | None = None
+    """Share of the processors that others used just before."""
 
 
 def unfinished(group: str, why: str) -> list[Row]:
@@ -92,17 +98,19 @@ def document(parts: Mapping[str, Part], facts: Mapping[str, Any], wanted: Sequen
             continue
         part = parts[name]
         for group in dict.fromkeys(row.group for row in part.rows):
-            lines += ["", f"## {group}", "", _circumstances(part, facts["cores"]), ""]
+            lines += ["", f"## {group}", "", _circumstances(part), ""]
             lines += _table([row for row in part.rows if row.group == group])
     return "\n".join(lines) + "\n"
 
 
-def _circumstances(part: Part, cores: int) -> str:
+def _circumstances(part: Part) -> str:
     begin, end = part.load_average
     told = f"{part.at}, {part.took_s:.0f} s; {part.options}. "
     told += f"Load average {begin:.1f} before, {end:.1f} after."
-    if begin > 0.5 * cores:
-        told += " **The machine was busy with other work: these figures say little.**"
+    if part.busy is not None:
+        told += f" Just before, {100 * part.busy:.0f} % of the processors were in use by others."
+        if part.busy > BUSY:
+            told += " **These figures say little.**"
     return told
 
 

@@ -34,10 +34,11 @@ from paddle_ft.errors import EtcdUnavailable
 PAUSE_BETWEEN_TRIES_S = 0.05
 _LEADER_REQUIRED = ("hasleader", "true")
 _OPTIONS = (
-    # A peer that is frozen or gone without a word is noticed after about 6 s (measured; grpc's
-    # own keepalive_timeout_ms has no effect on a dead peer).
+    # A peer that is frozen or gone without a word is noticed after some 7 s (6 measured with 5 s;
+    # grpc's own keepalive_timeout_ms has no effect on a dead peer). etcd hangs up on who asks it
+    # more often than every 5 s, and a timer that is a little early does.
     ("grpc.http2.ping_timeout_ms", 2000),
-    ("grpc.keepalive_time_ms", 5000),
+    ("grpc.keepalive_time_ms", 5500),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.initial_reconnect_backoff_ms", 100),

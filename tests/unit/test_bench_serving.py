@@ -154,9 +154,9 @@ PARTS = {
             Row("SIGKILL, 2", "failed", "requests", [3], goal=0.0, note="it said <b> | c"),
             Row("SIGKILL, 2", "p99", "s", [0.2], [0.1], "before", {"Patroni": (20.0,)}, goal=1.5),
         ],
-        "2026-11-21 21:00", 12.5, (4.0, 5.0), "3 kills", "abc",
+        "2026-11-21 21:00", 12.5, (4.0, 5.0), "3 kills", "abc", 0.5,
     ),
-    "ocr": Part(unfinished("ocr", "no wheel"), "2026-11-21 22:00", 0.1, (0.1, 0.2), "60 s"),
+    "ocr": Part(unfinished("ocr", "no wheel"), "2026-11-21 22:00", 0.1, (0.1, 0.2), "60 s", "", 0.1),
 }  # fmt: skip
 FACTS = {"cores": 2, "cpu": "x", "memory_gib": 1, "kernel": "6", "python": "3", "packages": {}}
 
