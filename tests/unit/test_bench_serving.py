@@ -156,7 +156,7 @@ PARTS = {
         ],
         "2026-11-21 21:00", 12.5, (4.0, 5.0), "3 kills", "abc", 0.5,
     ),
-    "ocr": Part(unfinished("ocr", "no wheel"), "2026-11-21 22:00", 0.1, (0.1, 0.2), "60 s", "", 0.1),
+    "ocr": Part(unfinished("ocr", "none"), "2026-11-21 22:00", 0.1, (0.1, 0.2), "60 s", "", 0.1),
 }  # fmt: skip
 FACTS = {"cores": 2, "cpu": "x", "memory_gib": 1, "kernel": "6", "python": "3", "packages": {}}
 
@@ -167,7 +167,7 @@ def test_the_report_holds_all_parts_and_comes_back_from_its_json(tmp_path: Path)
     )
     text = document(PARTS, FACTS, ["kills-2", "stops", "ocr"])
     assert "## stops\n\nNot run." in text
-    assert "no wheel" in text
+    assert "not run: none" in text
     assert "0 of 2 goals reached" in text
     assert "it said &lt;b> / c" in text
     assert text.count("say little") == 1, "the machine was busy in one of them"
