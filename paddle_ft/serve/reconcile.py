@@ -235,7 +235,9 @@ class Models:
         group = self.group
         if group is None:
             return True
-        return wanted.is_warm(group.group, group.name, bool(self._loader.catalog.served))
+        served = self._loader.catalog.served
+        shared = [m.name for m in self if m.choice is not None and m.name in served]
+        return wanted.is_warm(group.group, group.name, bool(served), shared)
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)

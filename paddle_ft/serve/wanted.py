@@ -7,7 +7,7 @@ change to it one after the other, so that at any time one replica at most pays f
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -153,8 +153,9 @@ def to_tell(agreed: Choice | None, own: int | None, served: int | None) -> Choic
     return Choice(served, pinned=own != NEWEST)
 
 
-def is_warm(group: Group, me: str, serving: bool) -> bool:
-    """Whether this replica is to have workers; ``serving``: it has them.
+def is_warm(group: Group, me: str, serving: bool, shared: Collection[str] = ()) -> bool:
+    """Whether this replica is to have workers; ``serving``: it has them, and of what the whole
+    group serves for ``shared``.
 
     Cold standbys have none, unless they are needed: a new primary is let take over before the old
     one stops, and where the primary cannot serve the first of the others does.
@@ -165,11 +166,12 @@ def is_warm(group: Group, me: str, serving: bool) -> bool:
     if wish is not None and not wish.refused and wish.target == me:
         return True
     able = [n for n, r in group.replicas.items() if r.condition in ("ready", "degraded")]
-    if group.primary in able:
-        return False
+    primary = group.replicas.get(group.primary or "")
+    if primary is not None and primary.name in able:
+        # A new one is ready with the models it was started with; others may come after them.
+        return bool(set(shared) - set(primary.models) - set(primary.failed))
     if serving:
         return True
-    primary = group.replicas.get(group.primary or "")
     if able or (primary is not None and not primary.failed):
         return False
     others = [n for n, r in group.replicas.items() if r.condition != "draining" and r != primary]

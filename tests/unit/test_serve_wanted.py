@@ -144,6 +144,9 @@ def test_cold_standbys_have_workers_when_they_are_needed() -> None:
     handed = group("b", "cold-standby", a="ready", b="loading", c="standby")
     assert warm(handed, "a") == ["a", "b"]  # until the new one serves
     assert warm(group("b", "cold-standby", a="ready", b="ready", c="standby"), "ab") == ["b"]
+    led = group("b", "cold-standby", a="ready", b={"condition": "ready", "models": {"m": "1"}})
+    assert not is_warm(led, "a", True, ["m"])
+    assert is_warm(led, "a", True, ["m", "later"])  # until the new one has it, too
     assert warm(replace(cold, promote=Promote("c")), "a") == ["a", "c"]
     assert warm(replace(cold, promote=Promote("c", refused="no")), "a") == ["a"]
     fails = group("a", "cold-standby", a={"condition": "loading", "failed": {"m": "2"}},
