@@ -79,6 +79,7 @@ LAYERS = (
             "serve.nginx_text",
             "serve.haproxy_text",
             "serve.latency",
+            "serve.lessons",
             "serve.steady",
             "serve.batching",
             "serve.breaker",

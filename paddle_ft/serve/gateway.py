@@ -24,6 +24,7 @@ from paddle_ft.errors import EtcdUnavailable, PaddleFTError
 from paddle_ft.gateway_config import GatewayConfig
 from paddle_ft.serve.checks import Checks, Target
 from paddle_ft.serve.latency import Learners, tries_of
+from paddle_ft.serve.lessons import Lessons
 from paddle_ft.serve.nginx import Nginx, find_nginx, workers_user, write_whole
 from paddle_ft.serve.nginx_pools import without_one
 from paddle_ft.serve.nginx_text import FIRST_MIN_TIMEOUT, LOG, Place, whole_nginx
@@ -155,7 +156,7 @@ class Gateway:
         self._binary = find_nginx(settings.nginx)
         self._registry = Registry(etcd, name, self._wake.set)
         self._checks = Checks(settings, self._wake.set)
-        self._learners = Learners(configured(settings), settings.timeout_floor_s)
+        self._lessons = Lessons(Learners(configured(settings), settings.timeout_floor_s))
         self._roster, self._damper = Roster(), Damper()
         self._group: Group | None = None
         self._running = _Running("", routes(name, Group(), settings), 0.0)
@@ -295,7 +296,7 @@ class Gateway:
             r.name: Target(r.host, r.http_port) for r in group.replicas.values() if not fault_of(r)
         }
         self._checks.watch(targets)
-        self._learners.know(models_of(group))
+        self._lessons.learners.know(models_of(group))
 
     def _saved(self) -> Group | None:
         with suppress(OSError, ValueError):
@@ -308,7 +309,7 @@ class Gateway:
             self._checks.health(), self._checks.unanswered_s(), self._answered_s
         )
         health = self._damper.settle(found, now_s)
-        learnt = self._learners.learnt() if self._settings.learn_timeouts else None
+        learnt = self._lessons.learners.learnt() if self._settings.learn_timeouts else None
         wanted = routes(self._name, self._group, self._settings, health, learnt)
         for name in self._group.replicas:
             sentence = _told_of(name, health.get(name))
@@ -329,15 +330,14 @@ class Gateway:
         names = {
             f"{r.host}:{port}": r.name for r in replicas for port in (r.http_port, r.grpc_port)
         }
-        answering = {
-            address for address, name in names.items() if self._health.get(name) == "ready"
-        }
         ago_s = time.time() - now_s
         for line in log.lines():
             for tried in tries_of(line):
-                self._learners.observe(tried, now_s, answering)
-                if tried.alive and tried.address in names:
-                    self._answered_s[names[tried.address]] = tried.at_s - ago_s + grace_s(tried)
+                name, ended_s = names.get(tried.address, ""), tried.at_s - ago_s
+                self._lessons.saw(tried, name, ended_s)
+                if tried.alive and name:
+                    self._answered_s[name] = ended_s + grace_s(tried)
+        self._lessons.step(now_s, names, self._health)
         for name in self._answered_s.keys() - self._group.replicas.keys():
             del self._answered_s[name]
 

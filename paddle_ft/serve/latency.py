@@ -52,6 +52,8 @@ class Try:
     """0 where there was no answer."""
     connect_s: float | None
     answer_s: float | None
+    request_s: float = 0.0
+    """Of all tries of its request together."""
 
     @property
     def alive(self) -> bool:
@@ -68,9 +70,10 @@ def tries_of(line: str) -> Iterator[Try]:
     columns = [_BETWEEN.split(text) for text in fields[3:]]
     if len({len(column) for column in columns}) != 1:
         return
+    request_s = sum(_number(answer) or 0.0 for answer in columns[3])
     for address, status, connect, answer in zip(*columns, strict=True):
         code = int(status) if re.fullmatch(r"[0-9]{3}", status) else 0
-        yield Try(at_s, about, address, code, _number(connect), _number(answer))
+        yield Try(at_s, about, address, code, _number(connect), _number(answer), request_s)
 
 
 def _about(path: str) -> str:

@@ -17,7 +17,7 @@ from paddle_ft.serve.checks import LEAST as CHECKS_LEAST
 from paddle_ft.serve.checks import WINDOW_S as CHECKS_WINDOW_S
 from paddle_ft.serve.checks import Pace
 from paddle_ft.serve.haproxy_text import to_haproxy
-from paddle_ft.serve.latency import GRPC, LEAST, WINDOW_S, Learner, Learners, Try, tries_of
+from paddle_ft.serve.latency import LEAST, WINDOW_S, Learner, Learners, Try, tries_of
 from paddle_ft.serve.nginx import emergency, find_nginx
 from paddle_ft.serve.nginx_text import Place, to_nginx, whole_nginx
 from paddle_ft.serve.registry import Group, Level, ReplicaRecord
@@ -80,9 +80,9 @@ def test_lines_of_the_log() -> None:
     line = "1795298211.125\t200\t/v2\t"
     line += "a:1, b:2 : b:2\t504, 502 : 200\t0.001, - : 0.000\t1.000, 0.002 : 0.5\n"
     assert list(tries_of(line)) == [
-        Try(1795298211.125, "", "a:1", 504, 0.001, 1.0),
-        Try(1795298211.125, "", "b:2", 502, None, 0.002),
-        Try(1795298211.125, "", "b:2", 200, 0.0, 0.5),
+        Try(1795298211.125, "", "a:1", 504, 0.001, 1.0, 1.502),
+        Try(1795298211.125, "", "b:2", 502, None, 0.002, 1.502),
+        Try(1795298211.125, "", "b:2", 200, 0.0, 0.5, 1.502),
     ]
     assert list(tries_of("1.5\t400\t/\t-\t-\t-\t-")) == [Try(1.5, "", "-", 0, None, None)]
     for bad in ("", "1.5\t200\ta:1", "1\t2\t/\ta, b\t200\t0\t0", "\t" * 6 + "x\t"):
@@ -104,18 +104,6 @@ def test_the_log_is_followed_and_kept_small(
             assert list(log.lines()) == expected
     assert path.stat().st_size == len("three\n")
     log.close()
-
-
-def test_what_a_request_is_about() -> None:
-    tail = "a:1\t200\t0.001\t0.01"
-    for path, about in (
-        ("/v2/models/m/infer", "m"),
-        ("/v2/models/m.1/versions/2/infer", "m.1"),
-        ("/v2/models/m", ""),
-        ("/v2/health/ready", ""),
-        ("/inference.GRPCInferenceService/ModelInfer", GRPC),
-    ):
-        assert [tried.about for tried in tries_of(f"1.5\t200\t{path}\t{tail}")] == [about]
 
 
 def test_a_slow_model_does_not_make_a_quick_one_wait() -> None:
