@@ -53,7 +53,8 @@ class Bench:
             "lost_node": (f"{a.cuts} times, {load}", self._lost_node),
             "stops": (f"{a.stops} times, {load}", self._stops),
             "promote": (f"{a.promotions} times, {load}", self._promote),
-            "etcd": (load, self._etcd),
+            "etcd-stopped": (load, lambda: self._etcd("SIGSTOP")),
+            "etcd-killed": (load, lambda: self._etcd("SIGKILL")),
             "update": (f"{a.updates} times, {load}", self._update),
             "batching": (f"{a.rounds} rounds of {a.for_s:g} s", self._batching),
             "added": (f"{a.rounds} rounds of {a.calls} calls", self._added),
@@ -85,9 +86,10 @@ class Bench:
                 world, self._args.promotions, self._args.rate, self._say
             )
 
-    def _etcd(self) -> list[Row]:
+    def _etcd(self, how: str) -> list[Row]:
+        a = self._args
         with self._world(2) as world:
-            return serving_faults.etcd_away(world, self._args.etcd_s, self._args.rate, self._say)
+            return serving_faults.etcd_away(world, how, a.etcd_s, a.rate, self._say)
 
     def _update(self) -> list[Row]:
         count = self._args.updates
@@ -175,9 +177,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--promotions", type=int, default=50)
     parser.add_argument("--cuts", type=int, default=10, help="of the primary's node (root only)")
     parser.add_argument("--updates", type=int, default=5, help="versions loaded under load")
-    parser.add_argument(
-        "--etcd_s", type=float, default=300.0, help="for so long etcd is away, twice"
-    )
+    parser.add_argument("--etcd_s", type=float, default=300.0, help="for so long etcd is away")
     parser.add_argument("--rate", type=float, default=200.0, help="POST a second under faults")
     parser.add_argument("--rounds", type=int, default=5, help="of what is measured in turn")
     parser.add_argument("--for_s", type=float, default=8.0, help="of each round of throughput")

@@ -173,15 +173,8 @@ def _promote(world: World) -> str:
 # ---------------------------------------------------------------- etcd away
 
 
-def etcd_away(world: World, for_s: float, rate_hz: float, say: Say) -> list[Row]:
-    """etcd stopped by SIGSTOP, then by SIGKILL, for ``for_s`` each."""
-    rows: list[Row] = []
-    for how in ("SIGSTOP", "SIGKILL"):
-        rows += _without_etcd(world, how, for_s, rate_hz, say)
-    return rows
-
-
-def _without_etcd(world: World, how: str, for_s: float, rate_hz: float, say: Say) -> list[Row]:
+def etcd_away(world: World, how: str, for_s: float, rate_hz: float, say: Say) -> list[Row]:
+    """etcd stopped by the signal ``how`` for ``for_s``."""
     group = f"etcd away for {for_s:g} s by {how}"
     say(group)
     before: list[tuple[str | None, int]] = []
