@@ -34,7 +34,7 @@ class GatewayConfig(BaseModel):
     read_timeout_s: float = Field(30.0, gt=0)
     learn_timeouts: bool = True
     """Ask another replica as soon as one takes much longer than any request of the last minutes."""
-    timeout_floor_s: float = Field(0.3, gt=0)
+    timeout_floor_s: float = Field(1.0, gt=0)
     """No learnt time-out is shorter."""
     tries: int = Field(3, ge=1, le=10)
     """Replicas that are asked for one request."""
