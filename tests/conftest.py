@@ -12,8 +12,12 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
+import hypothesis
 import pytest
 
+# How long one example takes says more of the machine than of the code.
+hypothesis.settings.register_profile("any machine", deadline=None)
+hypothesis.settings.load_profile("any machine")
 # Under nohup launchers would ignore it, rightly, and the test that sends it would wait in vain.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
