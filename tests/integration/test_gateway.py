@@ -51,7 +51,7 @@ def pair(world: World) -> World:
 
 
 def learnt(world: World) -> bool:
-    return "read 0.3 s" in world.said()
+    return "read 1 s" in world.said()
 
 
 def test_a_replica_that_is_killed_costs_no_request(pair: World) -> None:
@@ -295,7 +295,7 @@ def test_grpc_is_asked_of_another_replica_too(pair: World) -> None:
         def learnt_by_calls() -> bool:
             for _ in range(20):
                 method(b"x", timeout=20)
-            return "time-outs of gRPC: read 0.3 s" in pair.said()
+            return "time-outs of gRPC: read 1 s" in pair.said()
 
         pair.until(learnt_by_calls, "time-outs are learnt")
     for number in (signal.SIGSTOP, signal.SIGKILL):
