@@ -85,11 +85,12 @@ class Checks:
         self._targets: dict[str, Target] = {}
         self._health: dict[str, Health] = {}
         self._unanswered_s: dict[str, float] = {}
-        self._loop = asyncio.new_event_loop()
+        self._loop: asyncio.AbstractEventLoop
         self._tasks: dict[str, tuple[Target, asyncio.Task[None]]] = {}
         self._thread = threading.Thread(target=self._run, name="checks", daemon=True)
 
     def start(self) -> None:
+        self._loop = asyncio.new_event_loop()
         self._thread.start()
 
     def watch(self, targets: Mapping[str, Target]) -> None:

@@ -267,13 +267,12 @@ def test_sessions_stay_with_a_replica_while_it_is_there(pair: World) -> None:
 @pytest.mark.slow
 def test_a_replica_let_in_slowly_takes_its_share(pair: World) -> None:
     pair.register("a", share=0.1)
-    pair.goes_to("b, a")
-    assert pair.names(200)["a"] < 30  # 10 of 200 are expected
+    pair.until(lambda: pair.names(200)["a"] < 30, "10 of 200 go to a")
     pair.put(Keys(GROUP).level, b"hot-standby")
     pair.register("a", share=1.0)
     pair.primary("b")
-    pair.goes_to("b, a", "b")
-    assert set(pair.names(20)) == {"b"}
+    pair.goes_to("a, b", "b")
+    pair.until(lambda: set(pair.names(20)) == {"b"}, "all go to b")
     pair.send("b", signal.SIGKILL)
     assert set(pair.names(20)) == {"a"}
 
@@ -394,7 +393,7 @@ def test_what_cannot_be_is_told_in_a_sentence(pair: World) -> None:
         return done.returncode, done.stderr
 
     code, said = run()
-    assert (code, said.count("\n")) == (2, 1)
+    assert (code, said.count("\n")) == (2, 1), said
     assert "another gateway uses the folder" in said
     code, said = run("--folder", str(pair.folder / "other"))
     assert (code, "in use" in said.splitlines()[-1]) == (2, True), said
