@@ -39,7 +39,7 @@ $(STAMP): pyproject.toml Makefile
 	@echo "setup: 1 of 3, Paddle"
 	@$(BIN)/python -m pip $(PIP) "$(PADDLE)"
 	@echo "setup: 2 of 3, paddle_ft, what it needs, and what its tests need"
-	@$(BIN)/python -m pip $(PIP) --editable ".[cpu,serve,test]" "$(PADDLE)"
+	@$(BIN)/python -m pip $(PIP) --editable ".[cpu,serve,onnx,test]" "$(PADDLE)"
 	@echo "setup: 3 of 3, check that everything fits together"
 	@$(BIN)/python -m pip check
 	@touch $(STAMP)

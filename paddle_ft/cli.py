@@ -30,6 +30,7 @@ from paddle_ft.health.cli import health
 from paddle_ft.health.probe_cli import probe
 from paddle_ft.serve.gateway_cli import gateway
 from paddle_ft.serve.group_cli import promote
+from paddle_ft.serve.onnx import onnx
 from paddle_ft.serve.publish_cli import models, publish
 from paddle_ft.serve.serving_cli import serve, serving
 
@@ -70,6 +71,7 @@ app.command()(health)
 app.command()(probe)
 app.command()(publish)
 app.command()(models)
+app.command()(onnx)
 app.command()(gateway)
 app.command()(serving)
 app.command()(promote)

@@ -155,6 +155,7 @@ LAYERS = (
             "observe.cli",
             "health.cli",
             "health.probe_cli",
+            "serve.onnx",
             "serve.publish_cli",
             "serve.serving_cli",
             "serve.options",
