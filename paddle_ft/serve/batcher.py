@@ -93,8 +93,8 @@ class Batcher:
         self._keys = itertools.count()
         self._pending: dict[int, _Pending] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._starting = 0
-        """Batches whose task has not reached the runner yet."""
+        self._starting: set[asyncio.Task[None]] = set()
+        """Those that have not reached the runner yet."""
         self._poll: asyncio.TimerHandle | None = None
         self._closing = False
 
@@ -125,7 +125,7 @@ class Batcher:
         The future also raises ModelError, Unavailable and DeadlineExceeded.
         """
         if self._closing:
-            raise Unavailable(f"{self.info.name} {self.info.version} is being taken out", 0.5)
+            raise self._leaves()
         loop = asyncio.get_running_loop()
         now_s = loop.time()
         session = session if self.info.stateful else ""
@@ -133,7 +133,7 @@ class Batcher:
         future: asyncio.Future[Tensors] = loop.create_future()
         timer = loop.call_at(item.deadline_s, self._expire, item.key)
         pending = _Pending(item, inputs, future, timer, session)
-        at_once = not len(self._queue) and self.runner.idle > self._starting
+        at_once = not len(self._queue) and self.runner.idle > len(self._starting)
         if not (at_once and self._begun([pending])) and not self._queue.add(item):
             timer.cancel()
             self.figures.refused += 1
@@ -156,7 +156,7 @@ class Batcher:
             await asyncio.wait(futures, timeout=timeout_s)
         left = list(self._pending.values())
         for pending in left:
-            _fail(pending, Unavailable(f"{self.info.name} is being taken out", 0.5))
+            _fail(pending, self._leaves())
         if self._poll is not None:
             self._poll.cancel()
         for task in self._tasks if left else ():
@@ -190,7 +190,7 @@ class Batcher:
         """Begins what can begin."""
         now_s = asyncio.get_running_loop().time()
         while len(self._queue):
-            decision = self._queue.take(now_s, self.runner.idle - self._starting)
+            decision = self._queue.take(now_s, self.runner.idle - len(self._starting))
             for item in decision.expired:
                 self._expire(item.key)
             if not decision.batch:
@@ -198,10 +198,10 @@ class Batcher:
             batch = [self._pending[item.key] for item in decision.batch]
             if self._begun(batch):
                 continue
-            self._starting += 1
             task = asyncio.create_task(self._run(batch))
             self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._starting.add(task)
+            task.add_done_callback(partial(self._over, batch))
         if len(self._queue) and self._poll is None:
             self._poll = asyncio.get_running_loop().call_later(POLL_S, self._poll_now)
 
@@ -236,7 +236,9 @@ class Batcher:
         self._pump()
 
     async def _run(self, batch: Sequence[_Pending]) -> None:
-        self._starting -= 1  # from here to the first await of the runner nobody else runs
+        task = asyncio.current_task()
+        assert task is not None
+        self._starting.discard(task)  # from here to the first await of the runner nobody else runs
         batch = [pending for pending in batch if not pending.future.done()]
         if batch:
             begin_s, first = asyncio.get_running_loop().time(), batch[0]
@@ -249,6 +251,16 @@ class Batcher:
             except Exception as error:  # noqa: BLE001 - as above
                 self._not_run(batch, error)
         self._pump()
+
+    def _over(self, batch: Sequence[_Pending], task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        self._starting.discard(task)
+        if task.cancelled():  # even before it began
+            for pending in batch:
+                _fail(pending, self._leaves())
+
+    def _leaves(self) -> Unavailable:
+        return Unavailable(f"{self.info.name} {self.info.version} is being taken out", 0.5)
 
     def _not_run(self, batch: Sequence[_Pending], error: Exception) -> None:
         if not isinstance(error, ServeError):

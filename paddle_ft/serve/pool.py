@@ -46,6 +46,8 @@ from paddle_ft.serve.worker_process import (
 
 _WAITERS_MAX = 1024
 _TRIES = 2
+_LATE_S = 0.1
+"""A timer that is later says that the front stood still."""
 _PUT_S_MIN = 0.5
 """For what was computed in time, to be acknowledged."""
 
@@ -65,7 +67,8 @@ class Pool:
         self._learnt = deadline.Learnt(settings.look_s, settings.batch_s_max)
         self._staff = Staff(source, settings, on_progress, self._change)
         self._waiters: deque[asyncio.Future[None]] = deque()
-        self._looking: set[WorkerProcess] = set()
+        self._looking: dict[WorkerProcess, float] = {}
+        """When each is looked at next, by the clock of the loop."""
         self._retries: set[asyncio.Task[None]] = set()
         """Of batches that ``begin`` gave to workers that were lost."""
 
@@ -325,15 +328,19 @@ class Pool:
         """One timer for each worker, not for each batch, each of which is looked at within
         ``look_s``."""
         if worker not in self._looking:
-            self._looking.add(worker)
-            asyncio.get_running_loop().call_later(self._settings.look_s, self._look, worker)
+            loop = asyncio.get_running_loop()
+            due_s = self._looking[worker] = loop.time() + self._settings.look_s
+            loop.call_at(due_s, self._look, worker)
 
     def _look(self, worker: WorkerProcess) -> None:
         """Ends a worker whose batch takes too long."""
-        self._looking.discard(worker)
+        late_s = self._late_s(worker)
+        del self._looking[worker]
         batch = worker.batch
         if batch is None:
             return
+        if late_s > _LATE_S:  # so may the worker have been, and what it has sent is not read yet
+            batch.began_s += late_s
         ran_s, stopped_s, still_s = worker.look()
         bounds = self._learnt.bounds(batch.nbytes)
         reason = deadline.verdict(ran_s, bounds, stopped_s, still_s, may_wait=self._may_wait)
@@ -341,6 +348,11 @@ class Pool:
             worker.kill(reason)
         else:
             self._look_later(worker)
+
+    def _late_s(self, worker: WorkerProcess) -> float:
+        """For how long a look at it is overdue: this process stood still, or had no processor."""
+        now_s = asyncio.get_running_loop().time()
+        return now_s - self._looking.get(worker, now_s)
 
     @property
     def _may_wait(self) -> bool:
@@ -351,7 +363,8 @@ class Pool:
         if self._info is None and worker.idle:
             self._info = worker.ready.result()
         if worker.took is not None:
-            self._learnt.note(*worker.took)
+            if self._late_s(worker) <= _LATE_S:  # or a hang would be noticed so much later
+                self._learnt.note(*worker.took)
             worker.took = None
         self._hand_on()
 

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from paddle_ft.errors import ConfigError
-from paddle_ft.serve import shared, staff, worker_process
+from paddle_ft.serve import deadline, shared, staff, worker_process
 from paddle_ft.serve.pool import Pool
 from paddle_ft.serve.predictor import Settings
 from paddle_ft.serve.staff import PoolSettings, Progress
@@ -194,11 +194,21 @@ def test_what_begins_at_once_outlives_one_worker_and_not_two(folder: Path) -> No
     asyncio.run(story())
 
 
-def test_a_stopped_worker_is_replaced_and_its_batch_answered(folder: Path) -> None:
+def test_a_stopped_worker_is_replaced_and_its_batch_answered(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learnt: list[float] = []
+    monkeypatch.setattr(deadline.Learnt, "note", lambda _, nbytes, took_s: learnt.append(took_s))
+
     async def story() -> None:
         async with pool_of(folder, workers=1) as pool:
             await until(lambda: len(pool.pids) == 2)
             await check_answer(pool, 1)
+            assert len(learnt) == 1
+            answer = await begun(pool, 3)
+            time.sleep(1.0)  # this process stands still, and then reads an answer that is old
+            assert (await answer)["y"].item() == 6
+            assert max(learnt, default=0) < 0.9
             os.kill(pool.pids[0], signal.SIGSTOP)
             await asyncio.gather(*(check_answer(pool, n) for n in range(5)))
             assert pool.replaced == 1

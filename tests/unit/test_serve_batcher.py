@@ -261,3 +261,23 @@ async def test_a_batcher_that_closes_takes_nothing_and_waits_only_so_long() -> N
         batcher.submit(rows(1), 9)
     await closing
     assert await outcome(taken) is Unavailable
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_batch_that_is_given_up_leaves_nobody_without_an_answer(begun: bool) -> None:
+    @on_loop
+    async def check() -> None:
+        batcher, runner = held()
+        futures = [batcher.submit(rows(value), 9) for value in (1, 2)]
+        if begun:
+            await reached(runner, 1)
+        for task in asyncio.all_tasks():
+            if "Batcher._run" in repr(task):
+                task.cancel()  # as the end of the loop does
+        assert await outcome(futures[0]) is Unavailable
+        assert runner.gate is not None
+        runner.gate.set()
+        assert await outcome(futures[1]) == [4.0]
+        await batcher.close(5)
+
+    check()
