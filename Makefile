@@ -47,7 +47,7 @@ $(STAMP): pyproject.toml Makefile
 $(STAMP26): pyproject.toml Makefile
 	@echo "setup-2.6: building $(VENV26) with paddlepaddle 2.6.2"
 	@test -x $(VENV26)/bin/python || $(PYTHON) -m venv $(VENV26)
-	@$(VENV26)/bin/python -m pip $(PIP) --editable ".[cpu,test]" "paddlepaddle==2.6.2" "protobuf<7"
+	@$(VENV26)/bin/python -m pip $(PIP) --editable ".[cpu,serve,test]" "paddlepaddle==2.6.2" "protobuf<7"
 	@$(VENV26)/bin/python -m pip check
 	@touch $(STAMP26)
 
@@ -85,9 +85,10 @@ test: lint ## lint, then every test but the slow ones
 test-slow: setup ## the slow tests
 	@$(BIN)/python -m pytest -n $(JOBS) -m slow
 
-test-2.6: setup-2.6 ## examples, restart and resume on Paddle 2.6.2
+test-2.6: setup-2.6 ## examples, restart, resume and serving on Paddle 2.6.2
 	@$(VENV26)/bin/python -m pytest -n $(JOBS) -m "paddle and not slow" -k "examples or stop_saves" \
 	  tests/integration/test_examples.py tests/integration/test_launch.py
+	@$(VENV26)/bin/python -m pytest -n $(JOBS) -m slow tests/integration/test_serve_digits.py
 
 sim: setup ## SEEDS=20000 runs of the simulated cluster, and a quarter as many of the serving group, on two cores
 	@half=$$(( $(SEEDS) / 2 )); eighth=$$(( $(SEEDS) / 8 )); \
