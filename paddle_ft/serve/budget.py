@@ -1,6 +1,7 @@
 """What is under way over HTTP and gRPC together: bounds on requests, and on the bytes they hold.
 
-Pure. Bodies count as they come, answers until they are sent. Health checks are not counted.
+Pure. Bodies of HTTP count as they come, messages of gRPC once they are there (``messages`` bounds
+how many are on their way), answers until they are sent. Health checks are not counted.
 """
 
 from __future__ import annotations
@@ -20,6 +21,10 @@ class Budget:
         self._bytes_max = bytes_max
         self.requests = 0
         self.nbytes = 0
+
+    def messages(self, nbytes: int) -> int:
+        """How many of ``nbytes`` fit into it; one at least."""
+        return max(1, self._bytes_max // nbytes)
 
     def request(self) -> Charge:
         """One more; raises Unavailable (503) if there are too many."""

@@ -124,6 +124,16 @@ def _infer(channel: Any) -> Any:
     )
 
 
+def _slow(channel: Any, requests: Iterator[Any]) -> Any:
+    """A call whose message comes once ``requests`` gives it."""
+    api = inference()
+    return channel.stream_unary(
+        "/inference.GRPCInferenceService/ModelInfer",
+        api.ModelInferRequest.SerializeToString,
+        api.ModelInferResponse.FromString,
+    ).future(requests, timeout=30)
+
+
 def _code(channel: Any, message: Any) -> Any:
     with pytest.raises(grpc.RpcError) as caught:
         _infer(channel)(message, timeout=10)
@@ -165,6 +175,35 @@ def test_beyond_the_bound_are_503_and_health_checks_are_answered(
         made.do(runner.gate.set)
         assert first.result()[0] == 200
         assert made.ask("POST", INFER, asked(2))[0] == 200
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_no_more_messages_are_on_their_way_than_fit_into_the_budget(
+    wait_for: Callable[..., None], streams: bool
+) -> None:
+    size = 2**20
+    with front(in_flight_bytes_max=2 * size, body_bytes_max=size, body_timeout_s=2.0) as made:
+        made.serve(DOUBLE, doubled)
+        api = made.front._grpc_api
+        requests: queue.Queue[Any] = queue.Queue()
+        with grpc.insecure_channel(made.grpc) as channel:
+            call = _stream if streams else _slow
+            open_calls = [call(channel, iter(requests.get, None)) for _ in range(2)]
+            if streams:
+                wait_for(lambda: api._streams == 2)
+                refused = call(channel, iter([]))
+                assert refused.code() is grpc.StatusCode.UNAVAILABLE
+                assert "2 streams are open" in refused.details()
+            else:
+                wait_for(lambda: api._reading.locked())
+                late = [each.code() for each in open_calls]
+                assert late == [grpc.StatusCode.DEADLINE_EXCEEDED] * 2
+            answer = _infer(channel)(_message(3), timeout=10)
+            assert list(answer.outputs[0].contents.fp32_contents) == [6.0]
+            for _ in open_calls:
+                requests.put(None)
+            wait_for(lambda: (api._streams, made.front.budget.requests) == (0, 0))
+            assert not api._reading.locked()
 
 
 def test_bodies_that_come_slowly_count_in_the_budget(wait_for: Callable[..., None]) -> None:
