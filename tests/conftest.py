@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +21,10 @@ hypothesis.settings.register_profile("any machine", deadline=None)
 hypothesis.settings.load_profile("any machine")
 # Under nohup launchers would ignore it, rightly, and the test that sends it would wait in vain.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+# Hundreds of processes start here; without bytecode each would compile the package anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 LEAVE_S = 5.0
 """How long what a test started may take to be gone after it."""

@@ -263,7 +263,6 @@ class Workers:
             environment = {
                 **{k: v for k, v in os.environ.items() if not k.startswith("PADDLE_")},
                 "PYTHONPATH": str(ROOT),
-                "PYTHONDONTWRITEBYTECODE": "1",
                 "OMP_NUM_THREADS": "1",
                 "PFT_TEST": json.dumps(options),
                 **({} if agent is None else agent.env(rank)),
