@@ -89,7 +89,8 @@ def document(parts: Mapping[str, Part], facts: Mapping[str, Any], wanted: Sequen
         "",
         (
             f"**{sum(row.reached is True for row in goals)} of {len(goals)} goals reached.** "
-            f"{sum(row.reached is None for row in goals)} were not measured."
+            f"{sum(row.reached is None for row in goals)} were not measured; "
+            f"{sum(name not in parts for name in wanted)} of {len(wanted)} parts were not run."
         ),
     ]
     for name in wanted:

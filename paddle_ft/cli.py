@@ -25,7 +25,8 @@ from paddle_ft.command_line import version
 from paddle_ft.config import EtcdConfig
 from paddle_ft.coordination import schema
 from paddle_ft.coordination.view import find_trouble, live_nodes
-from paddle_ft.errors import ConfigError, MembersMissing, PaddleFTError
+from paddle_ft.entry import exit_code_of
+from paddle_ft.errors import ConfigError, MembersMissing
 from paddle_ft.health.cli import health
 from paddle_ft.health.probe_cli import probe
 from paddle_ft.serve.gateway_cli import gateway
@@ -270,11 +271,7 @@ def _nodes(state: schema.JobState) -> Table:
 
 def main() -> None:
     """Entry point; operating errors end in one sentence and their exit code."""
-    try:
-        app()
-    except PaddleFTError as error:
-        sys.stderr.write(f"paddle-ft: error: {error}\n")
-        sys.exit(error.exit_code)
+    sys.exit(exit_code_of(app, "paddle-ft"))
 
 
 if __name__ == "__main__":

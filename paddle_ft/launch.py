@@ -5,38 +5,25 @@ from __future__ import annotations
 import contextlib
 import errno
 import importlib.util
-import logging
 import os
 import re
 import shutil
-import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from paddle_ft import policies
 from paddle_ft.command_line import Command, parse
 from paddle_ft.config import Config
 from paddle_ft.coordination.kv import Coordinator
-from paddle_ft.errors import EXIT_BUG, EXIT_SIGINT, ConfigError, MachineError, PaddleFTError
+from paddle_ft.entry import SHORTAGES, entry
+from paddle_ft.errors import EXIT_DONE, ConfigError, MachineError, PaddleFTError
 
 if TYPE_CHECKING:
     from paddle_ft.coordination.embedded import EmbeddedEtcd
 
-_SPACE = "free disk space, or set TMPDIR to a directory that has some"
-_DESCRIPTORS = "end what holds files open, or raise the limit (ulimit -n)"
-SHORTAGES = {
-    errno.ENOSPC: _SPACE,
-    errno.EDQUOT: _SPACE,
-    errno.EROFS: "set TMPDIR to a directory that can be written",
-    errno.EAGAIN: "end processes that are not needed, or raise the limit on them (ulimit -u)",
-    errno.ENOMEM: "free memory",
-    errno.EMFILE: _DESCRIPTORS,
-    errno.ENFILE: _DESCRIPTORS,
-}
-"""What to do about what the kernel refuses a launcher."""
 SOCKET_PLACE_BYTES_MAX = 60
 """The path of a Unix socket ends at 107 bytes; what a temporary directory may take of it."""
 
@@ -174,7 +161,7 @@ def _temporary_directory() -> str:
     try:
         return tempfile.gettempdir()
     except OSError as error:  # none can be written
-        raise MachineError(f"{error.strerror}; {_SPACE}") from error
+        raise MachineError(f"{error.strerror}; {SHORTAGES[errno.ENOSPC]}") from error
 
 
 def check(config: Config) -> None:
@@ -210,54 +197,17 @@ def check(config: Config) -> None:
         raise ConfigError(f"--log_dir {job.log_dir} cannot be used: {error.strerror}") from error
 
 
-@contextlib.contextmanager
-def one_sentence_for_shortages() -> Iterator[None]:
-    """Turns what the kernel says when something has run out into MachineError."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in SHORTAGES:
-            raise
-        where = f"{error.filename}: " if error.filename else ""
-        raise MachineError(
-            f"{where}{error.strerror}; {SHORTAGES[error.errno]}, and start again"
-        ) from error
-    except RuntimeError as error:
-        if "start new thread" not in str(error):
-            raise
-        raise MachineError(f"{error}; {SHORTAGES[errno.EAGAIN]}, and start again") from error
-
-
-def stop_before_it_runs(number: int, _frame: object) -> NoReturn:
-    """Until the agent takes the signal over: what was started is undone on the way out."""
-    sys.stderr.write(f"paddle_ft: stopped by {signal.Signals(number).name} before it began\n")
-    raise SystemExit(128 + number)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; operating errors end in one sentence and their exit code."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by whoever started us
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  as long as the process
-    logging.basicConfig(format="[paddle_ft] %(message)s", level=logging.WARNING)
-    before = signal.signal(signal.SIGTERM, stop_before_it_runs)
-    try:
+
+    def begin() -> int:
         command = parse(sys.argv[1:] if arguments is None else arguments, dict(os.environ))
         if command.print_config:
             sys.stdout.writelines(f"{line}\n" for line in command.loaded.describe())
-            return 0
-        with one_sentence_for_shortages():
-            return run(command)
-    except PaddleFTError as error:
-        sys.stderr.write(f"paddle_ft: error: {error}\n")
-        return error.exit_code
-    except KeyboardInterrupt:
-        return EXIT_SIGINT
-    except Exception:
-        logging.getLogger("paddle_ft").exception("a defect of paddle_ft; please report this")
-        return EXIT_BUG
-    finally:
-        signal.signal(signal.SIGTERM, before)
+            return EXIT_DONE
+        return run(command)
+
+    return entry(begin)
 
 
 if __name__ == "__main__":

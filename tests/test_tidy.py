@@ -148,6 +148,7 @@ LAYERS = (
     (
         "fronts",
         [
+            "entry",
             "launch",
             "command_line",
             "cli",

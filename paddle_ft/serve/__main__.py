@@ -6,14 +6,13 @@ import asyncio
 import gc
 import logging
 import os
-import signal
 import sys
 from collections.abc import Sequence
 
 from paddle_ft.config import Config
-from paddle_ft.errors import EXIT_BUG, EXIT_DONE, EXIT_SIGINT, PaddleFTError
+from paddle_ft.entry import entry
+from paddle_ft.errors import EXIT_DONE
 from paddle_ft.exits import end
-from paddle_ft.launch import one_sentence_for_shortages, stop_before_it_runs
 from paddle_ft.serve.command import parse
 from paddle_ft.serve.gentle import import_gently
 
@@ -39,31 +38,18 @@ def run(config: Config) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; operating errors end in one sentence and their exit code."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by whoever started us
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  as long as the process
-    logging.basicConfig(format="[paddle_ft] %(message)s", level=logging.WARNING)
-    logging.getLogger("grpc._cython.cygrpc").addFilter(_is_news)
-    before = signal.signal(signal.SIGTERM, stop_before_it_runs)
-    try:
+
+    def begin() -> int:
+        logging.getLogger("grpc._cython.cygrpc").addFilter(_is_news)
         command = parse(sys.argv[1:] if arguments is None else arguments, dict(os.environ))
         if command.print_config:
             sys.stdout.writelines(f"{line}\n" for line in command.loaded.describe())
             return EXIT_DONE
         level = logging.WARNING if command.quiet else logging.INFO
         logging.getLogger("paddle_ft").setLevel(level)
-        with one_sentence_for_shortages():
-            return run(command.loaded.config)
-    except PaddleFTError as error:
-        sys.stderr.write(f"paddle_ft: error: {error}\n")
-        return error.exit_code
-    except KeyboardInterrupt:
-        return EXIT_SIGINT
-    except Exception:
-        logging.getLogger("paddle_ft").exception("a defect of paddle_ft; please report this")
-        return EXIT_BUG
-    finally:
-        signal.signal(signal.SIGTERM, before)
+        return run(command.loaded.config)
+
+    return entry(begin)
 
 
 if __name__ == "__main__":

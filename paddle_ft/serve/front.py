@@ -25,7 +25,7 @@ from paddle_ft.serve import connections, grpc_api
 from paddle_ft.serve.batching import Limits
 from paddle_ft.serve.budget import Budget
 from paddle_ft.serve.catalog import Catalog, Control
-from paddle_ft.serve.http import Access, HttpApi
+from paddle_ft.serve.http import Access, HttpApi, Services
 from paddle_ft.serve.settings import Settings
 from paddle_ft.serve.state_api import StateApi
 from paddle_ft.serve.tls import server_tls
@@ -69,13 +69,14 @@ class Front:
             config.send_timeout_s,
             Bounds(config.json_bytes_max, config.elements_max, config.strings_max),
         )
-        self.budget = budget = Budget(config.requests_max, config.in_flight_bytes_max)
+        self.budget = Budget(config.requests_max, config.in_flight_bytes_max)
         self._tls = server_tls(config)
         self.catalog = Catalog(limits, config.drain_s)
         self._config = config
         self._access = access
         self.state = StateApi(Settings(config, self.catalog))
-        http_api = HttpApi(self.catalog, access, control, budget)
+        services = Services(self.catalog, access, control, self.budget)
+        http_api = HttpApi(services)
         http_api.more |= self.state.operations
         http_api.term = self.state.term
         self._http = _Server(
@@ -95,7 +96,7 @@ class Front:
                 **(self._tls.of_uvicorn if self._tls else {}),
             )
         )
-        self._grpc_api = grpc_api.GrpcApi(self.catalog, access, control, budget)
+        self._grpc_api = grpc_api.GrpcApi(services)
         self._grpc_api.term = self.state.term
         self._grpc: Any = None
         self._serving: asyncio.Task[None] | None = None

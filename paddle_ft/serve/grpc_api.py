@@ -15,9 +15,8 @@ from paddle_ft.coordination.etcd_grpc import grpc
 from paddle_ft.errors import ConfigError
 from paddle_ft.serve import answers, grpc_messages, grpc_tensors
 from paddle_ft.serve.bodies import gently
-from paddle_ft.serve.budget import Budget, Charge
-from paddle_ft.serve.catalog import Catalog, Control
-from paddle_ft.serve.http import TIMEOUT_HEADER, Access, timeout_s
+from paddle_ft.serve.budget import Charge
+from paddle_ft.serve.http import TIMEOUT_HEADER, Access, Services, timeout_s
 from paddle_ft.serve.tensors import BadRequest
 from paddle_ft.serve.tls import ServerTls
 from paddle_ft.serve.types import ServeError, Unavailable
@@ -85,18 +84,9 @@ def bind(server: Any, host: str, port: int, tls: ServerTls | None = None) -> int
 class GrpcApi:
     """The two services, to be added to a server."""
 
-    def __init__(
-        self,
-        catalog: Catalog,
-        access: Access,
-        control: Control | None = None,
-        budget: Budget | None = None,
-    ) -> None:
-        self._catalog = catalog
-        self._access = access
-        self._control = control
-        self._budget = budget or Budget()
-        self._messages_max = self._budget.messages(access.body_bytes_max)
+    def __init__(self, services: Services) -> None:
+        self._catalog, self._access, self._control, self._budget = services
+        self._messages_max = self._budget.messages(self._access.body_bytes_max)
         self._reading = asyncio.Semaphore(self._messages_max)
         self._streams = 0
         self._leaving = asyncio.Event()

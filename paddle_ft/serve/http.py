@@ -15,7 +15,7 @@ import math
 import re
 from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 from urllib.parse import quote
 
 from paddle_ft.serve import answers, wire
@@ -146,20 +146,20 @@ def refusal(error: ServeError) -> Reply:
     return reply
 
 
+class Services(NamedTuple):
+    """What requests are answered from, whichever way they come."""
+
+    catalog: Catalog
+    access: Access
+    control: Control | None
+    budget: Budget
+
+
 class HttpApi:
     """The ASGI application."""
 
-    def __init__(
-        self,
-        catalog: Catalog,
-        access: Access,
-        control: Control | None = None,
-        budget: Budget | None = None,
-    ) -> None:
-        self._catalog = catalog
-        self._access = access
-        self._control = control
-        self._budget = budget or Budget()
+    def __init__(self, services: Services) -> None:
+        self._catalog, self._access, self._control, self._budget = services
         self._health = Budget(2**62)
         self.more: dict[str, Callable[[Call], Awaitable[Reply]]] = {}
         """Operations of others, by the name in ``http_paths``."""

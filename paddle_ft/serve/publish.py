@@ -117,6 +117,11 @@ def publish(
             paddle = export_layer(model, Path(scratch), input_spec)
             files = _listed(Path(scratch))
         if told != Description():
+            if pipeline.FILE in files:
+                raise ConfigError(
+                    f"{model} is a pipeline, which says itself what it takes and gives: outputs, "
+                    "batched and warm_up are for a single model."
+                )
             if DESCRIPTION in files:
                 raise ConfigError(f"{model} has its own {DESCRIPTION}; change that instead.")
             files[DESCRIPTION] = Path(scratch) / DESCRIPTION

@@ -272,6 +272,15 @@ def test_what_is_no_model_is_not_published(tmp_path: Path) -> None:
     assert not (tmp_path / "store").exists()
 
 
+@pytest.mark.parametrize("flag", ["--warm-up=x=1,2", "--outputs=a,b", "--batched", "--no-batched"])
+def test_what_a_pipeline_says_itself_is_not_taken_beside_it(shop: Shop, flag: str) -> None:
+    given = ["publish", str(shop.folder), "--name", "reader", "--store", shop.url, flag]
+    told = CliRunner().invoke(app, given)
+    assert isinstance(told.exception, ConfigError)
+    assert f"{shop.folder} is a pipeline" in str(told.exception)
+    assert not Path(shop.url).exists()
+
+
 def test_from_the_command_line(shop: Shop) -> None:
     command = CliRunner()
     told = command.invoke(

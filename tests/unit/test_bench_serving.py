@@ -169,6 +169,7 @@ def test_the_report_holds_all_parts_and_comes_back_from_its_json(tmp_path: Path)
     assert "## stops\n\nNot run." in text
     assert "not run: none" in text
     assert "0 of 2 goals reached" in text
+    assert "1 of 3 parts were not run" in text
     assert "it said &lt;b> / c" in text
     assert text.count("say little") == 1, "the machine was busy in one of them"
     assert document(from_json(to_json(PARTS, FACTS)), FACTS, ["kills-2", "ocr"]) == document(

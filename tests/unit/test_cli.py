@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ from typer.testing import CliRunner
 
 from paddle_ft import cli, command_line
 from paddle_ft.checkpoint.cli import ckpt_app
-from paddle_ft.errors import ConfigError
+from paddle_ft.errors import EXIT_BUG, EXIT_MACHINE, ConfigError
 
 HEAVY = {"boto3", "botocore", "cryptography", "etcd3", "fsspec", "grpc", "paddle"}
 
@@ -64,6 +65,31 @@ def test_the_shell_completes_flags_of_every_command(typed: list[str], found: set
     environ = asked | {"_PADDLE_FT_COMPLETE": "complete_bash"}
     told = CliRunner().invoke(cli.app, [], env=environ, prog_name="paddle-ft")
     assert set(told.output.split()) == found
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "told"),
+    [
+        (ConfigError("it is wrong"), 2, "paddle-ft: error: it is wrong\n"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), EXIT_MACHINE, "free memory"),
+        (ZeroDivisionError("division by zero"), EXIT_BUG, ""),
+    ],
+)
+def test_every_error_ends_in_its_exit_code(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: Exception,
+    code: int,
+    told: str,
+) -> None:
+    def app() -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "app", app)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == code
+    assert told in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["serving", "promote", "gateway"])

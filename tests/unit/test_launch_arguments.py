@@ -12,6 +12,7 @@ import pytest
 
 from paddle_ft import launch
 from paddle_ft.config import Config, allowed
+from paddle_ft.entry import one_sentence_for_shortages
 from paddle_ft.errors import ConfigError, MachineError
 
 
@@ -212,7 +213,7 @@ def test_what_the_machine_is_short_of_is_one_sentence() -> None:
     def short(of: str) -> contextlib.ExitStack:
         stack = contextlib.ExitStack()
         stack.enter_context(pytest.raises(MachineError, match=of))
-        stack.enter_context(launch.one_sentence_for_shortages())
+        stack.enter_context(one_sentence_for_shortages())
         return stack
 
     with short("No space left on device; free disk space"):
@@ -224,7 +225,7 @@ def test_what_the_machine_is_short_of_is_one_sentence() -> None:
             os.pipe()
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-    with pytest.raises(FileNotFoundError), launch.one_sentence_for_shortages():
+    with pytest.raises(FileNotFoundError), one_sentence_for_shortages():
         os.stat("nosuch")  # nothing is short: a defect, which keeps its traceback
 
 
