@@ -1,8 +1,9 @@
 """Connections of HTTP: what one may hold without asking or reading anything.
 
-uvicorn bounds neither the time until a request is there nor the time an answer waits for its
-client, and refuses health checks with all else. Here a connection that is silent, or does not read,
-is ended; beyond the bound the one that has been idle for longest makes room for the new one.
+uvicorn bounds neither the head of a request, nor the time until it is there, nor the time an
+answer waits for its client, and refuses health checks with all else. Here a connection that sends
+too much, is silent, or does not read is ended; beyond the bound the one that has been idle for
+longest makes room for the new one.
 """
 
 from __future__ import annotations
@@ -12,15 +13,19 @@ import functools
 import ssl
 from typing import Any
 
-from uvicorn.protocols.http.auto import AutoHTTPProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from paddle_ft.serve.http import CONNECTION
 
-_Base: Any = AutoHTTPProtocol
+_Base: Any = HttpToolsProtocol
+
+_HEAD_BYTES_MAX = 65536
+_CHUNK_OVERHEAD = 8
+"""Bytes of framing for each byte of a body in chunks, at most."""
 
 
 class Connection(_Base):  # type: ignore[misc]
-    """uvicorn's protocol (of h11 or httptools) with these bounds."""
+    """uvicorn's protocol with these bounds."""
 
     def __init__(
         self, *positional: Any, connections_max: int, silent_s: float, unread_s: float, **named: Any
@@ -34,6 +39,8 @@ class Connection(_Base):  # type: ignore[misc]
         self._unread: asyncio.TimerHandle | None = None
         self._waiting: asyncio.Future[Any] | None = None
         self._quiet_since_s = self.loop.time()
+        self._beside_bytes = 0
+        """Came since the request began and are not of its body: head, framing, trailers."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
@@ -56,15 +63,32 @@ class Connection(_Base):  # type: ignore[misc]
         return not self.cycle.more_body
 
     def join(self) -> None:
-        self.cycle.transport = _Joining(self.cycle.transport)
+        # Of requests sent without waiting for answers `cycle` is the last, and joined by each.
+        if not isinstance(self.cycle.transport, _Joining):
+            self.cycle.transport = _Joining(self.cycle.transport)
 
     @property
     def busy(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
 
     def data_received(self, data: bytes) -> None:
+        self._beside_bytes += len(data)
         super().data_received(data)
+        if self._beside_bytes > _HEAD_BYTES_MAX:
+            self.transport.abort()
         self._await_request()
+
+    def on_message_begin(self) -> None:
+        self._beside_bytes = 0
+        super().on_message_begin()
+
+    def on_body(self, body: bytes) -> None:
+        self._beside_bytes = max(0, self._beside_bytes - (1 + _CHUNK_OVERHEAD) * len(body))
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._beside_bytes = 0
+        super().on_message_complete()
 
     def on_response_complete(self) -> None:
         self._quiet_since_s = self.loop.time()

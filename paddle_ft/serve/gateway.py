@@ -233,9 +233,9 @@ class Gateway:
             self._tell_of(wanted)
         elif now_s >= self._retry_at_s and self._due(wanted, left, now_s):
             self._apply(wanted, text, digest)
-            self._nginx.trim_log(LOG_BYTES_MAX)
         elif left:
             self._tell_of(wanted)
+        self._nginx.trim_log(LOG_BYTES_MAX)
 
     def _due(self, wanted: Routes, left: set[str], now_s: float) -> bool:
         """Whether nginx is to reload now: at once if somebody cannot be served otherwise."""
@@ -277,17 +277,17 @@ class Gateway:
 
     def _renew(self, now_s: float) -> None:
         """Takes over what etcd has, and what is to be checked."""
+        fresh, odd = None, ""
         try:
             fresh = self._registry.group()
         except ValueError as error:
-            self._once("registry", foreign(self._name, error))
-            fresh = None
-        else:
-            self._once("registry", "")
+            odd = foreign(self._name, error)
+        self._once("registry", odd)
         group = self._group
         if fresh is not None:
             group = self._roster.renew(group, fresh, self._health, now_s)
-        assert group is not None, "read or loaded before"
+        if group is None:
+            raise ServeError(f"{odd}.")
         if group is not self._group and group.replicas and _lasting(group) != _lasting(self._group):
             with suppress(OSError):
                 write_whole(self._folder / GROUP_FILE, encode(group))

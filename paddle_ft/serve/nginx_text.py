@@ -31,6 +31,7 @@ What is not obvious:
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -159,12 +160,18 @@ def _http_server(routes: Routes, version: tuple[int, ...], without: Sequence[Wit
     if routes.main is not None:
         lines += _chain(way, routes, "/", "", routes.timeouts, s.tries)
         for i, model in enumerate(routes.models):
-            at = f"^~ /v2/models/{model.name}/"
+            at = of_model(model.name)
             lines += _chain(way, routes, at, f"_{i}", model.timeouts, model.tries)
     to_primary = f"proxy_pass {scheme}://pft_http_primary;"
     if routes.state is not None:
         lines.append(_state(routes, scheme))
     return block("server", [*lines, *_others(routes, "proxy", to_primary, TO_PRIMARY)])
+
+
+def of_model(name: str) -> str:
+    """The location of all that is asked of a model; for a prefix that ends with a slash nginx
+    answers requests for the path without it by a redirection."""
+    return f'~ "^/v2/models/{re.escape(name)}(/|$)"'
 
 
 def _grpc_server(routes: Routes, version: tuple[int, ...], without: Sequence[Without]) -> str:

@@ -49,7 +49,7 @@ def tensor_shape(name: str, shape: object) -> tuple[int, ...]:
         or isinstance(shape, str)
         or len(shape) > DIMENSIONS_MAX
         or not all(type(size) is int and 0 <= size < 2**31 for size in shape)
-        or math.prod(shape) >= 2**40
+        or math.prod(filter(None, shape)) >= 2**40  # numpy: also without elements
     ):
         raise BadRequest(
             f"the shape of input {short(name)} must be a list of up to {DIMENSIONS_MAX} sizes"

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from paddle_ft.errors import ConfigError
 from paddle_ft.serve import shared
+from paddle_ft.serve.pipeline import said
 from paddle_ft.serve.predictor import Settings
 from paddle_ft.serve.types import ModelError, ModelInfo, ServeError, Tensors, Unavailable
 from paddle_ft.serve.worker import MESSAGE_BYTES_MAX, info_of
@@ -182,6 +183,9 @@ class WorkerProcess:
                 header, batch.nbytes = await asyncio.to_thread(shared.write, self._inputs, inputs)
         except ServeError as error:
             self._end_batch(batch, error)
+        except Exception as error:  # noqa: BLE001 - as of a batch that is written at once
+            _log.error("a batch cannot be given to worker %d: %s", self.pid, said(error))
+            self._end_batch(batch, Unavailable("There is no memory for these inputs just now."))
         else:
             if self.batch is batch:
                 self._begin(batch, header)
@@ -267,8 +271,8 @@ class WorkerProcess:
     def _answered(self, batch: Batch, outputs: Callable[[], Outputs]) -> None:
         try:
             result = outputs()
-        except (ValueError, TypeError, OSError, MemoryError) as error:
-            _log.error("worker %d answers what cannot be read: %s", self.pid, error)
+        except Exception as error:  # noqa: BLE001 - a worker can answer anything
+            _log.error("worker %d answers what cannot be read: %s", self.pid, said(error))
             self.kill("it answers what cannot be read")
         else:
             self._end_batch(batch, result)

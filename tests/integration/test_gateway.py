@@ -72,6 +72,7 @@ def test_a_replica_that_is_killed_costs_no_request(pair: World) -> None:
 def test_a_replica_that_is_stopped_costs_no_request(pair: World) -> None:
     with pair.load() as told:
         pair.until(lambda: learnt(pair), "time-outs are learnt")
+        assert pair.ask("/v2/models/m", "GET")[0] == 200, "not told to ask with a slash"
         pair.send("a", signal.SIGSTOP)
         pair.goes_to("b")
         before = told.by_name["b"]

@@ -238,6 +238,45 @@ def test_silent_and_unread_connections_are_closed(wait_for: Callable[..., None])
             wait_for(lambda: made.front.budget.nbytes == 0)
 
 
+@pytest.mark.parametrize("what", ["head", "line", "trailers"])
+def test_what_a_request_sends_beside_its_body_is_bounded(what: str) -> None:
+    start = {
+        "head": b"GET /v2 HTTP/1.1\r\nHost: x\r\n",
+        "line": b"GET /v2 HTTP/1.1\r\nHost: x\r\nA: ",
+        "trailers": f"POST {INFER} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+        "5\r\nhello\r\n0\r\n".encode(),
+    }[what]
+    more = b"x" * 4096 if what == "line" else b"a: " + b"x" * 4096 + b"\r\n"
+    with front() as made, contextlib.suppress(ConnectionError):
+        made.serve(DOUBLE, doubled)
+        with socket.create_connection(("127.0.0.1", made.front.http_port), timeout=10) as sender:
+            sender.sendall(start)
+            for _ in range(5000):  # 20 MB; more than sockets hold
+                sender.sendall(more)
+            pytest.fail("all of it was taken")
+
+
+def test_requests_sent_without_waiting_are_all_answered() -> None:
+    with front() as made:
+        address = ("127.0.0.1", made.front.http_port)
+        with socket.create_connection(address, timeout=10) as sender:
+            sender.sendall(b"GET /v2 HTTP/1.1\r\nHost: x\r\n\r\n" * 4)
+            got = b""
+            while got.count(b'"extensions"') < 4:
+                came = sender.recv(65536)
+                assert came
+                got += came
+        assert got.count(b"HTTP/1.1 200") == 4
+
+
+def test_a_shape_without_elements_is_one_that_numpy_can_have() -> None:
+    with front() as made:
+        made.serve(DOUBLE, doubled)
+        sizes = [0, *[2**31 - 1] * 3]
+        empty = {"name": "x", "datatype": "FP32", "shape": sizes, "data": []}
+        assert made.ask("POST", INFER, {"inputs": [empty]})[0] == 400
+
+
 def test_the_longest_idle_connection_makes_room(wait_for: Callable[..., None]) -> None:
     with front(connections_max=2) as made:
         kept = [http.client.HTTPConnection(made.http, timeout=10) for _ in range(2)]

@@ -251,6 +251,24 @@ def test_who_waits_is_told_in_time_and_what_was_begun_does_no_harm(folder: Path)
     asyncio.run(story())
 
 
+def test_a_large_batch_that_cannot_be_written_leaves_the_worker_free(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_memory(*_: object) -> None:
+        raise MemoryError
+
+    async def story() -> None:
+        async with pool_of(folder, workers=1, spares=0) as pool:
+            with monkeypatch.context() as short:
+                short.setattr(worker_process, "_INLINE_BYTES", 1)
+                short.setattr(worker_process.shared, "write", no_memory)
+                with pytest.raises(Unavailable, match="no memory"):
+                    await pool.run(given(1), 20)
+            await check_answer(pool, 2)
+
+    asyncio.run(story())
+
+
 @pytest.mark.parametrize("inline_bytes", [8 * 2**20, 1000])
 def test_tensors_of_any_size_up_to_the_bound(
     folder: Path, monkeypatch: pytest.MonkeyPatch, inline_bytes: int

@@ -19,7 +19,7 @@ from paddle_ft.serve.checks import Pace
 from paddle_ft.serve.haproxy_text import to_haproxy
 from paddle_ft.serve.latency import LEAST, WINDOW_S, Learner, Learners, Try, tries_of
 from paddle_ft.serve.nginx import emergency, find_nginx
-from paddle_ft.serve.nginx_text import Place, to_nginx, whole_nginx
+from paddle_ft.serve.nginx_text import Place, of_model, to_nginx, whole_nginx
 from paddle_ft.serve.registry import Group, Level, ReplicaRecord
 from paddle_ft.serve.request_log import Log
 from paddle_ft.serve.routing import Learnt, Routes, Timeouts, configured, routes, split_listen
@@ -326,7 +326,7 @@ def test_each_model_has_its_own_time_outs_and_as_many_tries_as_it_takes() -> Non
     group = Group(replicas={"a": A, **more})
     text = to_nginx(routes("g", group, GatewayConfig(tries=2), learnt=LEARNT))
     assert "read_timeout 1250ms" in block(text, "location /")
-    slow, quick = (block(text, f"location ^~ /v2/models/{name}/") for name in ("slow", "quick"))
+    slow, quick = (block(text, f"location {of_model(name)}") for name in ("slow", "quick"))
     assert "read_timeout 20s" in slow
     assert "upstream_tries 2;" in slow
     assert "read_timeout 1250ms" in quick
