@@ -237,14 +237,16 @@ def load(
     return Loaded(_validate(values, sources), sources)
 
 
-def secret_variables() -> frozenset[str]:
-    """Names of the environment variables that may hold a secret."""
-    return frozenset(
+def without_secrets(environ: Mapping[str, str]) -> dict[str, str]:
+    """``environ`` for a process that runs a user's code, which neither signs, nor administers,
+    nor talks to etcd."""
+    secrets = {
         _variable(f"{group}.{key}")
         for group, settings in Config()
         for key, field in type(settings).model_fields.items()
         if not field.repr
-    )
+    }
+    return {name: value for name, value in environ.items() if name not in secrets}
 
 
 def _variable(path: str) -> str:

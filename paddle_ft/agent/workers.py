@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import IO
 
 from paddle_ft.agent.bootstrap import LAUNCHER_VARIABLE
-from paddle_ft.config import secret_variables
+from paddle_ft.config import without_secrets
 
 log = logging.getLogger("paddle_ft")
 
@@ -325,8 +325,7 @@ def _clean_environment() -> dict[str, str]:
     Secrets stay with the launcher: it alone signs checkpoints and talks to etcd.
     """
     foreign = ("PADDLE_TRAINER", "PADDLE_MASTER", "FLAGS_selected", "MASTER_ADDR", "MASTER_PORT")
-    secrets = secret_variables()
-    return {k: v for k, v in os.environ.items() if not k.startswith(foreign) and k not in secrets}
+    return {k: v for k, v in without_secrets(os.environ).items() if not k.startswith(foreign)}
 
 
 def _signal_group(process: subprocess.Popen[bytes], number: int) -> None:

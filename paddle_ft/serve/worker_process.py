@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from paddle_ft.config import without_secrets
 from paddle_ft.errors import ConfigError
 from paddle_ft.serve import shared
 from paddle_ft.serve.pipeline import said
@@ -371,7 +372,7 @@ def _popen(*descriptors: int) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "paddle_ft.serve.worker", *map(str, descriptors)]
     # Paddle's imports run at a low priority (``gentle``), which threads that they start would keep:
     # those for matrix products come later, when the predictor is told how many it may use.
-    environment = {"OPENBLAS_NUM_THREADS": "1"} | os.environ
+    environment = {"OPENBLAS_NUM_THREADS": "1"} | without_secrets(os.environ)
     return subprocess.Popen(
         command, stdin=subprocess.DEVNULL, pass_fds=descriptors, env=environment
     )

@@ -57,6 +57,9 @@ class Odd(Pipeline):
         if what == -6:
             time.sleep(0.6)
         said = np.array([item * 2 for item in inputs["note"]], object)
+        if what == -8:
+            said = np.array([os.environ.get(item.decode(), "").encode() for item in inputs["note"]])
+            said = said.astype(object)
         return {"y": x * 2, "said": said}
 '''
 
@@ -247,6 +250,21 @@ def test_who_waits_is_told_in_time_and_what_was_begun_does_no_harm(folder: Path)
             await check_answer(pool, 6)
         with pytest.raises(Unavailable, match="unloaded"):
             await pool.run(given(1), 1)
+
+    asyncio.run(story())
+
+
+def test_a_pipeline_does_not_get_the_secrets_of_its_replica(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PADDLE_FT_SERVE__ADMIN_TOKEN", "secret")
+    monkeypatch.setenv("PADDLE_FT_SERVE__WORKERS", "1")
+
+    async def story() -> None:
+        async with pool_of(folder, workers=1, spares=0) as pool:
+            for name, value in (("ADMIN_TOKEN", b""), ("WORKERS", b"1")):
+                asked = given(-8, note=f"PADDLE_FT_SERVE__{name}".encode())
+                assert (await pool.run(asked, 20))["said"].tolist() == [value]
 
     asyncio.run(story())
 
