@@ -85,10 +85,12 @@ test: lint ## lint, then every test but the slow ones
 test-slow: setup ## the slow tests
 	@$(BIN)/python -m pytest -n $(JOBS) -m slow
 
-test-2.6: setup-2.6 ## examples, restart, resume and serving on Paddle 2.6.2
+test-2.6: setup setup-2.6 ## examples, restart, resume, optimizers and serving on Paddle 2.6.2
 	@$(VENV26)/bin/python -m pytest -n $(JOBS) -m "paddle and not slow" -k "examples or stop_saves" \
 	  tests/integration/test_examples.py tests/integration/test_launch.py
 	@$(VENV26)/bin/python -m pytest -n $(JOBS) -m slow tests/integration/test_serve_digits.py
+	@$(BIN)/python -m pytest -n $(JOBS) -m slow -k "paddle_26 or 2.6" \
+	  tests/integration/test_session_resume.py tests/integration/test_session_numbers.py
 
 sim: setup ## SEEDS=20000 runs of the simulated cluster, and a quarter as many of the serving group, on two cores
 	@half=$$(( $(SEEDS) / 2 )); eighth=$$(( $(SEEDS) / 8 )); \

@@ -25,6 +25,8 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # Hundreds of processes start here; without bytecode each would compile the package anew.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
+# Several processes compute on few cores: threads of each would only wait for those of the others.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 LEAVE_S = 5.0
 """How long what a test started may take to be gone after it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -109,35 +110,30 @@ class TestS3:
         assert "there" in the_error(launcher)
 
 
+def tiny(directory: Path, epochs: int = 3, width: int = 16) -> tuple[str, ...]:
+    record = str(directory / "record")
+    return (str(TINY), "--record", record, "--epochs", str(epochs), "--width", str(width))
+
+
+@pytest.fixture(scope="module")
+def two_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a job that has ended left."""
+    place = tmp_path_factory.mktemp("before")
+    flags = ("--checkpoint", str(place / "store"), "--checkpoint_every", "10")
+    launcher = run(place, *flags, script=tiny(place, epochs=2))
+    assert launcher.process.returncode == 0, launcher.output
+    assert len(list((place / "store" / "manifests").glob("*.json"))) >= 2
+    return place / "store"
+
+
 @pytest.mark.paddle
 @pytest.mark.etcd
 class TestCheckpoints:
-    """A job that was stopped left two checkpoints; then something happens to them."""
+    """A job has left two checkpoints; then something happens to them."""
 
     @pytest.fixture
-    def store(self, tmp_path: Path) -> Path:
-        launcher = run(
-            tmp_path / "before",
-            "--checkpoint",
-            str(tmp_path / "store"),
-            "--checkpoint_every",
-            "10",
-            script=self.script(tmp_path, epochs=2),
-        )
-        assert launcher.process.returncode == 0, launcher.output
-        assert len(self.manifests(tmp_path / "store")) >= 2
-        return tmp_path / "store"
-
-    def script(self, directory: Path, epochs: int = 3, width: int = 16) -> tuple[str, ...]:
-        return (
-            str(TINY),
-            "--record",
-            str(directory / "record"),
-            "--epochs",
-            str(epochs),
-            "--width",
-            str(width),
-        )
+    def store(self, tmp_path: Path, two_checkpoints: Path) -> Path:
+        return Path(shutil.copytree(two_checkpoints, tmp_path / "store"))
 
     def manifests(self, store: Path) -> list[Path]:
         return sorted((store / "manifests").glob("*.json"))
@@ -147,11 +143,12 @@ class TestCheckpoints:
         return int(self.manifests(store)[-2].name.split("-")[1])
 
     def again(self, tmp_path: Path, store: Path, **more: int) -> Launcher:
-        return run(
-            tmp_path / "again", "--checkpoint", str(store), script=self.script(tmp_path, **more)
-        )
+        script = tiny(tmp_path, **more)
+        return run(tmp_path / "again", "--checkpoint", str(store), script=script)
 
-    @pytest.mark.parametrize("how", ["truncated", "altered", "deleted"])
+    @pytest.mark.parametrize(
+        "how", [pytest.param("truncated", marks=pytest.mark.slow), "altered", "deleted"]
+    )
     def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
         self, tmp_path: Path, store: Path, how: str
     ) -> None:

@@ -212,11 +212,11 @@ def test_every_sample_is_used_once_when_the_world_changes(
     assert exactly_once(record)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_stop_saves_and_leaves_nothing(
-    start: Start, tmp_path: Path, etcd: EmbeddedEtcd, undisturbed: str, number: int, code: int
+    start: Start, tmp_path: Path, etcd: EmbeddedEtcd, undisturbed: str
 ) -> None:
-    """The last step is saved, children and keys are gone, and the next run goes on from it."""
+    """The last step is saved, children and keys are gone, and the next run goes on from it; by
+    SIGTERM, and then by Ctrl-C."""
     flags = (
         "--etcd",
         etcd.endpoint,
@@ -229,16 +229,19 @@ def test_a_stop_saves_and_leaves_nothing(
         "--checkpoint_every",
         "1000",
     )
-    launcher = start("first", *flags, delay=0.05)
-    wait_until(lambda: steps_done(tmp_path / "record") >= 5)
-    workers = launcher.workers()
-    launcher.send(number)
-    assert launcher.wait() == code, launcher.output
-    done = steps_done(tmp_path / "record")
-    assert f"after saving step {done}" in launcher.output, launcher.output
-    assert not any(os.path.exists(f"/proc/{pid}") for pid in workers.values())
-    assert not members(etcd, "stop")
-    again = start("second", *flags)
+    done = 0
+    for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        launcher = start(number.name, *flags, delay=0.1)
+        wait_until(lambda done=done: steps_done(tmp_path / "record") >= done + 5)
+        assert not done or f"from the checkpoint of step {done}" in launcher.output
+        workers = launcher.workers()
+        launcher.send(number)
+        assert launcher.wait() == code, launcher.output
+        done = steps_done(tmp_path / "record")
+        assert f"after saving step {done}" in launcher.output, launcher.output
+        assert not any(os.path.exists(f"/proc/{pid}") for pid in workers.values())
+        assert not members(etcd, "stop")
+    again = start("last", *flags)
     assert again.wait() == 0, again.output
     assert f"from the checkpoint of step {done}" in again.output
     assert final(again.output)["weights"] == undisturbed

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.paddle
 SCRIPTS = Path(__file__).parent / "session_scripts"
 
 
-@pytest.fixture(params=["this Paddle", "Paddle 2.6.2"])
+@pytest.fixture(params=["this Paddle", pytest.param("Paddle 2.6.2", marks=pytest.mark.slow)])
 def python(request: pytest.FixtureRequest) -> str:
     return sys.executable if request.param == "this Paddle" else python_26()
 
@@ -47,6 +47,7 @@ def test_gradients_are_weighted_sums_to_the_last_bit(world_size: int) -> None:
             assert result.lines[-1]["ok"]
 
 
+@pytest.mark.slow
 def test_gradients_on_paddle_26() -> None:
     with Workers(2, command=[python_26(), str(SCRIPTS / "sums.py")]) as workers:
         for result in workers.results():

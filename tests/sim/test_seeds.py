@@ -8,7 +8,7 @@ import pytest
 
 from tests.sim.run import run, told
 
-SEEDS = int(os.environ.get("PADDLE_FT_SIM_SEEDS", "600"))
+SEEDS = int(os.environ.get("PADDLE_FT_SIM_SEEDS", "300"))
 CHUNK = 50
 
 
