@@ -21,7 +21,14 @@ from typing import Any
 
 import grpc
 
-from bench import report, serving_faults, serving_hop, serving_report, serving_speed
+from bench import (
+    report,
+    serving_faults,
+    serving_hop,
+    serving_ocr,
+    serving_report,
+    serving_speed,
+)
 from bench.recovery_trials import say_to_stderr
 from bench.report import Row
 from bench.serving_model import HERE, Model, make_model
@@ -121,7 +128,7 @@ class Bench:
             return serving_hop.cost(world, self._args.rate, 2 * self._args.for_s, self._say)
 
     def _ocr(self) -> list[Row]:
-        return serving_speed.ocr(self._folder, self._args.ocr_s, self._say)
+        return serving_ocr.ocr(self._folder, self._args.ocr_s, self._say)
 
 
 def measure(name: str, options: str, work: Callable[[], list[Row]], say: Say) -> Part:

@@ -110,10 +110,10 @@ def cost(world: World, rate_hz: float, for_s: float, say: Say) -> list[Row]:
     say(f"{group}: {for_s:g} s")
     fronts = [node.pid for node in world.nodes.values()]
     trees = {
-        "front of a replica": lambda: sum(_own_s(pid) for pid in fronts),
-        "worker": lambda: sum(_below_s(pid) for pid in fronts),
+        "front of a replica": lambda: sum(own_s(pid) for pid in fronts),
+        "worker": lambda: sum(below_s(pid) for pid in fronts),
         "gateway (nginx, health checks)": lambda: (
-            _own_s(world.gateway_pid) + _below_s(world.gateway_pid)
+            own_s(world.gateway_pid) + below_s(world.gateway_pid)
         ),
     }
     takes: dict[str, tuple[float, float]] = {}
@@ -141,7 +141,7 @@ def cost(world: World, rate_hz: float, for_s: float, say: Say) -> list[Row]:
     ]  # fmt: skip
 
 
-def _own_s(pid: int) -> float:
+def own_s(pid: int) -> float:
     """Processor time of a process, s; 0 if it has ended."""
     with suppress(OSError):
         words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -149,12 +149,12 @@ def _own_s(pid: int) -> float:
     return 0.0
 
 
-def _below_s(pid: int) -> float:
+def below_s(pid: int) -> float:
     """Of all that it has started."""
     total = 0.0
     for path in Path(f"/proc/{pid}/task").glob("*/children"):
         with suppress(OSError):
             total += sum(
-                _own_s(child) + _below_s(child) for child in map(int, path.read_text().split())
+                own_s(child) + below_s(child) for child in map(int, path.read_text().split())
             )
     return total

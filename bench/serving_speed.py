@@ -1,4 +1,4 @@
-"""What batching gives, what a server adds to its predictor; OCR."""
+"""What batching gives, and what a server adds to its predictor."""
 
 from __future__ import annotations
 
@@ -84,10 +84,10 @@ def echo() -> Iterator[dict[str, int]]:
 
 
 @contextmanager
-def bare(model: Model, rows: int = 1) -> Iterator[Line]:
+def bare(model: Path, shape: Sequence[int] = (1, 64)) -> Iterator[Line]:
     """A predictor in a process of its own, that does what it is asked to."""
     script = HERE / "scripts" / "serving_bare.py"
-    argv = [sys.executable, str(script), str(model.exported / "1"), str(rows)]
+    argv = [sys.executable, str(script), str(model), *map(str, shape)]
     process = subprocess.Popen(
         tethered(argv), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
         env=environment({}), text=True,
@@ -190,7 +190,7 @@ def added(folder: Path, model: Model, rounds: int, calls: int, say: Say) -> list
     row = row_of(model)
     with ExitStack() as stack:
         node = stack.enter_context(alone(folder / "added", model))
-        line, ports = stack.enter_context(bare(model)), stack.enter_context(echo())
+        line, ports = stack.enter_context(bare(model.exported / "1")), stack.enter_context(echo())
         request = infer_request(model.name, row)
         clients: dict[str, Any] = {
             "HTTP": Http(node.http_port, request),
@@ -247,7 +247,7 @@ def _batching(folder: Path, model: Model, rounds: int, for_s: float, say: Say) -
                 alone(folder / f"off-{model.name}", model, batch_rows_max=1)
             ),
         }
-        line = stack.enter_context(bare(model))
+        line = stack.enter_context(bare(model.exported / "1"))
         for number in range(rounds):
             say(f"{group}: round {number + 1} of {rounds}")
             for name, node in nodes.items():
@@ -280,52 +280,3 @@ def rate(found: Load) -> float:
     if not good:
         raise Broken(f"nobody was answered: {list(found.told)[:2]}")
     return len(good) / (max(r.answered_s for r in good) - min(r.intended_s for r in good))
-
-
-# ---------------------------------------------------------------- OCR
-
-
-def ocr(folder: Path, for_s: float, say: Say) -> list[Row]:
-    """Recognition of PP-OCRv4 (strips of 48 x 320) at 16 clients."""
-    group, store = f"OCR recognition, {CLIENTS} clients", folder / "ocr-store"
-    script = HERE.parent / "examples" / "ocr" / "publish.py"
-    say(f"{group}: publishing")
-    store.mkdir(exist_ok=True)
-    run = subprocess.run([sys.executable, str(script), "--store", str(store)], text=True,
-                         capture_output=True, env=environment({}), timeout=400)  # fmt: skip
-    if run.returncode:
-        raise Broken(f"examples/ocr/publish.py ended with {run.returncode}: {run.stderr[-300:]}")
-    model = Model("ocr_rec", folder, store, 1)
-    with alone(folder / "ocr", model) as node:
-        name = json.loads(node.ask("GET", "/v2/models/ocr_rec")[2])["inputs"][0]["name"]
-        (folder / "strip.http").write_bytes(strip(name))
-        say(f"{group}: {for_s:g} s")
-        found = closed(folder, node.http_port, "ocr_rec", str(folder / "strip.http"), for_s)
-    took = [1000 * r.took_s for r in found.requests]
-    if not took:
-        raise Broken("nobody was answered")
-    share = 1 - failed(found.requests) / len(took)
-    note = f"of {len(took)} requests, {rate(found):.1f} a second; {list(found.told)[:2] or ''}"
-    return [
-        Row(group, "success", "share", [share], goal=0.998, sense=">=", note=note),
-        Row(group, "mean", "ms", [statistics.fmean(took)]),
-        Row(group, "P95", "ms", [percentile(took, 0.95)]),
-    ]
-
-
-def strip(name: str) -> bytes:
-    """A request for one line of text."""
-    import numpy as np
-
-    raw = np.random.default_rng(0).standard_normal((1, 3, 48, 320)).astype("<f4").tobytes()
-    tensor = {"name": name, "datatype": "FP32", "shape": [1, 3, 48, 320]}
-    wanted = {"inputs": [tensor | {"parameters": {"binary_data_size": len(raw)}}],
-              "parameters": {"binary_data_output": True}}  # fmt: skip
-    head = json.dumps(wanted).encode()
-    lines = [
-        "POST /v2/models/ocr_rec/infer HTTP/1.1",
-        "Host: bench",
-        f"Content-Length: {len(head) + len(raw)}",
-        f"Inference-Header-Content-Length: {len(head)}",
-    ]
-    return "\r\n".join([*lines, "", ""]).encode() + head + raw

@@ -1,6 +1,6 @@
 """A predictor without a server around it, timed when asked to; lines of JSON.
 
-python serving_bare.py FOLDER ROWS
+python serving_bare.py FOLDER SHAPE...
 
 {"calls": 500} -> {"s": [...]}; {"for_s": 5} -> {"rows_per_s": 100}
 """
@@ -18,11 +18,11 @@ import numpy as np
 from paddle_ft.serve.predictor import Predictor, Settings
 
 assert zlib
-rows = int(sys.argv[2])
+shape = [int(size) for size in sys.argv[2:]]
 bare = Predictor(Path(sys.argv[1]), "bare", "1", Settings())
 (handle,) = bare._handles.values()
 (output,) = (bare._predictor.get_output_handle(n) for n in bare._outputs.values())
-x = np.random.default_rng(0).random((rows, 64), dtype="float32")
+x = np.random.default_rng(0).random(shape, dtype="float32")
 
 
 def call() -> float:
@@ -34,8 +34,11 @@ def call() -> float:
     return time.perf_counter() - begin_s
 
 
+warm_s = time.perf_counter() + 2.0
 for _ in range(200):
     call()
+    if time.perf_counter() > warm_s:
+        break
 print(json.dumps({"ready": True}), flush=True)
 for line in sys.stdin:
     asked = json.loads(line)
@@ -45,5 +48,5 @@ for line in sys.stdin:
     begin_s, count = time.perf_counter(), 0
     while (took_s := time.perf_counter() - begin_s) < asked["for_s"]:
         call()
-        count += rows
+        count += shape[0]
     print(json.dumps({"rows_per_s": count / took_s}), flush=True)
