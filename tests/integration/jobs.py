@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -13,6 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 SCRIPTS = Path(__file__).parent / "scripts"
 TINY = SCRIPTS / "tiny.py"
@@ -147,3 +150,27 @@ def wait_until(condition: Callable[[], object], timeout_s: float = 60.0) -> None
     while not condition():
         assert time.monotonic() < deadline, "the condition did not come about"
         time.sleep(0.02)
+
+
+def undisturbed_run(places: pytest.TempPathFactory, world: int, steps: int) -> str:
+    """The weights of ``TINY`` on ``world`` ranks to which nothing happened; who asks first runs it.
+
+    One run serves all processes of pytest-xdist.
+    """
+    base = places.getbasetemp()
+    common = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    kept = common / f"undisturbed-{world}.txt"
+    with (common / f"undisturbed-{world}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not kept.exists():
+            place = places.mktemp("undisturbed")
+            script = (str(TINY), "--record", str(place / "record"))
+            launcher = Launcher(place, ("--nproc_per_node", str(world), *script))
+            assert launcher.wait() == 0, launcher.output
+            told = final(launcher.output)
+            assert (told["step"], told["world"], told["restarts"]) == (str(steps), str(world), "0")
+            kinds = {event["kind"] for event in lines(launcher.log_dir)}
+            assert "ended" in kinds and "hung" not in kinds, kinds
+            assert not (launcher.log_dir / "flight").exists()
+            kept.write_text(told["weights"])
+        return kept.read_text()

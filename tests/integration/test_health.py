@@ -18,6 +18,7 @@ from tests.integration.jobs import (
     Launcher,
     final,
     steps_done,
+    undisturbed_run,
     wait_until,
 )
 
@@ -55,7 +56,10 @@ def hangs(launcher: Launcher) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_stopped_worker_is_named_and_replaced_and_the_weights_are_the_same(
-    run: Callable[..., Launcher], tmp_path: Path, world: int
+    run: Callable[..., Launcher],
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    world: int,
 ) -> None:
     launcher = run("job", world, delay=0.06)
     record = tmp_path / "record-job"
@@ -80,10 +84,7 @@ def test_a_stopped_worker_is_named_and_replaced_and_the_weights_are_the_same(
         assert "tiny.py" in stacks or "session.py" in stacks, stacks
     assert f"rank {culprit}: hung" in (flight / "summary.txt").read_text()
 
-    undisturbed = run("undisturbed", world)
-    assert undisturbed.wait() == 0, undisturbed.output
-    assert final(undisturbed.output)["weights"] == result["weights"]
-    assert not hangs(undisturbed) and not (undisturbed.log_dir / "flight").exists()
+    assert result["weights"] == undisturbed_run(tmp_path_factory, world, STEPS)
 
 
 @pytest.mark.slow

@@ -28,6 +28,7 @@ from tests.integration.jobs import (
     final,
     lines,
     steps_done,
+    undisturbed_run,
     used_samples,
     wait_until,
 )
@@ -67,14 +68,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The weights of a run of two ranks in which nothing happened."""
-    directory = tmp_path_factory.mktemp("undisturbed")
-    launcher = Launcher(
-        directory, ("--nproc_per_node", "2", str(TINY), "--record", str(directory / "record"))
-    )
-    assert launcher.wait() == 0, launcher.output
-    told = final(launcher.output)
-    assert (told["step"], told["world"], told["restarts"]) == (str(STEPS), "2", "0")
-    return told["weights"]
+    return undisturbed_run(tmp_path_factory, 2, STEPS)
 
 
 @pytest.fixture
@@ -341,7 +335,7 @@ def test_spares_take_over(start: Start, tmp_path: Path, undisturbed: str) -> Non
     launcher = start(
         "job", "--nproc_per_node", "2", "--spares", "2", "--checkpoint_every", "3", delay=0.3
     )
-    wait_until(lambda: len(launcher.ready()) == 2)
+    wait_until(lambda: len(launcher.ready()) == 2 and steps_done(tmp_path / "record") >= 2)
     spares, survivor = launcher.ready(), launcher.workers()[0]
     launcher.kill_worker(1)
     assert launcher.wait() == 0, launcher.output
@@ -360,7 +354,7 @@ def test_workers_that_start_anew_come_from_the_reserve(start: Start, tmp_path: P
     script = (str(TINY), "--record", str(tmp_path / "b"), "--parallel", "--delay", "0.15")
     flags = ("--nproc_per_node", "2", "--spares", "2", "--checkpoint_every", "3")
     launcher = start("job", *flags, script=script)
-    wait_until(lambda: len(launcher.ready()) == 2)
+    wait_until(lambda: len(launcher.ready()) == 2 and steps_done(tmp_path / "b") >= 2)
     spares = launcher.ready()
     launcher.kill_worker(1)
     assert launcher.wait() == 0, launcher.output
