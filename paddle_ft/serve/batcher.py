@@ -114,7 +114,8 @@ class Batcher:
     def submit(
         self, inputs: Tensors, timeout_s: float, session: str = ""
     ) -> asyncio.Future[Tensors]:
-        """The outputs to come for checked ``inputs``. Cancelled before they run, they do not run.
+        """The outputs to come for checked ``inputs``. Cancelled before they run, they do not run;
+        cancelled or late after that, they do not change the state of their session.
 
         ``session``: the one that the request names; of meaning to a stateful model.
 
@@ -244,13 +245,28 @@ class Batcher:
             begin_s, first = asyncio.get_running_loop().time(), batch[0]
             try:
                 joined, timeout_s = _prepared(batch, begin_s)
-                outputs = await self.runner.run(
-                    joined, timeout_s, first.session, again=first.suspect
-                )
-                self._succeeded(batch, begin_s, outputs)
+                outputs = await self._outputs(first, joined, timeout_s)
+                if outputs is not None:
+                    self._succeeded(batch, begin_s, outputs)
             except Exception as error:  # noqa: BLE001 - as above
                 self._not_run(batch, error)
         self._pump()
+
+    async def _outputs(self, first: _Pending, joined: Tensors, timeout_s: float) -> Tensors | None:
+        """Of the batch that begins with ``first``; None if that was of a session, and nobody waits
+        for it any more: whoever asks again, elsewhere, must not find it undone by this one later.
+        """
+        run = self.runner.run(joined, timeout_s, first.session, again=first.suspect)
+        if not first.session:
+            return await run
+        running = asyncio.ensure_future(run)
+        first.future.add_done_callback(lambda _: running.cancel())
+        try:
+            await asyncio.wait([running])
+        except asyncio.CancelledError:
+            running.cancel()
+            raise
+        return None if running.cancelled() else running.result()
 
     def _over(self, batch: Sequence[_Pending], task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)

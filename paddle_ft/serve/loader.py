@@ -36,6 +36,7 @@ from paddle_ft.serve.pool import Pool
 from paddle_ft.serve.predictor import Settings
 from paddle_ft.serve.staff import PoolSettings, Progress
 from paddle_ft.serve.tensors import BadRequest
+from paddle_ft.serve.turns import Turns
 from paddle_ft.serve.types import ServeError, Sessions, Unavailable
 from paddle_ft.serve_config import ServeConfig
 
@@ -93,6 +94,8 @@ class Loader:
         self._settings = settings
         self.sessions: Sessions | None = None
         """Where pipelines keep their state; set before models are loaded."""
+        self._turns = Turns()
+        """Of all models and versions: an old one may run beside the new one for a while."""
         self._catalog: Catalog | None = None
         self._locks: dict[str, asyncio.Lock] = {}
         self._leaving: dict[str, asyncio.Task[None]] = {}
@@ -223,6 +226,7 @@ class Loader:
             started,
             on_end=found.held.close,
             sessions=self.sessions,
+            turns=self._turns,
         )
         stage = "serves"
         self.catalog.serve(pool)

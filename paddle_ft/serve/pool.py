@@ -56,12 +56,16 @@ class Pool:
     """Made by ``start``; for one event loop."""
 
     def __init__(
-        self, source: Source, settings: PoolSettings, on_progress: Callable[[Progress], None]
+        self,
+        source: Source,
+        settings: PoolSettings,
+        on_progress: Callable[[Progress], None],
+        turns: Turns,
     ) -> None:
         self._source, self._settings = source, settings
         self._on_end: Callable[[], None] = lambda: None
         self._sessions: Sessions | None = None
-        self._turns = Turns()
+        self._turns = turns
         self._refused = Refused(source.name)
         self._info: ModelInfo | None = None
         self._learnt = deadline.Learnt(settings.look_s, settings.batch_s_max)
@@ -82,11 +86,12 @@ class Pool:
         on_progress: Callable[[Progress], None] = lambda _: None,
         on_end: Callable[[], None] = lambda: None,
         sessions: Sessions | None = None,
+        turns: Turns | None = None,
     ) -> Pool:
         """A pool of which all workers are warm (spares may follow).
 
         ``on_end`` is called once ``folder`` is not needed any more, whatever the end; ``sessions``
-        is where pipelines keep their state.
+        is where pipelines keep their state, and ``turns`` of all that keep it there.
 
         Raises ConfigError, ModelError if the model cannot be loaded; the pool is closed then.
         """
@@ -96,7 +101,7 @@ class Pool:
             threads = max(1, len(os.sched_getaffinity(0)) // settings.workers)
             predictor = replace(predictor, threads=threads)
         source = Source(folder, name, version, predictor, settings.tensor_bytes_max)
-        pool = cls(source, settings, on_progress)
+        pool = cls(source, settings, on_progress, Turns() if turns is None else turns)
         pool._on_end, pool._sessions = on_end, sessions
         pool._staff.begin()
         try:
@@ -135,7 +140,8 @@ class Pool:
     async def run(
         self, inputs: Tensors, timeout_s: float, session: str = "", again: bool = False
     ) -> Tensors:
-        """The outputs for one batch; see ``Runner``. What a caller gives up goes on until its end.
+        """The outputs for one batch; see ``Runner``. What a caller gives up goes on until its end,
+        and its outputs, and what it would put, are left out.
 
         Raises ModelError (BatchRefused if workers were lost with it), Unavailable, and what
         ``Sessions.put`` raises.

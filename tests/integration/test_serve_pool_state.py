@@ -13,6 +13,8 @@ import pytest
 from typer.testing import CliRunner
 
 from paddle_ft.cli import app
+from paddle_ft.serve.batcher import Batcher, DeadlineExceeded
+from paddle_ft.serve.batching import Limits
 from paddle_ft.serve.pool import Pool
 from paddle_ft.serve.publish import publish
 from paddle_ft.serve.staff import PoolSettings
@@ -74,9 +76,15 @@ class Kept:
         self.puts = 0
         self.failure: Exception | None = None
         self.unreadable: Exception | None = None
+        self.asked = 0
+        self.gate = asyncio.Event()
+        """Holds readers back while it is not set."""
+        self.gate.set()
 
     async def get(self, session: str, key: str) -> bytes | None:
+        self.asked += 1
         await asyncio.sleep(0.001)
+        await self.gate.wait()
         if self.unreadable is not None:
             raise self.unreadable
         return self.items.get((session, key))
@@ -96,9 +104,11 @@ def folder(tmp_path: Path) -> Path:
 
 
 @contextlib.asynccontextmanager
-async def pool_of(folder: Path, kept: Kept | None, workers: int = 1) -> AsyncIterator[Pool]:
+async def pool_of(
+    folder: Path, kept: Kept | None, workers: int = 1, turns: Turns | None = None
+) -> AsyncIterator[Pool]:
     settings = PoolSettings(workers=workers)
-    pool = await Pool.start(folder, "counter", "1", settings, sessions=kept)
+    pool = await Pool.start(folder, "counter", "1", settings, sessions=kept, turns=turns)
     try:
         yield pool
     finally:
@@ -134,6 +144,58 @@ def test_a_session_counts_its_requests_once_each(folder: Path) -> None:
             assert len(pool._turns) == 0
 
     asyncio.run(story())
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        await asyncio.sleep(0.001)
+
+
+def test_a_request_that_is_given_up_puts_nothing(folder: Path) -> None:
+    async def story() -> None:
+        kept, x = Kept(), {"x": np.array([1])}
+        async with pool_of(folder, kept, workers=2) as pool:
+            batcher = Batcher(pool, Limits())
+            kept.gate.clear()
+            computes = batcher.submit(x, 30, "a")
+            await until(lambda: kept.asked == 1)
+            waits = batcher.submit(x, 30, "a")
+            await until(lambda: len(pool._turns._waiting["a"]) == 1)
+            computes.cancel()  # as the gateway does when it asks another replica
+            waits.cancel()
+            again = batcher.submit(x, 30, "a")
+            await until(lambda: kept.asked == 2)
+            kept.gate.set()
+            assert (await again)["n"].tolist() == [1]
+            await until(lambda: pool._running == 0)  # its worker is through with it, too
+            assert (kept.puts, kept.asked, len(pool._turns)) == (1, 2, 0)
+
+            kept.gate.clear()
+            late = batcher.submit(x, 0.01, "a")
+            with pytest.raises(DeadlineExceeded):
+                await late
+            kept.gate.set()
+            assert (await batcher.submit(x, 30, "a"))["n"].tolist() == [2]
+            await until(lambda: pool._running == 0)
+            assert (kept.puts, batcher.waiting) == (2, 0)
+
+    asyncio.run(asyncio.wait_for(story(), 60))
+
+
+def test_two_versions_take_turns_at_a_session(folder: Path) -> None:
+    async def story() -> None:
+        kept, turns = Kept(), Turns()
+        async with (
+            pool_of(folder, kept, turns=turns) as old,
+            pool_of(folder, kept, turns=turns) as new,
+        ):
+            kept.gate.clear()
+            asked = [asyncio.ensure_future(count(pool, "a")) for pool in (old, new)]
+            await until(lambda: kept.asked == 1 and len(turns._waiting["a"]) == 1)
+            kept.gate.set()
+            assert await asyncio.gather(*asked) == [1, 2]
+
+    asyncio.run(asyncio.wait_for(story(), 60))
 
 
 def test_what_is_refused_changes_nothing_and_is_told(folder: Path) -> None:

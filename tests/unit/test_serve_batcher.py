@@ -197,6 +197,40 @@ async def test_requests_of_sessions_are_not_joined() -> None:
         assert sorted(runner.batches) == batches
 
 
+@pytest.mark.parametrize("how", ["cancelled", "late", "closed"])
+def test_what_a_session_has_given_up_ends_before_it_changes_anything(how: str) -> None:
+    @on_loop
+    async def check() -> None:
+        put: list[float] = []
+
+        def counted(inputs: Tensors) -> Tensors:
+            put.append(inputs["x"][0, 0])
+            return doubled(inputs)
+
+        runner = NumpyRunner(replace(DOUBLE, stateful=True), counted, gate=asyncio.Event())
+        batcher = Batcher(runner, Limits())
+        given_up = batcher.submit(rows(1), 0.05 if how == "late" else 9, "a")
+        await reached(runner, 1)
+        if how == "cancelled":
+            given_up.cancel()
+        if how == "closed":
+            await batcher.close(0.0)
+        else:
+            other = batcher.submit(rows(2), 9, "b")  # begins by itself once there is room
+            await reached(runner, 2)
+        assert runner.gate is not None
+        runner.gate.set()
+        if how != "closed":
+            assert await outcome(other) == [4.0]
+        assert put == ([] if how == "closed" else [2.0])
+        kind = {"cancelled": asyncio.CancelledError, "late": DeadlineExceeded}.get(how, Unavailable)
+        assert await outcome(given_up) is kind
+        while runner.running:
+            await asyncio.sleep(0)
+
+    check()
+
+
 @on_loop
 async def test_a_defect_of_the_runner_ends_as_an_error() -> None:
     def broken(inputs: Tensors) -> Tensors:
