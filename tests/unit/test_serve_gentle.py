@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -25,3 +26,19 @@ def test_a_module_is_imported_at_a_low_priority_and_ours_stays(
 def test_what_an_import_raises_is_raised() -> None:
     with pytest.raises(ModuleNotFoundError, match="no_such_module_at_all"):
         import_gently("json", "no_such_module_at_all")
+
+
+def test_what_serves_loads_nothing_of_training_and_the_public_names_are_there() -> None:
+    script = """
+import sys
+import paddle_ft.serve.worker
+assert not {"paddle_ft.session", "paddle_ft.policies"} & set(sys.modules)
+import paddle_ft.serve.replica
+assert not {"paddle_ft.session", "paddle"} & set(sys.modules)
+import paddle_ft.session
+import paddle_ft as ft
+assert ft.session is sys.modules["paddle_ft.session"].session
+assert all(getattr(ft, name) for name in ft.__all__)
+assert not hasattr(ft, "nothing")
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=100)
