@@ -24,16 +24,24 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 def run(config: Config) -> int:
     """Runs a replica until it is asked to stop; gives the exit code. Raises PaddleFTError."""
-    # Heavy imports (grpc, boto3, uvicorn) come after the command line was found good.
-    import_gently("paddle_ft.serve.replica")
-    from paddle_ft.serve.own_etcd import with_etcd
-    from paddle_ft.serve.replica import Replica
+    from paddle_ft.serve.forks import Forks
 
-    gc.freeze()  # modules stay: the collector need not go through them while requests wait
-    replica = Replica(config)  # what is wrong with the settings is told before anything starts
-    with with_etcd(config) as settled:
-        asyncio.run(replica.run(settled.etcd))
-    return EXIT_DONE
+    # Paddle is imported beside all that is imported here.
+    forks = Forks() if config.serve.device == "cpu" else None
+    try:
+        # Heavy imports (grpc, boto3, uvicorn) come after the command line was found good.
+        import_gently("paddle_ft.serve.replica")
+        from paddle_ft.serve.own_etcd import with_etcd
+        from paddle_ft.serve.replica import Replica
+
+        gc.freeze()  # modules stay: the collector need not go through them while requests wait
+        replica = Replica(config, forks)  # what is wrong with the settings is told at once
+        with with_etcd(config) as settled:
+            asyncio.run(replica.run(settled.etcd))
+        return EXIT_DONE
+    finally:
+        if forks is not None:
+            forks.close()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

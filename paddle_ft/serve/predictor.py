@@ -8,6 +8,7 @@ A predictor is for one thread: shared by several it answers wrongly.
 from __future__ import annotations
 
 import logging
+import os
 import time
 import zlib
 from collections.abc import Iterator
@@ -162,6 +163,15 @@ def _place(config: Any, settings: Settings) -> None:
             config.enable_mkldnn()
         elif hasattr(config, "disable_mkldnn"):
             config.disable_mkldnn()
+
+
+def seed_anew() -> None:
+    """For a process that was forked off another, or all of them would draw the same numbers."""
+    import paddle
+
+    seed = int.from_bytes(os.urandom(4), "little")
+    np.random.seed(seed)
+    paddle.seed(seed)
 
 
 # ---------------------------------------------------------------- warm-up

@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from paddle_ft.agent.net import NodeName, address_towards, is_local, place
@@ -23,6 +24,7 @@ from paddle_ft.errors import ConfigError, PaddleFTError, StoreMissing
 from paddle_ft.serve import memory
 from paddle_ft.serve.catalog import Catalog
 from paddle_ft.serve.follow import Following, Policy
+from paddle_ft.serve.forks import Forks
 from paddle_ft.serve.front import Front
 from paddle_ft.serve.gray import Gray
 from paddle_ft.serve.ledger import Bounds
@@ -56,14 +58,17 @@ def condition(ready: bool, draining: bool, degraded: bool, standby: bool = False
 class Replica:
     """Made of settings alone; ``run`` does everything."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, forks: Forks | None = None) -> None:
         """Raises ConfigError, StoreMissing for a directory that is not there."""
         self._config = config
         self._models = models_of(config)
         settings = config.serve
         trust = Trust.of(config.checkpoint)
         self._loader = Loader(
-            _store(config), trust, _cache(settings.cache), pool_settings(settings)
+            _store(config),
+            trust,
+            _cache(settings.cache),
+            replace(pool_settings(settings), forks=forks),
         )
         self._bounds = Bounds(
             settings.state_bytes_max, settings.session_bytes_max, settings.session_ttl_s

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from paddle_ft.errors import ConfigError, PaddleFTError
+from paddle_ft.serve.forks import Forks
 from paddle_ft.serve.predictor import Settings
 from paddle_ft.serve.worker_process import Source, WorkerProcess, was_ready
 
@@ -38,6 +39,8 @@ class PoolSettings:
     """A worker that is not ready by then is started anew."""
     tensor_bytes_max: int = 256 * 2**20
     """Inputs of one batch, and its outputs."""
+    forks: Forks | None = None
+    """Where workers come from; None: each is a process that imports Paddle for itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +174,7 @@ class Staff:
         loop = asyncio.get_running_loop()
         target = settings.workers + (settings.spares if progress.ready >= progress.wanted else 0)
         while len(self.workers) + self._owed < target and not self.closed:
-            worker = WorkerProcess(self._change)
+            worker = WorkerProcess(self._change, settings.forks)
             self.workers.append(worker)
             self._spawn(worker.start(self._source))
             loop.call_later(settings.start_s_max, self._overdue, worker)

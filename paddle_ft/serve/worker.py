@@ -40,7 +40,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -58,14 +58,19 @@ STATE = "\0state"
 _TEXT_MAX = 2000
 
 
-def main() -> None:
-    control, life, inputs, outputs = map(int, sys.argv[1:])
+def set_up(life: int) -> None:
+    """What each process of a replica does first that computes for it."""
     die_with(life)
     # What is sent to the whole group or session is the front's to answer: it drains.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     os.environ.setdefault("GLOG_minloglevel", "2")
     warnings.filterwarnings("ignore", message="No ccache found")
+
+
+def work(control: int, life: int, inputs: int, outputs: int) -> NoReturn:
+    """The worker of these descriptors, until its front ends or has no use for it."""
+    set_up(life)
     with socket.socket(fileno=control) as connection:
         order = _receive(connection)["load"]
         bytes_max = order["bytes_max"]
@@ -179,4 +184,4 @@ def _receive(connection: socket.socket) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    work(*map(int, sys.argv[1:]))

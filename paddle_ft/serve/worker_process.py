@@ -5,11 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
@@ -21,15 +19,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from paddle_ft.config import without_secrets
 from paddle_ft.errors import ConfigError
 from paddle_ft.serve import shared
+from paddle_ft.serve.forks import Forks, Process, popen
 from paddle_ft.serve.pipeline import said
 from paddle_ft.serve.predictor import Settings
 from paddle_ft.serve.types import ModelError, ModelInfo, ServeError, Tensors, Unavailable
 from paddle_ft.serve.worker import MESSAGE_BYTES_MAX, info_of
 
 _log = logging.getLogger("paddle_ft")
+_MODULE = "paddle_ft.serve.worker"
 _REAP_S = 10.0
 _STATE_S = 5.0
 _INLINE_BYTES = 8 * 2**20
@@ -88,7 +87,9 @@ class WorkerProcess:
     ``on_change(worker)`` is called when it gets ready, is through with a batch, or is lost.
     """
 
-    def __init__(self, on_change: Callable[[WorkerProcess], None]) -> None:
+    def __init__(
+        self, on_change: Callable[[WorkerProcess], None], forks: Forks | None = None
+    ) -> None:
         self.stage = "starts"
         self.lost = ""
         """Why it is no more; "" while it lives."""
@@ -97,9 +98,9 @@ class WorkerProcess:
         """Bytes and seconds of the batch that has just ended well; for who takes note of it."""
         self.ready: asyncio.Future[ModelInfo] = asyncio.get_running_loop().create_future()
         self.ready.add_done_callback(seen)
-        self._on_change = on_change
+        self._on_change, self._forks = on_change, forks
         self._numbers = 0
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: Process | None = None
         self._inputs: shared.Memory | None = None
         self._outputs: shared.Memory | None = None
         self._socket: socket.socket | None = None
@@ -133,10 +134,12 @@ class WorkerProcess:
             self._outputs = shared.Memory.create(source.bytes_max)
             memories = self._inputs.descriptor, self._outputs.descriptor
             with self._inputs.in_use(), self._outputs.in_use():
-                # Not on the loop: a start takes tens of milliseconds in a large process.
-                self._process = await asyncio.to_thread(
-                    _popen, control.fileno(), life.fileno(), *memories
-                )
+                numbers = control.fileno(), life.fileno(), *memories
+                if self._forks is not None:
+                    self._process = await self._forks.start(numbers, lambda: bool(self.lost))
+                if self._process is None and not self.lost:
+                    # Not on the loop: a start takes tens of milliseconds in a large process.
+                    self._process = await asyncio.to_thread(popen, _MODULE, *numbers)
         except OSError as error:
             if not self.lost:
                 self._end(f"it cannot be started ({error.strerror})")
@@ -145,8 +148,9 @@ class WorkerProcess:
             for end in theirs:
                 end.close()
         if self.lost:  # closed meanwhile
-            self._process.kill()
-            await self.reap()
+            if self._process is not None:
+                self._process.kill()
+                await self.reap()
             return
         self._socket.setblocking(False)
         asyncio.get_running_loop().add_reader(self._socket, self._read)
@@ -366,16 +370,6 @@ def seen(future: asyncio.Future[Any]) -> None:
     """Nobody need wait for it: its error is no news."""
     if not future.cancelled():
         future.exception()
-
-
-def _popen(*descriptors: int) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "paddle_ft.serve.worker", *map(str, descriptors)]
-    # Paddle's imports run at a low priority (``gentle``), which threads that they start would keep:
-    # those for matrix products come later, when the predictor is told how many it may use.
-    environment = {"OPENBLAS_NUM_THREADS": "1"} | without_secrets(os.environ)
-    return subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, pass_fds=descriptors, env=environment
-    )
 
 
 def _ended(code: int | None) -> str:

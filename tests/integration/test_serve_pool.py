@@ -20,6 +20,7 @@ import pytest
 
 from paddle_ft.errors import ConfigError
 from paddle_ft.serve import deadline, shared, staff, worker_process
+from paddle_ft.serve.forks import Forks
 from paddle_ft.serve.pool import Pool
 from paddle_ft.serve.predictor import Settings
 from paddle_ft.serve.staff import PoolSettings, Progress
@@ -408,13 +409,13 @@ def test_one_that_is_not_wanted_any_more_while_it_is_started(
     began, go_on = threading.Event(), threading.Event()
     still_open: list[bool] = []
 
-    def slow(*numbers: int) -> Any:
+    def slow(module: str, *numbers: int) -> Any:
         began.set()
         assert go_on.wait(30)
         still_open.extend(map(is_open, numbers))
         raise OSError(24, "Too many open files")
 
-    monkeypatch.setattr(worker_process, "_popen", slow)
+    monkeypatch.setattr(worker_process, "popen", slow)
 
     async def story() -> None:
         changes: list[str] = []
@@ -485,3 +486,34 @@ def test_nothing_is_left_of_a_front_that_is_killed(
     assert time.monotonic() - began_s < 5
     mine = {name for name in set(os.listdir("/dev/shm")) - before if "tensors" in name}
     assert not mine
+
+
+@pytest.mark.slow
+def test_workers_are_forked_off_one_process_and_outlive_it(
+    folder: Path, wait_for: Callable[..., None]
+) -> None:
+    def parent_of(pid: int) -> int:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+    async def story() -> list[int]:
+        forks = Forks()
+        try:
+            async with pool_of(folder, forks=forks) as pool:
+                await until(lambda: len(pool.pids) == 2)
+                (parent,) = {parent_of(pid) for pid in pool.pids}
+                assert parent_of(parent) == os.getpid()
+                before = pool.pids
+                with pytest.raises(BatchRefused, match="SIGKILL"):
+                    await pool.run(given(-1), 20)
+                await until(lambda: len(pool.pids) == 2)
+                assert {parent_of(pid) for pid in pool.pids} == {parent}
+                assert not any(Path(f"/proc/{pid}").exists() for pid in before)
+                os.kill(parent, signal.SIGKILL)
+                await check_answer(pool, 1)
+                assert await forks.start([0, 0, 0, 0], lambda: False) is None  # and is made anew
+                return [*before, *pool.pids, parent]
+        finally:
+            forks.close()
+
+    pids = asyncio.run(story())
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))
