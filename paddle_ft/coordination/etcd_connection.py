@@ -35,11 +35,12 @@ PAUSE_BETWEEN_TRIES_S = 0.05
 _LEADER_REQUIRED = ("hasleader", "true")
 _OPTIONS = (
     # A peer that is frozen or gone without a word is noticed after some 7 s (6 measured with 5 s;
-    # grpc's own keepalive_timeout_ms has no effect on a dead peer). etcd hangs up on who asks it
-    # more often than every 5 s, and a timer that is a little early does.
+    # grpc's own keepalive_timeout_ms has no effect on a dead peer). etcd hangs up ("too many
+    # pings") on who asks it more often than every 5 s, and a timer that is a little early does; and
+    # on who asks it some times within two hours while no call, such as a watch, is under way.
     ("grpc.http2.ping_timeout_ms", 2000),
     ("grpc.keepalive_time_ms", 5500),
-    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.keepalive_permit_without_calls", 0),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 1000),

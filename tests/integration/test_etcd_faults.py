@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -302,6 +305,36 @@ def test_a_single_server_restarts_under_a_watch_and_a_lease(one: EtcdCluster) ->
     finally:
         keeper.close()
         client.close()
+
+
+IDLE = """
+import sys, time
+from paddle_ft.config import EtcdConfig
+from paddle_ft.coordination import etcd_connection
+from paddle_ft.coordination.etcd import EtcdCoordinator
+
+quick = {"grpc.keepalive_time_ms": 1100}
+etcd_connection._OPTIONS = tuple({**dict(etcd_connection._OPTIONS), **quick}.items())
+client = EtcdCoordinator(EtcdConfig(endpoints=(sys.argv[1],)))
+client.ping()
+time.sleep(7)  # six pings, while grpc sends one a second at most
+client.ping()
+client.close()
+"""
+
+
+@pytest.mark.slow
+def test_etcd_does_not_hang_up_on_a_connection_without_calls(one: EtcdCluster) -> None:
+    """It takes four pings within two hours for an attack, while no call is under way."""
+    done = subprocess.run(
+        [sys.executable, "-c", IDLE, one.endpoints[0]],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=os.environ | {"GRPC_VERBOSITY": "info"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "too_many_pings" not in done.stderr
 
 
 def test_a_watch_that_breaks_while_it_catches_up_misses_nothing(one: EtcdCluster) -> None:
