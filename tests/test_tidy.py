@@ -106,6 +106,7 @@ LAYERS = (
             "observe.events",
             "health.board",
             "serve.types",
+            "serve.waiting",
             "serve.budget",
             "serve.tensors",
             "serve.wire",

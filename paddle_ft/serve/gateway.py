@@ -18,119 +18,36 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from paddle_ft.config import EtcdConfig
-from paddle_ft.coordination.etcd import EtcdCoordinator
-from paddle_ft.coordination.kv import Event, KeyValue, Snapshot
 from paddle_ft.errors import EtcdUnavailable, PaddleFTError
 from paddle_ft.gateway_config import GatewayConfig
 from paddle_ft.serve.checks import Checks, Target
 from paddle_ft.serve.latency import Learners, tries_of
 from paddle_ft.serve.lessons import Lessons
-from paddle_ft.serve.nginx import Nginx, find_nginx, workers_user, write_whole
+from paddle_ft.serve.nginx import Nginx, children, find_nginx, workers_user, write_whole
 from paddle_ft.serve.nginx_pools import without_one
 from paddle_ft.serve.nginx_text import FIRST_MIN_TIMEOUT, LOG, Place, whole_nginx
-from paddle_ft.serve.registry import Group, Keys, parse
+from paddle_ft.serve.registry import Group
 from paddle_ft.serve.request_log import LOG_BYTES_MAX, Log
 from paddle_ft.serve.routing import Health, Pool, Routes, configured, fault_of, models_of, routes
 from paddle_ft.serve.steady import Damper, Roster, believed, grace_s
 from paddle_ft.serve.types import ServeError
+from paddle_ft.serve.waiting import take_back
+from paddle_ft.serve.watched_group import Registry, foreign
 from paddle_ft.types import decode, encode
 
 TICK_S = 0.1
-ETCD_RETRY_S = 1.0
 APPLY_RETRY_S = 1.0
 PAUSE_S = 0.5
 """Between two reloads, unless somebody could not be served meanwhile."""
 SETTLE_S = 2.0
 """So long may one replica be left out without a reload: it may be back."""
+TAKE_BACK_S = 10.0
+"""So long after one replica, no request is taken back from another: on a machine that has too much
+to do all of them may seem to stand still by turns, and requests would go round."""
 DEATHS = 3
 DEATHS_WITHIN_S = 10.0
 GROUP_FILE = "group.json"
 Tell = Callable[[str], None]
-
-
-class Registry:
-    """The group as etcd has it, followed on a thread; it keeps trying while etcd is away.
-
-    Unlike ``coordination.mirror`` it goes on with an etcd that has lost data: that is no reason to
-    stop routing, and whoever is not in it answers its health check or not.
-    """
-
-    def __init__(self, config: EtcdConfig, name: str, notify: Callable[[], None]) -> None:
-        self._coordinator = EtcdCoordinator(config)
-        self._keys = Keys(name)
-        self._notify = notify
-        self._lock = threading.Lock()
-        self._kvs: dict[str, KeyValue] = {}
-        self._known = False
-        self._parsed: Group | None = None
-        self._closed = threading.Event()
-
-    def start(self) -> None:
-        """One try now; further ones in the background if it raises EtcdUnavailable."""
-        try:
-            self._follow()
-        except EtcdUnavailable:
-            threading.Thread(target=self._try_on, name="registry", daemon=True).start()
-            raise
-
-    def group(self) -> Group | None:
-        """None while nothing has been read; raises ValueError if the keys hold something else."""
-        with self._lock:
-            if self._parsed is None and self._known:
-                self._parsed = parse(self._keys, self._kvs.values())
-            return self._parsed
-
-    def close(self) -> None:
-        self._closed.set()
-        self._coordinator.close()
-
-    def _follow(self) -> None:
-        snapshot = self._coordinator.read(self._keys.prefix)
-        self._reset(snapshot)
-        self._coordinator.watch(self._keys.prefix, snapshot.revision, self._apply, self._reset)
-
-    def _try_on(self) -> None:
-        while not self._closed.wait(ETCD_RETRY_S):
-            with suppress(PaddleFTError):
-                self._follow()
-                return
-
-    def _reset(self, snapshot: Snapshot) -> None:
-        with self._lock:
-            self._kvs, self._known = {kv.key: kv for kv in snapshot.kvs}, True
-            self._parsed = None
-        self._notify()
-
-    def _apply(self, _revision: int, events: tuple[Event, ...]) -> None:
-        with self._lock:
-            self._parsed = None
-            for event in events:
-                if event.deleted:
-                    self._kvs.pop(event.kv.key, None)
-                else:
-                    self._kvs[event.kv.key] = event.kv
-        self._notify()
-
-
-def read_group(config: EtcdConfig, name: str) -> Group:
-    """The group, once; raises EtcdUnavailable, ServeError."""
-    registry = Registry(config, name, lambda: None)
-    try:
-        registry.start()
-        return registry.group() or Group()
-    except ValueError as error:
-        raise ServeError(foreign(name, error)) from error
-    finally:
-        registry.close()
-
-
-def foreign(name: str, error: ValueError) -> str:
-    """That ``error`` was met in the keys of the group ``name``, as a sentence."""
-    told = str(error).splitlines()[0]
-    return (
-        f"etcd holds something else for the group {name} than this version expects ({told}): use "
-        f"one version for all, or another --group"
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +82,7 @@ class Gateway:
         self._answered_s: dict[str, float] = {}
         self._health: dict[str, Health] = {}
         self._left_s: float | None = None
+        self._took_back = ("", -TAKE_BACK_S)
         self._retry_at_s = 0.0
         self._made: tuple[Routes, str, str] | None = None
 
@@ -226,6 +144,7 @@ class Gateway:
         wanted = self._routes(now_s)
         left = _asked(self._running.routes) - _asked(wanted)
         self._nginx.leave_out(left)
+        self._take_back(left, now_s)
         self._left_s = (self._left_s or now_s) if left else None
         text, digest = self._text(wanted)
         if text == self._running.text:
@@ -236,6 +155,18 @@ class Gateway:
         elif left:
             self._tell_of(wanted)
         self._nginx.trim_log(LOG_BYTES_MAX)
+
+    def _take_back(self, left: set[str], now_s: float) -> None:
+        """What waits at a replica that has come to stand still is asked of another one."""
+        name = next(iter(left), "")
+        before, at_s = self._took_back
+        if len(left) != 1 or self._health.get(name) != "silent":
+            return
+        if name == before or now_s >= at_s + TAKE_BACK_S:
+            self._took_back = (name, now_s)
+            servers = self._running.routes.servers(name)
+            ports = {(s.host.strip("[]"), p) for s in servers for p in (s.http_port, s.grpc_port)}
+            take_back(children(self._nginx.pid), ports)
 
     def _due(self, wanted: Routes, left: set[str], now_s: float) -> bool:
         """Whether nginx is to reload now: at once if somebody cannot be served otherwise."""

@@ -67,11 +67,11 @@ def gateway(
 
 
 def _show(proxy: Proxy, group: str, settings: GatewayConfig, access: EtcdConfig) -> None:
-    from paddle_ft.serve.gateway import read_group
     from paddle_ft.serve.haproxy_text import to_haproxy
     from paddle_ft.serve.nginx import find_nginx
     from paddle_ft.serve.nginx_text import NEW, to_nginx
     from paddle_ft.serve.routing import routes
+    from paddle_ft.serve.watched_group import read_group
 
     found = routes(group, read_group(access, group), settings)
     for sentence in found.refused:

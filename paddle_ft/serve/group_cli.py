@@ -31,9 +31,9 @@ def promote(
 ) -> None:
     """Make another replica the primary of a serving group, without losing a request."""
     from paddle_ft.coordination.etcd import EtcdCoordinator
-    from paddle_ft.serve.gateway import foreign
     from paddle_ft.serve.registry import Keys, Promote, parse
     from paddle_ft.serve.types import NotPromoted, ServeError
+    from paddle_ft.serve.watched_group import foreign
     from paddle_ft.serve.wish import Wish
 
     settings = options.settings(etcd, group, config)

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from paddle_ft.agent.tether import tethered
 from paddle_ft.errors import ConfigError, MachineError
-from paddle_ft.serve.nginx_pools import OUT
+from paddle_ft.serve.nginx_pools import NOBODY, NOW, OUT
 from paddle_ft.serve.nginx_text import CONTROL
 from paddle_ft.serve.types import ServeError
 
@@ -100,7 +100,7 @@ class Nginx:
         self._folder = folder
         self._process: subprocess.Popen[bytes] | None = None
         self._text = ""
-        self._left_out: set[str] = set()
+        self._left_out = NOBODY
         try:
             (folder / OUT).mkdir(parents=True, exist_ok=True)
             self._lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -138,8 +138,9 @@ class Nginx:
         self._write(CONF, text)
         with suppress(FileNotFoundError):  # of one that was killed: nginx would find it in use
             (self._folder / CONTROL).unlink()
-        self._left_out = {path.name for path in (self._folder / OUT).iterdir()}
-        self.let_in(self._left_out.copy())
+        for path in (self._folder / OUT).iterdir():
+            path.unlink(missing_ok=True)
+        self._point_to(NOBODY)
         argv = [str(self._binary.path.resolve()), "-p", f"{self._folder.resolve()}/", "-c", CONF]
         with (self._folder / ERRORS).open("ab") as log:
             log.truncate(0)
@@ -178,18 +179,28 @@ class Nginx:
         self._text = text
 
     def leave_out(self, names: Collection[str]) -> None:
-        """Takes these replicas out at once, without a reload: one at a time can be so."""
-        for name in set(names) - self._left_out:
-            with suppress(OSError):  # then the reload takes it out
-                (self._folder / OUT / name).touch()
-                self._left_out.add(name)
+        """Takes one of these replicas out at once, without a reload."""
+        if names and self._left_out not in names:
+            with suppress(MachineError):  # then the reload takes it out
+                self._point_to(min(names))
 
     def let_in(self, names: Collection[str]) -> None:
-        """Undoes ``leave_out``. A file of one that never comes back stays: old workers may look."""
-        for name in self._left_out.intersection(names):
-            with suppress(OSError):
-                (self._folder / OUT / name).unlink(missing_ok=True)
-                self._left_out.discard(name)
+        """Undoes ``leave_out``. One that never comes back stays out: old workers may look."""
+        if self._left_out in names:
+            with suppress(MachineError):  # at the next step
+                self._point_to(NOBODY)
+
+    def _point_to(self, name: str) -> None:
+        """Tells the workers who is left out."""
+        folder = self._folder / OUT
+        try:
+            (folder / name).touch()  # nginx wants to know where the link ends
+            (folder / f"{NOW}.new").unlink(missing_ok=True)
+            (folder / f"{NOW}.new").symlink_to(name)
+            (folder / f"{NOW}.new").replace(folder / NOW)
+        except OSError as error:
+            raise MachineError(f"cannot write to {folder}: {error.strerror}") from error
+        self._left_out = name
 
     def stop(self, grace_s: float = STOP_GRACE_S) -> None:
         """Lets requests under way end within ``grace_s``, then ends nginx. Safe to call twice."""

@@ -6,13 +6,17 @@ Invariant: as in ``nginx_text``, which says what the second set of pools is for.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from paddle_ft.serve.routing import Pool, Routes
 
 OUT = "out"
-"""A folder of files that are named after replicas, beside nginx's other files: those left out."""
+"""A folder beside nginx's other files, with a file for each replica that was left out."""
+NOW = "_now"
+"""A link in it to the one that is left out now, or to ``NOBODY``; no replica has such a name."""
+NOBODY = "_nobody"
 SWITCHED_MAX = 16
 """In a larger group one replica is too few of the requests to be worth a set of pools for each."""
 
@@ -22,8 +26,6 @@ class Without:
     """The pools of a group without one replica."""
 
     left_out: str
-    sign: str
-    """What ``$pft_out`` holds then."""
     main: Pool
     sticky: Pool | None
 
@@ -37,7 +39,6 @@ def without_one(routes: Routes) -> tuple[Without, ...]:
     return tuple(
         Without(
             name,
-            f"-{i}",
             _less(routes.main, i, name),
             _less(routes.sticky, i, name) if routes.sticky else None,
         )
@@ -103,16 +104,23 @@ def choice(routes: Routes, without: Sequence[Without]) -> Iterator[str]:
     plain = "$pft_share" if routes.shares else "main"
     bound = "sticky"
     if without:
-        others = [f"{each.sign} {each.main.name};" for each in without]
-        yield block("map $pft_out $pft_plain", [f"default {plain};", *others])
+        pools = [(each.left_out, each.main) for each in without]
+        yield _switch("$pft_plain", plain, pools)
         plain = "$pft_plain"
     if routes.sticky is None:
         return
     if without:
-        others = [f"{each.sign} {each.sticky.name};" for each in without if each.sticky]
-        yield block("map $pft_out $pft_bound", [f"default {bound};", *others])
+        pools = [(each.left_out, each.sticky) for each in without if each.sticky]
+        yield _switch("$pft_bound", bound, pools)
         bound = "$pft_bound"
-    yield block(f"map $http_{_header(routes)} $pft_pool", [f'"" {plain};', f"default {bound};"])
+    lines = ["volatile;", f'"" {plain};', f"default {bound};"]
+    yield block(f"map $http_{_header(routes)} $pft_pool", lines)
+
+
+def _switch(variable: str, usual: str, pools: Sequence[tuple[str, Pool]]) -> str:
+    """A variable that is looked up anew in each location that a request comes to."""
+    others = [f'"~/{OUT}/{re.escape(name)}$" {pool.name};' for name, pool in pools]
+    return block(f"map $realpath_root {variable}", ["volatile;", f"default {usual};", *others])
 
 
 def target_of(routes: Routes, without: Sequence[Without]) -> str:
@@ -124,11 +132,9 @@ def target_of(routes: Routes, without: Sequence[Without]) -> str:
 
 
 def switches(without: Sequence[Without]) -> Iterator[str]:
-    """``$pft_out``: which replicas are left out; looked up for each request."""
+    """Where nginx looks who is left out: ``$realpath_root`` ends with the name."""
     if without:
-        yield 'set $pft_out "";'
-    for each in without:
-        yield block(f"if (-f {OUT}/{each.left_out})", [f'set $pft_out "${{pft_out}}{each.sign}";'])
+        yield f"root {OUT}/{NOW};"
 
 
 # ---------------------------------------------------------------- text

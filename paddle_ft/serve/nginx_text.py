@@ -12,14 +12,17 @@ What is not obvious:
   the last one, ``@patient_…`` starts again with longer ones, at last with those configured: a
   request that is slower than any before it is answered late rather than not at all.
 - Old workers serve kept connections for seconds after a reload, by the old configuration, and a
-  reload takes nginx 0.1 s at the least. A file ``out/<replica>`` takes one replica out at once, in
-  old and new workers: while it is there, they use a second set of pools, without that replica.
+  reload takes nginx 0.1 s at the least. The link ``out/_now`` to ``out/<replica>`` takes one
+  replica out at once, in old and new workers: while it is there, they use a second set of pools,
+  without that replica, and so do requests that have begun before and come to ``@patient_…``.
+- Requests that any replica may answer are passed on over connections with ``SO_KEEPALIVE``: these
+  alone are broken when a replica stands still (``serve.waiting``).
 - Changes of the state are tried at a second replica if the first one could not be reached, or has
   died over it: they may be made twice, with nothing of the same client in between. What was lost
   in another way is not sent again.
 - The first buffer of an answer is taken for each request; one of 64k would have to be mapped each
-  time. Beyond a plain configuration a request costs one look for a file for each replica, and every
-  tenth a line of the log.
+  time. Beyond a plain configuration a request costs one look at a link, and every tenth a line of
+  the log.
 - nginx counts an answer that it passes on to another replica as a failure of the first. A model
   that loads would so take its replica away from all others: the gateway's own nginx counts nothing
   (``max_fails=0``), for its checks are quicker; somebody else's has nothing but that.
@@ -258,6 +261,7 @@ def _chain(
     """A location, and those that it goes on to while no replica has answered in time."""
     stages = _stages(timeouts, configured(routes.settings))
     tried = [way.retry, f"{way.module}_next_upstream_tries {tries};"]
+    tried.append(f"{way.module}_socket_keepalive on;")
     for number, stage in enumerate(stages):
         lines = [way.target, *tried, *_retry_time(way.module, stage)]
         lines += _timeouts(way.module, stage, stage.read_s)

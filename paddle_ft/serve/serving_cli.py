@@ -53,7 +53,7 @@ def serving(
     config: ConfigFile = "",
 ) -> None:
     """Show the replicas of a serving group, what they serve, and who is the primary."""
-    from paddle_ft.serve.gateway import read_group
+    from paddle_ft.serve.watched_group import read_group
 
     settings = options.settings(etcd, group, config)
     name = settings.serve.group
@@ -98,8 +98,8 @@ def _watch(etcd: EtcdConfig, name: str, as_json: bool) -> None:
 
     Raises EtcdUnavailable, ServeError.
     """
-    from paddle_ft.serve.gateway import Registry, foreign
     from paddle_ft.serve.types import ServeError
+    from paddle_ft.serve.watched_group import Registry, foreign
 
     news = threading.Event()
     registry = Registry(etcd, name, news.set)

@@ -55,6 +55,7 @@ class Told:
     failed: list[str] = field(default_factory=list)
     slowest_s: float = 0.0
     by_name: Counter[str] = field(default_factory=Counter)
+    by_client: Counter[int] = field(default_factory=Counter)
     last: str = ""
 
     @property
@@ -221,7 +222,7 @@ class World:
         """POSTs from so many clients, each on a connection that it keeps, until the end."""
         told, over, lock = Told(), threading.Event(), threading.Lock()
 
-        def client() -> None:
+        def client(number: int) -> None:
             connection = http.client.HTTPConnection(HOST, self.http_port, timeout=20)
             while not over.is_set():
                 began_s = time.monotonic()
@@ -238,12 +239,13 @@ class World:
                     if fault:
                         told.failed.append(fault)
                     else:
+                        told.by_client[number] += 1
                         told.last = said["name"]
                         told.by_name[told.last] += 1
                 over.wait(pause_s)
             connection.close()
 
-        threads = [threading.Thread(target=client) for _ in range(clients)]
+        threads = [threading.Thread(target=client, args=(i,)) for i in range(clients)]
         for thread in threads:
             thread.start()
         try:

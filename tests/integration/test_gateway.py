@@ -10,6 +10,7 @@ import ssl
 import subprocess
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,10 +20,14 @@ import pytest
 from paddle_ft.config import EtcdConfig
 from paddle_ft.coordination.embedded import EmbeddedEtcd
 from paddle_ft.coordination.etcd import EtcdCoordinator
-from paddle_ft.serve.registry import Keys
+from paddle_ft.gateway_config import GatewayConfig
+from paddle_ft.serve.nginx import Nginx, workers_user
+from paddle_ft.serve.nginx_text import Place, whole_nginx
+from paddle_ft.serve.registry import Group, Keys
+from paddle_ft.serve.routing import Learnt, Timeouts, routes
 from paddle_ft.types import encode
 from tests.integration.authority import Authority
-from tests.integration.gateway_world import GROUP, HOST, World, call
+from tests.integration.gateway_world import GROUP, HOST, World, call, nginx_binary
 
 pytestmark = pytest.mark.etcd
 
@@ -82,6 +87,57 @@ def test_a_replica_that_is_stopped_costs_no_request(pair: World) -> None:
         pair.until(lambda: told.by_name["a"] > before + 10, "a is back by itself")
     assert told.failed == []
     assert told.slowest_s < 10, "nobody waited for the configured time-out"
+
+
+@pytest.mark.slow
+def test_what_waits_at_one_that_is_stopped_is_asked_of_another_one(world: World) -> None:
+    """Long before its time-out; but a change of the state, which it may still make, is not."""
+    for name in ("a", "b"):
+        world.add(name)
+        assert world.control(name, delay_s=0.3)
+    world.primary("a")
+    world.start_gateway(PADDLE_FT_GATEWAY__LEARN_TIMEOUTS="false")
+    world.goes_to("a, b", "a")
+    with ThreadPoolExecutor() as pool, world.load(clients=8) as told:
+        world.until(lambda: told.by_name["a"] > 10, "a answers")
+        change = pool.submit(world.ask, "/v2/state/s/k", "PUT")
+        time.sleep(0.15)  # it is under way
+        world.send("a", signal.SIGSTOP)
+        world.goes_to("b", "a")
+        done = [told.by_client[client] for client in range(8)]
+        world.until(
+            lambda: all(told.by_client[client] > done[client] + 1 for client in range(8)),
+            "no client waits for the time-out of 30 s",
+        )
+        assert not change.done()
+        world.send("a", signal.SIGCONT)
+        assert change.result(20)[2]["name"] == "a"
+    assert told.failed == []
+
+
+def test_a_request_that_has_begun_before_passes_by_who_is_left_out(world: World) -> None:
+    for name in ("a", "b"):
+        world.add(name)
+    world.control("a", delay_s=15.0)
+    settings = GatewayConfig(listen=f"{HOST}:{world.http_port}", listen_grpc="", tries=1, workers=1)
+    group = Group(replicas=world.records, primary="a", level="hot-standby")
+    asked = routes(GROUP, group, settings, learnt=Learnt(*[Timeouts(1, 1, 1)] * 2))
+    binary, folder = nginx_binary(), world.folder / "run"
+    nginx = Nginx(binary, folder)
+    try:
+        place = Place(binary.version, workers_user(folder))
+        nginx.start(whole_nginx(asked, place, "digest"), "digest")
+        with ThreadPoolExecutor() as pool:
+            request = pool.submit(world.ask)
+            time.sleep(0.3)  # it waits at a
+            nginx.leave_out({"a"})
+            assert request.result(20)[2]["name"] == "b"
+            assert world.ask()[2]["name"] == "b"
+            nginx.let_in({"a", "b"})
+            world.control("a", delay_s=0.0)
+            assert world.ask()[2]["name"] == "a"
+    finally:
+        nginx.close()
 
 
 def test_a_model_that_loads_takes_nobody_away_from_the_others(pair: World) -> None:
