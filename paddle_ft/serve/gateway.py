@@ -144,8 +144,8 @@ class Gateway:
         wanted = self._routes(now_s)
         left = _asked(self._running.routes) - _asked(wanted)
         self._nginx.leave_out(left)
-        self._take_back(left, now_s)
         self._left_s = (self._left_s or now_s) if left else None
+        self._take_back(left, now_s)
         text, digest = self._text(wanted)
         if text == self._running.text:
             self._nginx.let_in(_asked(wanted))
@@ -160,9 +160,10 @@ class Gateway:
         """What waits at a replica that has come to stand still is asked of another one."""
         name = next(iter(left), "")
         before, at_s = self._took_back
-        if len(left) != 1 or self._health.get(name) != "silent":
+        if self._left_s is None or len(left) != 1 or self._health.get(name) != "silent":
             return
-        if name == before or now_s >= at_s + TAKE_BACK_S:
+        wait_s = patience_s(self._running.routes)
+        if now_s >= self._left_s + wait_s and (name == before or now_s >= at_s + TAKE_BACK_S):
             self._took_back = (name, now_s)
             servers = self._running.routes.servers(name)
             ports = {(s.host.strip("[]"), p) for s in servers for p in (s.http_port, s.grpc_port)}
@@ -316,6 +317,14 @@ def _lasting(group: Group | None) -> object:
 def _asked(taken: Routes) -> set[str]:
     """Names of the replicas that answer for models."""
     return {server.name for server in taken.main.servers} if taken.main else set()
+
+
+def patience_s(taken: Routes) -> float:
+    """How long one must have been left out before requests are taken back from it: not at all
+    where answers are quick, longer where time-outs have grown, as on a busy machine."""
+    learnt = (taken.timeouts, taken.timeouts_grpc, *(model.timeouts for model in taken.models))
+    beyond_s = min(each.read_s for each in learnt) - taken.settings.timeout_floor_s
+    return min(0.75 * SETTLE_S, max(0.0, beyond_s) / 4)
 
 
 def first_of(pool: Pool | None) -> set[str]:

@@ -93,7 +93,8 @@ def _run(group: str, settings: GatewayConfig, access: EtcdConfig, folder: Path) 
         ended_by[0] = number
         stop.set()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    hung_up = () if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else (signal.SIGHUP,)  # nohup
+    for number in (signal.SIGINT, signal.SIGTERM, *hung_up):
         signal.signal(number, end)
     Gateway(group, settings, access, folder, _tell).run(stop)
     return 128 + ended_by[0]

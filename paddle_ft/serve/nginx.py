@@ -22,6 +22,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import BinaryIO
 
 from paddle_ft.agent.tether import tethered
 from paddle_ft.errors import ConfigError, MachineError
@@ -30,6 +31,7 @@ from paddle_ft.serve.nginx_text import CONTROL
 from paddle_ft.serve.types import ServeError
 
 CONF = "nginx.conf"
+PID = "nginx.pid"
 ERRORS = "nginx.log"
 WORKERS_USER = "nobody"
 OLDEST = (1, 18, 0)
@@ -131,19 +133,19 @@ class Nginx:
 
         Raises:
             ServeError: nginx refuses the text, or does not come up; ConfigError if that is so
-                because an address cannot be listened on.
+                because an address cannot be listened on; MachineError if nothing can be written.
         """
         self._end_group()
+        self._end_left()
         self._accept(text)
         self._write(CONF, text)
-        with suppress(FileNotFoundError):  # of one that was killed: nginx would find it in use
-            (self._folder / CONTROL).unlink()
-        for path in (self._folder / OUT).iterdir():
-            path.unlink(missing_ok=True)
+        # A socket of one that was killed: nginx would find it in use.
+        for path in (self._folder / CONTROL, *(self._folder / OUT).iterdir()):
+            with suppress(OSError):
+                path.unlink()
         self._point_to(NOBODY)
         argv = [str(self._binary.path.resolve()), "-p", f"{self._folder.resolve()}/", "-c", CONF]
-        with (self._folder / ERRORS).open("ab") as log:
-            log.truncate(0)
+        with self._log() as log:
             self._process = subprocess.Popen(
                 tethered([*argv, "-g", "daemon off;"], signal.SIGTERM),
                 cwd=self._folder,
@@ -235,6 +237,28 @@ class Nginx:
             self._process.wait(5.0)
         self._process = None
 
+    def _end_left(self) -> None:
+        """The same where the gateway was killed, too. Who holds the folder's lock, as we do, is
+        the only one with an nginx that works in it."""
+        with suppress(OSError, ValueError):
+            group = int((self._folder / PID).read_text())
+            (self._folder / PID).unlink()
+            left = [int(name) for name in os.listdir("/proc") if name.isdigit()]
+            for pid in left:
+                with suppress(OSError):
+                    here = Path(f"/proc/{pid}/cwd").readlink() == self._folder.resolve()
+                    if here and os.getpgid(pid) == group:
+                        os.kill(pid, signal.SIGKILL)
+
+    def _log(self) -> BinaryIO:
+        """nginx's own log, emptied."""
+        try:
+            log = (self._folder / ERRORS).open("ab")
+            log.truncate(0)
+        except OSError as error:
+            raise MachineError(f"cannot write {self._folder / ERRORS}: {error.strerror}") from error
+        return log
+
     def _let_go(self) -> None:
         os.close(self._here)
         os.close(self._lock)
@@ -323,8 +347,13 @@ def emergency(text: str) -> str:
 def write_whole(path: Path, data: bytes) -> None:
     """Replaces ``path`` by ``data``, whole or not at all."""
     temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink()
+        raise

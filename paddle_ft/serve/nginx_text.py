@@ -265,12 +265,13 @@ def _chain(
     for number, stage in enumerate(stages):
         lines = [way.target, *tried, *_retry_time(way.module, stage)]
         lines += _timeouts(way.module, stage, stage.read_s)
-        lines.append("error_page 502 = @nobody;")
         if number == 0:
             lines += ["mirror /pft_nowhere;"] if way.kind == "grpc" else []
             lines.append("error_page 413 = @too_large;")
         if number + 1 < len(stages):
-            lines.append(f"error_page 504 = @patient_{way.kind}{mark}_{number + 1};")
+            lines.append(f"error_page 502 504 = @patient_{way.kind}{mark}_{number + 1};")
+        else:
+            lines.append("error_page 502 = @nobody;")
         name = at if number == 0 else f"@patient_{way.kind}{mark}_{number}"
         yield block(f"location {name}", lines)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
@@ -432,6 +433,55 @@ def test_nginx_is_started_again_and_ends_with_its_gateway(pair: World) -> None:
     pair.gateway.kill()
     pair.gateway.wait(5)
     pair.until(lambda: not answers(pair), "nginx is gone")
+
+
+@pytest.mark.slow
+def test_a_gateway_and_its_nginx_that_were_killed_are_in_nobodys_way(pair: World) -> None:
+    """Workers outlive their master, and hold its ports, with nobody left to end them."""
+    pid = int((pair.folder / "run/nginx.pid").read_text())
+    assert pair.gateway is not None
+    for number in (pid, pair.gateway.pid):
+        os.kill(number, signal.SIGSTOP)
+    for number in (pid, pair.gateway.pid):
+        os.kill(number, signal.SIGKILL)
+    pair.gateway.wait(5)
+    assert answers(pair), "its workers serve on"
+    (pair.folder / "gateway.txt").unlink()
+    pair.start_gateway()
+    assert set(pair.names(10)) == {"a", "b"}
+    assert pair.stop_gateway(signal.SIGHUP) == 129
+    pair.until(lambda: not answers(pair), "nginx is gone")
+
+
+@pytest.mark.slow
+@pytest.mark.root
+def test_a_full_disk_under_a_gateway(pair: World, small_tmpfs: Path) -> None:
+    assert pair.stop_gateway(signal.SIGINT) == 130
+    folder, ballast = small_tmpfs / "run", small_tmpfs / "ballast"
+    pair.start_gateway("--folder", str(folder))
+    fill(ballast)
+    pair.register("a", weight=7)
+    pair.until(lambda: "goes on as before" in pair.said(), "it is told")
+    assert set(pair.names(20)) == {"a", "b"}
+    ballast.unlink()
+    pair.until(lambda: " weight=7 " in (folder / "nginx.conf").read_text(), "it takes it up")
+    assert set(pair.names(20)) == {"a", "b"}
+    pair.stop_gateway()
+    fill(ballast)
+    done = subprocess.run(
+        [*pair.command(), "--folder", str(folder)], capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, "No space left" in done.stderr.splitlines()[-1]) == (71, True), (
+        done.stderr
+    )
+    assert "Traceback" not in done.stderr
+    assert not list(folder.glob("*.tmp"))
+
+
+def fill(ballast: Path) -> None:
+    with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
 
 
 def answers(world: World) -> bool:
