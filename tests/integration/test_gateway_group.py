@@ -22,7 +22,7 @@ from tests.integration.etcd_cluster import EtcdCluster
 from tests.integration.gateway_world import GROUP, HOST, World
 from tests.integration.replica_world import Clients, ReplicaProcess, publish_times
 
-pytestmark = [pytest.mark.etcd, pytest.mark.slow]
+pytestmark = [pytest.mark.etcd, pytest.mark.slow, pytest.mark.timeout(300)]
 NODE = "PADDLE_FT_TEST_NODE"
 FAULT = """
     if (Path({place!r}) / f"fails-{{os.environ[{node!r}]}}").exists():
