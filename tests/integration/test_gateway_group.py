@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.etcd, pytest.mark.slow, pytest.mark.timeout(300)]
 NODE = "PADDLE_FT_TEST_NODE"
 FAULT = """
     if (Path({place!r}) / f"fails-{{os.environ[{node!r}]}}").exists():
-        raise ValueError("no such luck")
+        raise MemoryError("no such luck")
 """
 
 
@@ -147,30 +147,25 @@ def test_a_new_primary_gets_more_and_more_and_loses_it_when_it_errs(
 def test_a_new_primary_that_errs_is_taken_back_and_let_in_again(
     world: Replicas, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("PADDLE_FT_SERVE__RAMP_S", "4")
+    monkeypatch.setenv("PADDLE_FT_SERVE__RAMP_S", "8")
     world.put(Keys(GROUP).level, b"hot-standby")
     world.begin("a", "b", "c")
     world.start_gateway()
     world.until(lambda: len(getattr(world.group.in_sync, "names", ())) == 3, "in sync")
     with Clients(Through(world), 4) as clients:
         world.last(clients, 20)
-        for node in ("b", "c"):  # whoever it will be
-            (world.folder / f"fails-{node}").touch()
         world.kill("a")
         world.until(lambda: world.leader in ("b", "c"), "a new primary")
         leader = world.leader
         (other,) = {"b", "c"} - {leader}
-        (world.folder / f"fails-{other}").unlink()
+        (world.folder / f"fails-{leader}").touch()
         world.until(lambda: world.of("share")[leader] == 0.0, "it is taken back", 60)
         assert "requests failed" in str(world.of("reason")[leader])
         world.until(lambda: set(world.last(clients, 30)) == {other}, "the other one answers")
-        failed = len(clients.failures)
-        assert set(world.last(clients, 30)) == {other}
         (world.folder / f"fails-{leader}").unlink()
         world.until(lambda: world.of("share")[leader] == 1.0, "it is let in again", 60)
         world.until(lambda: set(world.last(clients, 50)) == {leader}, "all go to it", 60)
-        assert len(clients.failures) == failed
-    assert {status for status, _ in clients.failures} == {500}, "what the model says is passed on"
+    assert clients.failures == [], "what failed there was asked of the other one"
 
 
 def test_a_cold_standby_answers_when_it_has_loaded(world: Replicas) -> None:
