@@ -29,7 +29,7 @@ from paddle_ft.serve.nginx_text import FIRST_MIN_TIMEOUT, LOG, Place, whole_ngin
 from paddle_ft.serve.registry import Group
 from paddle_ft.serve.request_log import LOG_BYTES_MAX, Log
 from paddle_ft.serve.routing import Health, Pool, Routes, configured, fault_of, models_of, routes
-from paddle_ft.serve.steady import Damper, Roster, believed, grace_s
+from paddle_ft.serve.steady import Damper, Roster, Standstill, believed, grace_s
 from paddle_ft.serve.types import ServeError
 from paddle_ft.serve.waiting import take_back
 from paddle_ft.serve.watched_group import Registry, foreign
@@ -41,9 +41,6 @@ PAUSE_S = 0.5
 """Between two reloads, unless somebody could not be served meanwhile."""
 SETTLE_S = 2.0
 """So long may one replica be left out without a reload: it may be back."""
-TAKE_BACK_S = 10.0
-"""So long after one replica, no request is taken back from another: on a machine that has too much
-to do all of them may seem to stand still by turns, and requests would go round."""
 DEATHS = 3
 DEATHS_WITHIN_S = 10.0
 GROUP_FILE = "group.json"
@@ -82,7 +79,7 @@ class Gateway:
         self._answered_s: dict[str, float] = {}
         self._health: dict[str, Health] = {}
         self._left_s: float | None = None
-        self._took_back = ("", -TAKE_BACK_S)
+        self._standstill = Standstill()
         self._retry_at_s = 0.0
         self._made: tuple[Routes, str, str] | None = None
 
@@ -145,7 +142,7 @@ class Gateway:
         left = _asked(self._running.routes) - _asked(wanted)
         self._nginx.leave_out(left)
         self._left_s = (self._left_s or now_s) if left else None
-        self._take_back(left, now_s)
+        self._take_back(wanted, now_s)
         text, digest = self._text(wanted)
         if text == self._running.text:
             self._nginx.let_in(_asked(wanted))
@@ -156,18 +153,14 @@ class Gateway:
             self._tell_of(wanted)
         self._nginx.trim_log(LOG_BYTES_MAX)
 
-    def _take_back(self, left: set[str], now_s: float) -> None:
+    def _take_back(self, wanted: Routes, now_s: float) -> None:
         """What waits at a replica that has come to stand still is asked of another one."""
-        name = next(iter(left), "")
-        before, at_s = self._took_back
-        if self._left_s is None or len(left) != 1 or self._health.get(name) != "silent":
-            return
-        wait_s = patience_s(self._running.routes)
-        if now_s >= self._left_s + wait_s and (name == before or now_s >= at_s + TAKE_BACK_S):
-            self._took_back = (name, now_s)
-            servers = self._running.routes.servers(name)
-            ports = {(s.host.strip("[]"), p) for s in servers for p in (s.http_port, s.grpc_port)}
-            take_back(children(self._nginx.pid), ports)
+        silent = {name for name, health in self._health.items() if health == "silent"}
+        name = self._standstill.look(silent - _asked(wanted), patience_s(wanted), now_s)
+        if name and self._group is not None and name in self._group.replicas:
+            r = self._group.replicas[name]
+            addresses = [(r.host, r.http_port), (r.host, r.grpc_port)]
+            take_back(children(self._nginx.pid), addresses)
 
     def _due(self, wanted: Routes, left: set[str], now_s: float) -> bool:
         """Whether nginx is to reload now: at once if somebody cannot be served otherwise."""

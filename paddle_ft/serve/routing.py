@@ -120,10 +120,6 @@ class Routes:
         found = (self.main, *shares, self.sticky, self.primary, self.state)
         return tuple(pool for pool in found if pool is not None)
 
-    def servers(self, name: str) -> set[Server]:
-        """How the replica ``name`` stands in the pools."""
-        return {server for pool in self.pools for server in pool.servers if server.name == name}
-
 
 def configured(settings: GatewayConfig) -> Timeouts:
     """The time-outs of somebody who has learnt nothing."""

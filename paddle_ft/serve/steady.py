@@ -11,7 +11,7 @@ but never is nobody asked while somebody is ready. Pure: time comes in as an arg
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
 
 from paddle_ft.serve.latency import Try
@@ -25,6 +25,12 @@ HOLD_S = 0.25
 HOLD_MAX_S = 30.0
 CALM_S = 60.0
 """After so long without a loss, the losses before are forgotten."""
+
+AGAIN_S = 1.0
+"""So long requests are taken back that were on their way when it was left out."""
+ANOTHER_S = 10.0
+"""So long after one replica, no request is taken back from another: on a machine that has too much
+to do all of them may seem to stand still by turns, and requests would go round."""
 
 
 class Roster:
@@ -120,6 +126,29 @@ class Damper:
         standing.admitted |= lasted_s >= _hold_s(standing.losses)
         if lasted_s >= CALM_S:
             standing.losses = 0
+
+
+class Standstill:
+    """From whom requests are to be taken back."""
+
+    def __init__(self) -> None:
+        self._since_s: dict[str, float] = {}
+        self._last = ("", -ANOTHER_S)
+
+    def look(self, silent: Set[str], wait_s: float, now_s: float) -> str:
+        """Who has been silent for ``wait_s``, and not for ``AGAIN_S`` more; "" if nobody has.
+
+        Args:
+            silent: who does not answer, while others can be asked.
+        """
+        self._since_s = {name: self._since_s.get(name, now_s) for name in sorted(silent)}
+        for name, since_s in self._since_s.items():
+            if since_s + wait_s <= now_s <= since_s + wait_s + AGAIN_S and (
+                name == self._last[0] or now_s >= self._last[1] + ANOTHER_S
+            ):
+                self._last = (name, now_s)
+                return name
+        return ""
 
 
 def _hold_s(losses: int) -> float:

@@ -23,7 +23,16 @@ from paddle_ft.serve.nginx_text import Place, of_model, to_nginx, whole_nginx
 from paddle_ft.serve.registry import Group, Level, ReplicaRecord
 from paddle_ft.serve.request_log import Log
 from paddle_ft.serve.routing import Learnt, Routes, Timeouts, configured, routes, split_listen
-from paddle_ft.serve.steady import CALM_S, HOLD_MAX_S, HOLD_S, KEEP_S, Damper, Roster, believed
+from paddle_ft.serve.steady import (
+    CALM_S,
+    HOLD_MAX_S,
+    HOLD_S,
+    KEEP_S,
+    Damper,
+    Roster,
+    Standstill,
+    believed,
+)
 
 USUAL = Timeouts(10, 30, 30)
 SLOW, QUICK = Timeouts(1, 20, 20), Timeouts(1, 1, 1.25)
@@ -180,6 +189,15 @@ def test_somebody_is_asked_while_somebody_is_ready() -> None:
     damper.settle({"a": "silent", "b": "ready"}, 1.0)
     assert damper.settle({"a": "ready", "b": "ready"}, 1.1)["a"] == "refusing"
     assert damper.settle({"a": "ready", "b": "silent"}, 1.2)["a"] == "ready"
+
+
+def test_requests_are_taken_back_from_one_replica_for_a_while() -> None:
+    still = Standstill()
+    assert still.look({"a"}, 0.5, 0.0) == ""
+    assert [still.look({"a", "b"}, 0.5, now_s) for now_s in (0.5, 1.4, 1.6)] == ["a", "a", ""]
+    assert still.look({"b"}, 0.5, 1.7) == "", "not from another one so soon"
+    assert still.look(set(), 0.5, 20.0) == ""
+    assert [still.look({"b"}, 0.0, now_s) for now_s in (20.1, 21.0, 21.2)] == ["b", "b", ""]
 
 
 def test_one_that_answers_requests_is_there() -> None:
