@@ -142,6 +142,12 @@ class ServeConfig(BaseModel):
     """Without TLS, although the replicas can be reached from other machines."""
 
     @model_validator(mode="after")
+    def _ports(self) -> Self:
+        if self.http_port and self.http_port == self.grpc_port:
+            raise ValueError(f"http_port and grpc_port are both {self.http_port}: give two ports")
+        return self
+
+    @model_validator(mode="after")
     def _clients(self) -> Self:
         if self.drain_s < self.request_timeout_s:
             raise ValueError(

@@ -13,6 +13,9 @@ from paddle_ft.errors import EXIT_SIGINT, EXIT_SIGTERM
 
 ASK_TO_SAVE = (signal.SIGUSR1, signal.SIGUSR2)
 """Passed on to the workers, whose rules decide what they mean."""
+REPEAT_S = 0.5
+"""Within it a signal that comes again is the same: `timeout`, and other supervisors, send it to a
+process and to its group."""
 
 
 class Signals:
@@ -65,7 +68,7 @@ class Signals:
                 self._ask_to_save(number)
                 continue
             if self.leaving_since_s is not None:
-                self.hurried = True
+                self.hurried |= time.monotonic() - self.leaving_since_s >= REPEAT_S
                 continue
             self.leaving_since_s = time.monotonic()
             self.leaving_code = EXIT_SIGINT if number == signal.SIGINT else EXIT_SIGTERM

@@ -216,10 +216,25 @@ class Following:
                         model.found = await self._loader.newest(model.name) or 0
                         model.news.set()
 
+    def _tell_of_pinned(self, model: Model) -> None:
+        choice, published = model.choice, self._published(model) or 0
+        newest = choice.version or 0 if choice is not None else 0
+        if choice is not None and choice.pinned and published > max(newest, model.not_taken):
+            model.not_taken = published
+            log.info(
+                "%s %d was published, and %d stays, which was asked for by number: to follow "
+                "again, load %s without one",
+                model.name,
+                published,
+                newest,
+                model.name,
+            )
+
     async def _lead(self, model: Model, now_s: float) -> float:
         """The primary's: tells the group what is served, and takes up what was published."""
         if not self._leads() or not self._models.is_warm():
             return float("inf")
+        self._tell_of_pinned(model)
         news = wanted.to_tell(model.choice, model.own, self._models.served(model.name))
         version = wanted.to_prove(model.choice, self._published(model), model.unproven, now_s)
         try:

@@ -180,6 +180,8 @@ class Participant:
 
     def leads(self) -> bool:
         """Whether this replica may answer changes now."""
+        if self.ended.done():
+            return False
         return self.seat.leads(time.monotonic(), self.member.deadline_s())
 
     def put(self, kind: Kind, key: str, value: bytes | None) -> Entry:

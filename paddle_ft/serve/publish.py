@@ -168,7 +168,24 @@ def _info_of(files: Mapping[str, Path], name: str) -> ModelInfo | None:
 
     program = next(p for p in files.values() if p.suffix in (".json", ".pdmodel"))
     told = description_in(files[DESCRIPTION]) if DESCRIPTION in files else Description()
-    return info_of(Files(program, program.with_suffix(".pdiparams")), told, name, "")
+    info = info_of(Files(program, program.with_suffix(".pdiparams")), told, name, "")
+    _check_warm_up(info, told)
+    return info
+
+
+def _check_warm_up(info: ModelInfo, told: Description) -> None:
+    declared = {feature.name: feature.shape for feature in info.inputs}
+    for name, shape in told.warm_up.items():
+        if name not in declared:
+            raise ConfigError(
+                f"warm_up names the input {name}, and {info.name} takes {', '.join(declared)}."
+            )
+        fits = len(shape) == len(declared[name])
+        if not fits or any(d not in (-1, s) for d, s in zip(declared[name], shape, strict=True)):
+            raise ConfigError(
+                f"warm_up gives {name} the shape {list(shape)}, and {info.name} takes "
+                f"{list(declared[name])} (-1: any)."
+            )
 
 
 def _store(

@@ -45,6 +45,8 @@ class Model:
     failed: Failure | None = None
     unproven: Failure | None = None
     """Of a version that was to be proposed."""
+    not_taken: int = 0
+    """The newest that was told of and left alone, as another one was asked for by number."""
     loads: int = 0
     """That administrators have asked for and that have not ended."""
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)

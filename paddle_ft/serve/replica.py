@@ -10,17 +10,19 @@ import asyncio
 import logging
 import os
 import signal
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from paddle_ft.agent.net import NodeName, address_towards, is_local, place
+from paddle_ft.agent.signals import REPEAT_S
 from paddle_ft.checkpoint.sign import Trust
 from paddle_ft.checkpoint.store import Store, open_store
 from paddle_ft.checkpoint.store_directory import DirectoryStore
 from paddle_ft.config import Config, EtcdConfig
 from paddle_ft.coordination.etcd import EtcdCoordinator
-from paddle_ft.errors import ConfigError, PaddleFTError, StoreMissing
+from paddle_ft.errors import ConfigError, CoordinationError, PaddleFTError, StoreMissing
 from paddle_ft.serve import memory
 from paddle_ft.serve.catalog import Catalog
 from paddle_ft.serve.follow import Following, Policy
@@ -87,6 +89,7 @@ class Replica:
         self._degraded = False
         self._said = False
         self._asked: asyncio.Event
+        self._asked_s = 0.0
 
     async def run(self, etcd: EtcdConfig) -> None:
         """Serves until SIGTERM or SIGINT, then until what was taken is answered; in the group that
@@ -143,6 +146,10 @@ class Replica:
         ended = self._group.ended
         await asyncio.wait([ended])
         why = None if ended.cancelled() else ended.exception()
+        if isinstance(why, CoordinationError):
+            # Of the group there is nothing left to take part in; clients are still there.
+            log.error("%s. Until then this one answers for the models it has, and no more", why)
+            await asyncio.Event().wait()
         if isinstance(why, PaddleFTError):
             raise why
         raise PaddleFTError(
@@ -172,8 +179,11 @@ class Replica:
 
     def _stop(self, number: int) -> None:
         if self._asked.is_set():
+            if time.monotonic() - self._asked_s < REPEAT_S:
+                return
             log.warning("stopped by a second %s", signal.Signals(number).name)
             os._exit(128 + number)  # the workers end with their sockets
+        self._asked_s = time.monotonic()
         self._asked.set()
 
     # ------------------------------------------------------------ what the others are told

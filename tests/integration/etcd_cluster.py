@@ -129,6 +129,11 @@ class EtcdCluster:
         process.kill()
         process.wait()
 
+    def lose(self, index: int) -> None:
+        """SIGKILL, and its data are gone."""
+        self.kill(index)
+        shutil.rmtree(self._dir / str(index))
+
     def freeze(self, index: int) -> None:
         self._processes[index].send_signal(signal.SIGSTOP)
 

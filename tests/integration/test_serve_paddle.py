@@ -19,6 +19,7 @@ from paddle_ft.serve.folder import load
 from paddle_ft.serve.models import list_versions, read_version
 from paddle_ft.serve.predictor import Predictor, Settings, warm_up
 from paddle_ft.serve.program import DESCRIPTION, Description
+from paddle_ft.serve.publish import publish
 from paddle_ft.serve.types import Feature, ModelError
 from tests.integration.session_world import ROOT, python_26
 
@@ -49,6 +50,13 @@ def test_a_layer_answers_as_it_did_and_refuses_what_it_cannot_take(tmp_path: Pat
     (tmp_path / DESCRIPTION).write_text(Description(outputs=("a", "b")).model_dump_json())
     with pytest.raises(ConfigError, match="has 1 outputs, and 2 names"):
         Predictor(tmp_path, "m", "1", Settings())
+    (tmp_path / DESCRIPTION).unlink()
+    if not paddle.is_compiled_with_cuda():
+        with pytest.raises(ConfigError, match="not built for gpu:0"):
+            Predictor(tmp_path, "m", "1", Settings(device="gpu:0"))
+    for name, shape, why in (("z", (1, 8), "takes x"), ("x", (1, 7), "any")):
+        with pytest.raises(ConfigError, match=why):
+            publish(tmp_path, "m", str(tmp_path / "store"), warm_up={name: shape})
     with pytest.raises(ConfigError, match="cannot be exported"):
         export_layer(layer, tmp_path, [paddle.static.InputSpec([None, 9], "float32", "x")])
 

@@ -245,6 +245,16 @@ def test_replicas_of_a_group_follow_their_primary(
                 with replica(tmp_path, *flags("late")) as late:  # not the newest: the group's
                     wait_for(lambda: group().get("late", {}).get("models") == {"times": "1"}, 60)
                     assert late.infer()[1][0] == 2
+
+                etcd.lose(0)
+                etcd.start(0)
+                wait_for(lambda: "has lost what it knew" in right.text)
+                assert right.infer()[1][0] == 2
+                assert right.is_ready()
+                assert right.ask("PUT", "/v2/state/a/b", 1)[0] == 503
+                right.stop()
+                assert right.wait() == 0
+        etcd.wait_healthy()
         wait_for(lambda: "no replica" in told())
 
 
