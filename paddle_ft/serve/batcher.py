@@ -134,7 +134,8 @@ class Batcher:
         future: asyncio.Future[Tensors] = loop.create_future()
         timer = loop.call_at(item.deadline_s, self._expire, item.key)
         pending = _Pending(item, inputs, future, timer, session)
-        at_once = not len(self._queue) and self.runner.idle > len(self._starting)
+        free = not self._starting or self.runner.idle > len(self._starting)
+        at_once = free and not len(self._queue)
         if not (at_once and self._begun([pending])) and not self._queue.add(item):
             timer.cancel()
             self.figures.refused += 1

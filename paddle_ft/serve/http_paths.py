@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from urllib.parse import unquote_to_bytes
 
 from paddle_ft.serve.ledger import VALUE_BYTES_MAX
@@ -151,6 +152,10 @@ def find(method: str, path: str) -> tuple[Route, Mapping[str, str]]:
 
     Raises BadRequest (400, 404, 405).
     """
+    return (_kept if len(path) <= _KEPT_CHARACTERS_MAX else _find)(method, path)
+
+
+def _find(method: str, path: str) -> tuple[Route, Mapping[str, str]]:
     path = path.rstrip("/") or "/"
     allowed: list[str] = []
     for pattern, route in _PATTERNS:
@@ -161,6 +166,11 @@ def find(method: str, path: str) -> tuple[Route, Mapping[str, str]]:
     if allowed:
         raise NotAllowed(", ".join(allowed))
     raise BadRequest(f"there is nothing at {path[:100]!a}: see /v2", 404)
+
+
+_KEPT_CHARACTERS_MAX = 256
+_kept = lru_cache(256)(_find)
+"""Most requests are for a few paths."""
 
 
 class NotAllowed(BadRequest):

@@ -18,15 +18,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from paddle_ft.serve.messages import Header
 from paddle_ft.serve.types import ModelError, Tensors, Unavailable
 
 _ALIGN_BYTES = 64
 _FIRST_BYTES = 2**16
 BYTES = "bytes"
 """Stands for a dtype: elements of any length, each behind its length as 4 bytes."""
-
-Header = Sequence[Any]
-"""JSON: [name, dtype, shape, offset, nbytes] of each tensor."""
 
 
 class Memory:
@@ -91,25 +89,26 @@ class Memory:
             self.descriptor = -1
 
 
-def write(memory: Memory, tensors: Tensors, start: int = 0) -> tuple[list[list[Any]], int]:
+def write(memory: Memory, tensors: Tensors, start: int = 0) -> tuple[Header, int]:
     """Puts ``tensors`` into ``memory`` from byte ``start``: their header, and where they end.
 
     Raises ModelError for what cannot be carried, Unavailable.
     """
-    flat = {name: _flat(name, array) for name, array in tensors.items()}
     offset = start
-    header: list[list[Any]] = []
-    for name, (dtype, data) in flat.items():
-        shape = list(np.shape(tensors[name]))
-        header.append([name, dtype, shape, offset, data.nbytes])
+    parts: list[NDArray[Any]] = []
+    header = []
+    for name, tensor in tensors.items():
+        array = np.asarray(tensor)
+        dtype, data = _flat(name, array)
+        header.append((name, dtype, array.shape, offset, data.nbytes))
+        parts.append(data)
         offset += -(-data.nbytes // _ALIGN_BYTES) * _ALIGN_BYTES
     room = memory.room(offset)
-    for (dtype, data), (_, _, _, at, nbytes) in zip(flat.values(), header, strict=True):
+    for data, (_, dtype, _, at, nbytes) in zip(parts, header, strict=True):
         if nbytes:
-            kind = np.uint8 if dtype == BYTES else np.dtype(dtype)
-            target = np.frombuffer(room[at : at + nbytes], kind).reshape(data.shape)
-            np.copyto(target, data)
-    return header, offset
+            kind = np.uint8 if dtype == BYTES else dtype
+            np.copyto(np.ndarray(data.shape, kind, room, at), data)
+    return tuple(header), offset
 
 
 @lru_cache
@@ -120,7 +119,6 @@ def _name_of(dtype: np.dtype[Any]) -> str:
 
 
 def _flat(name: str, array: NDArray[Any]) -> tuple[str, NDArray[Any]]:
-    array = np.asarray(array)
     if array.dtype.kind in "biuf":
         return _name_of(array.dtype), array
     if array.dtype.kind not in "OSU":

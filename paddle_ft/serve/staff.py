@@ -112,7 +112,8 @@ class Staff:
     def _change(self, worker: WorkerProcess) -> None:
         if worker.is_fresh:
             self._failures, self._failure = 0, ""
-        self._changed.set()
+        if worker.is_fresh or not worker.idle:  # not at the end of each batch
+            self._changed.set()
         self._on_change(worker)
 
     async def _keep(self) -> None:

@@ -2,7 +2,7 @@
 
     python -m paddle_ft.serve.worker SOCKET LIFE INPUTS OUTPUTS     (file descriptors)
 
-Over the socket, a JSON message each (SOCK_SEQPACKET):
+Over the socket, a message each (SOCK_SEQPACKET; as bytes: ``messages``):
 
     front                                    worker
       {"load": {folder, name, version,   ->
@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import fcntl
 import gc
-import json
 import os
 import select
 import signal
@@ -46,13 +45,12 @@ import numpy as np
 
 from paddle_ft.errors import EXIT_CONFIG, PaddleFTError
 from paddle_ft.exits import end
-from paddle_ft.serve import shared
+from paddle_ft.serve import messages, shared
 from paddle_ft.serve.gentle import import_gently
 from paddle_ft.serve.pipeline import Loaded, PipelineModel, State, said
 from paddle_ft.serve.types import Feature, ModelError, ModelInfo, Unavailable
 
 assert zlib  # loaded before paddle, or 2.6.2 crashes at the first decompression
-MESSAGE_BYTES_MAX = 128 * 1024
 STATE = "\0state"
 """Keys and values in turn; no output of a model has this name."""
 _TEXT_MAX = 2000
@@ -167,20 +165,19 @@ def info_of(wire: dict[str, Any]) -> ModelInfo:
 
 def _send(connection: socket.socket, message: dict[str, Any]) -> None:
     try:
-        connection.sendall(json.dumps(message).encode())
+        connection.sendall(messages.pack(message))
     except OSError:
         end(0)
 
 
 def _receive(connection: socket.socket) -> dict[str, Any]:
     try:
-        data = connection.recv(MESSAGE_BYTES_MAX)
+        data = connection.recv(messages.BYTES_MAX)
     except OSError:
         data = b""
     if not data:
         end(0)  # the front has gone
-    message: dict[str, Any] = json.loads(data)
-    return message
+    return messages.unpack(data)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import signal
 import socket
@@ -20,12 +19,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paddle_ft.errors import ConfigError
-from paddle_ft.serve import shared
+from paddle_ft.serve import messages, shared
 from paddle_ft.serve.forks import Forks, Process, popen
 from paddle_ft.serve.pipeline import said
 from paddle_ft.serve.predictor import Settings
 from paddle_ft.serve.types import ModelError, ModelInfo, ServeError, Tensors, Unavailable
-from paddle_ft.serve.worker import MESSAGE_BYTES_MAX, info_of
+from paddle_ft.serve.worker import info_of
 
 _log = logging.getLogger("paddle_ft")
 _MODULE = "paddle_ft.serve.worker"
@@ -195,7 +194,7 @@ class WorkerProcess:
             if self.batch is batch:
                 self._begin(batch, header)
 
-    def _begin(self, batch: Batch, header: list[list[Any]]) -> None:
+    def _begin(self, batch: Batch, header: messages.Header) -> None:
         assert self._inputs is not None
         batch.go_on()
         self._send(
@@ -230,8 +229,8 @@ class WorkerProcess:
     def _read(self) -> None:
         assert self._socket is not None
         try:
-            data = self._socket.recv(MESSAGE_BYTES_MAX)
-            message = json.loads(data) if data else None
+            data = self._socket.recv(messages.BYTES_MAX)
+            message = messages.unpack(data) if data else None
         except BlockingIOError:
             return
         except (OSError, ValueError):
@@ -290,7 +289,7 @@ class WorkerProcess:
         """Answers a pipeline; the value lies behind the batch's inputs."""
         assert self._inputs is not None
         assert batch.fetch is not None
-        header: list[list[Any]] = []
+        header: messages.Header = ()
         reply: dict[str, Any]
         try:
             value = await asyncio.wait_for(batch.fetch(key), _STATE_S)
@@ -314,7 +313,7 @@ class WorkerProcess:
     def _send(self, message: dict[str, Any]) -> None:
         assert self._socket is not None
         try:
-            self._socket.send(json.dumps(message).encode())
+            self._socket.send(messages.pack(message))
         except OSError as error:
             self.kill(f"it cannot be told anything ({error.strerror})")
 
