@@ -51,19 +51,20 @@ def decode(message: Any, info: ModelInfo, bounds: wire.Bounds = wire.BOUNDS) -> 
     inputs: dict[str, NDArray[Any]] = {}
     counted = wire.Counted(bounds)
     for index, tensor in enumerate(message.inputs):
-        if tensor.name in inputs:
-            raise BadRequest(f"input {short(tensor.name)} is given twice")
+        name, datatype = tensor.name, tensor.datatype  # each look at a field makes an object
+        if name in inputs:
+            raise BadRequest(f"input {short(name)} is given twice")
         _no_shared_memory(tensor)
-        wire.check_name(info, tensor.name)
-        shape = tensor_shape(tensor.name, list(tensor.shape))
-        counted.add(tensor.datatype, shape, listed=not raw)
+        wire.check_name(info, name)
+        shape = tensor_shape(name, list(tensor.shape))
+        counted.add(datatype, shape, listed=not raw)
         if raw and not tensor.HasField("contents"):
-            array = from_raw(tensor.name, tensor.datatype, shape, raw[index])
+            array = from_raw(name, datatype, shape, raw[index])
         elif raw:
-            raise BadRequest(f"input {short(tensor.name)} has both contents and raw contents")
+            raise BadRequest(f"input {short(name)} has both contents and raw contents")
         else:
             array = _from_contents(tensor, shape)
-        inputs[tensor.name] = array
+        inputs[name] = array
     parameters = {key: value(each) for key, each in message.parameters.items()}
     asked: list[str] = []
     for output in message.outputs:

@@ -6,7 +6,7 @@ Whatever a client sends gives an array of just the type and shape that it names,
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping
 from itertools import chain
 from typing import Any, TypeVar
 
@@ -45,8 +45,7 @@ class BadRequest(ServeError):
 def tensor_shape(name: str, shape: object) -> tuple[int, ...]:
     """``shape`` as sent, if it is one; raises BadRequest."""
     if (
-        not isinstance(shape, Sequence)
-        or isinstance(shape, str)
+        not isinstance(shape, (list, tuple))
         or len(shape) > DIMENSIONS_MAX
         or not all(type(size) is int and 0 <= size < 2**31 for size in shape)
         or math.prod(filter(None, shape)) >= 2**40  # numpy: also without elements

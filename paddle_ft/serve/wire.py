@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from numpy.typing import NDArray
@@ -191,9 +192,11 @@ def check_inputs(info: ModelInfo, inputs: dict[str, NDArray[Any]]) -> dict[str, 
 
 
 def check_name(info: ModelInfo, name: str) -> None:
-    if all(name != feature.name for feature in info.inputs):
-        names = ", ".join(feature.name for feature in info.inputs)
-        raise BadRequest(f"{info.name} has no input {short(name)}: its inputs are {names}")
+    for feature in info.inputs:
+        if feature.name == name:
+            return
+    names = ", ".join(feature.name for feature in info.inputs)
+    raise BadRequest(f"{info.name} has no input {short(name)}: its inputs are {names}")
 
 
 def fits(feature: Feature, shape: Sequence[int]) -> bool:
@@ -219,20 +222,15 @@ def encoding(
     info: ModelInfo, request: Request, outputs: Tensors, bounds: Bounds = BOUNDS
 ) -> Generator[None, None, tuple[list[bytes], int | None]]:
     """``encode`` in steps of a few milliseconds, however large the outputs are."""
-    header: dict[str, Any] = {"model_name": info.name, "model_version": info.version}
+    head = _head(info.name, info.version)
     if request.id:
-        header["id"] = request.id
-    text = [_open(header, "outputs").encode()]
+        head = _open(_told(info.name, info.version) | {"id": request.id}, "outputs")
+    text = [head]
     parts: list[bytes] = []
     counted = Counted(bounds)
     for number, asked in enumerate(request.outputs):
         array = outputs[asked.name]
         datatype = datatype_of(array)
-        entry: dict[str, Any] = {
-            "name": asked.name,
-            "datatype": datatype,
-            "shape": list(array.shape),
-        }
         text.append(b"," if number else b"")
         if asked.binary:
             size = 0
@@ -241,16 +239,16 @@ def encoding(
                     yield
                 parts.append(part)
                 size += len(part)
-            entry["parameters"] = {"binary_data_size": size}
-            text.append(_compact(entry).encode())
+            entry = _described_as(asked.name, datatype, array.shape)
+            text.append(_compact(entry | {"parameters": {"binary_data_size": size}}).encode())
             continue
         counted.add(datatype, array.shape, listed=True)
-        text.append(_open(entry, "data").encode())
+        text.append(_listing(asked.name, datatype, array.shape))
         for at, values in enumerate(json_slices(asked.name, array)):
             if at:
                 yield
                 text.append(b",")
-            text.append(_compact(values)[1:-1].encode())
+            text.append(_elements(values, array.dtype.kind))
         text.append(b"]}")
     text.append(b"]}")
     whole = b"".join(text)
@@ -261,9 +259,36 @@ def encoding(
 _compact = json.JSONEncoder(separators=(",", ":")).encode
 
 
-def _open(entry: dict[str, Any], key: str) -> str:
+def _open(entry: dict[str, Any], key: str) -> bytes:
     """``entry`` as JSON with a list ``key`` at its end, which is left open."""
-    return f'{_compact(entry)[:-1]},"{key}":['
+    return f'{_compact(entry)[:-1]},"{key}":['.encode()
+
+
+def _told(name: str, version: str) -> dict[str, Any]:
+    return {"model_name": name, "model_version": version}
+
+
+def _described_as(name: str, datatype: str, shape: tuple[int, ...]) -> dict[str, Any]:
+    return {"name": name, "datatype": datatype, "shape": list(shape)}
+
+
+@lru_cache(64)
+def _head(name: str, version: str) -> bytes:
+    """How every answer of a version begins that has no ``id``."""
+    return _open(_told(name, version), "outputs")
+
+
+@lru_cache(256)
+def _listing(name: str, datatype: str, shape: tuple[int, ...]) -> bytes:
+    """How an output in JSON begins; most have the shape of one before."""
+    return _open(_described_as(name, datatype, shape), "data")
+
+
+def _elements(values: list[Any], kind: str) -> bytes:
+    """As in JSON; of numpy's ``kind``."""
+    if kind == "f":  # all finite; the encoder says the same, more slowly
+        return ",".join(map(float.__repr__, values)).encode()
+    return _compact(values)[1:-1].encode()
 
 
 def error_body(message: str) -> bytes:
