@@ -21,6 +21,7 @@ from paddle_ft.config import EtcdConfig
 from paddle_ft.errors import EtcdUnavailable, PaddleFTError
 from paddle_ft.gateway_config import GatewayConfig
 from paddle_ft.serve.checks import Checks, Target
+from paddle_ft.serve.hosts import Hosts
 from paddle_ft.serve.latency import Learners, tries_of
 from paddle_ft.serve.lessons import Lessons
 from paddle_ft.serve.nginx import Nginx, children, find_nginx, workers_user, write_whole
@@ -70,6 +71,7 @@ class Gateway:
         self._binary = find_nginx(settings.nginx)
         self._registry = Registry(etcd, name, self._wake.set)
         self._checks = Checks(settings, self._wake.set)
+        self._hosts = Hosts(self._wake.set)
         self._lessons = Lessons(Learners(configured(settings), settings.timeout_floor_s))
         self._roster, self._damper = Roster(), Damper()
         self._group: Group | None = None
@@ -102,6 +104,7 @@ class Gateway:
         finally:
             self._registry.close()
             self._checks.close()
+            self._hosts.close()
             log.close()
             self._nginx.close()
 
@@ -210,6 +213,8 @@ class Gateway:
         self._once("registry", odd)
         group = self._group
         if fresh is not None:
+            fresh, nowhere = self._hosts.addressed(fresh)
+            self._once("hosts", "; ".join(nowhere))
             group = self._roster.renew(group, fresh, self._health, now_s)
         if group is None:
             raise ServeError(f"{odd}.")

@@ -424,6 +424,23 @@ def test_a_bad_record_harms_nobody_else(pair: World) -> None:
 
 
 @pytest.mark.slow
+def test_names_of_hosts_are_resolved_beside_nginx(world: World) -> None:
+    """nginx would take no configuration with one that has no address, at a start and later."""
+    world.add("a")
+    nowhere = replace(world.records["a"], name="nowhere", host="nowhere.invalid")
+    world.put(Keys(GROUP).replica("nowhere"), encode(nowhere))
+    world.start_gateway()
+    world.until(lambda: "'nowhere.invalid' has no address" in world.said(), "it is told")
+    world.add("b", host="localhost")
+    world.primary("nowhere")
+    world.goes_to("a, b")
+    assert set(world.names(20)) == {"a", "b"}
+    world.remove(Keys(GROUP).replica("a"))
+    world.send("a", signal.SIGKILL)
+    world.goes_to("b")
+
+
+@pytest.mark.slow
 def test_nginx_is_started_again_and_ends_with_its_gateway(pair: World) -> None:
     pid = int((pair.folder / "run/nginx.pid").read_text())
     os.kill(pid, signal.SIGKILL)
