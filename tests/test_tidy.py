@@ -73,6 +73,7 @@ LAYERS = (
             "serve.registry",
             "serve.frames",
             "serve.seat",
+            "serve.standstill",
             "serve.routes",
             "serve.routing",
             "serve.nginx_pools",

@@ -126,7 +126,7 @@ class Replica:
     def apply(self, acknowledged: int) -> Sequence[Entry]:
         """Takes what is acknowledged into the state; gives what is new."""
         new = self.state.apply(self.log, acknowledged)
-        self.fresh += new
+        self.fresh += [part for entry in new for part in entry.parts()]
         self._applied_bytes += sum(entry.size_bytes for entry in new)
         at, log = self.state.at.sequence, self.log
         too_many = at - log.base.sequence > 2 * self.kept

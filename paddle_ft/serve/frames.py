@@ -34,6 +34,7 @@ _ITEM_HEAD = struct.Struct("<QB")
 _INSTALL_HEAD = struct.Struct("<QQQdII")
 _ANSWER_HEAD = struct.Struct("<Q?Qd")
 _LENGTH = struct.Struct("<I")
+_UNTIL = struct.Struct("<d")
 
 
 def frames(message: Message) -> Iterator[bytes]:
@@ -158,17 +159,18 @@ def decode(data: bytes) -> Append | Answer:
     return message
 
 
-def encode_put(kind: Kind, key: str, value: bytes | None) -> bytes:
-    """A change that is passed on to the primary."""
-    return b"".join(_entry(Entry(Position(), kind, key, value)))
+def encode_put(kind: Kind, key: str, value: bytes | None, until_s: float) -> bytes:
+    """A change that is passed on to the primary, to be made before ``until_s`` by its clock."""
+    return b"".join((_UNTIL.pack(until_s), *_entry(Entry(Position(), kind, key, value))))
 
 
-def decode_put(data: bytes) -> tuple[Kind, str, bytes | None]:
+def decode_put(data: bytes) -> tuple[Kind, str, bytes | None, float]:
     """Raises ValueError if ``data`` is not what ``encode_put`` made."""
     reader = _Reader(data)
+    (until_s,) = reader.numbers(_UNTIL)
     entry = reader.entry()
     reader.end()
-    return entry.kind, entry.key, entry.value
+    return entry.kind, entry.key, entry.value, until_s
 
 
 def encode_position(position: Position) -> bytes:
@@ -231,7 +233,9 @@ class _Reader:
     def entry(self) -> Entry:
         term, sequence, kind = self.numbers(_ENTRY_HEAD)
         key = self.text()
-        return Entry(Position(term, sequence), self.kind(kind), key, self.value())
+        entry = Entry(Position(term, sequence), self.kind(kind), key, self.value())
+        entry.parts()  # raises ValueError
+        return entry
 
     def item(self) -> tuple[tuple[Kind, str], Held]:
         sequence, kind = self.numbers(_ITEM_HEAD)

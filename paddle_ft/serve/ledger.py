@@ -13,7 +13,7 @@ import re
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
-from paddle_ft.serve.log import Entry, Kind, State, size_of
+from paddle_ft.serve.log import Entry, Kind, Position, State, size_of
 from paddle_ft.serve.tensors import BadRequest
 from paddle_ft.serve.types import Full, TooLarge
 
@@ -77,17 +77,21 @@ class Ledger:
     def check(self, state: State, kind: Kind, name: str, value: bytes | None) -> None:
         """Raises TooLarge and Full if there is no room for the change; what removes something, or
         makes it no larger, is never refused."""
-        if len(name.encode()) > KEY_BYTES_MAX:
-            raise TooLarge(f"a key has at most {KEY_BYTES_MAX} bytes, with its session")
-        if value is None:
-            return
-        if len(value) > VALUE_BYTES_MAX:
+        if value is not None and len(value) > VALUE_BYTES_MAX:
             raise TooLarge(f"a value has at most {VALUE_BYTES_MAX} bytes, and this {len(value)}")
-        old = state.items.get((kind, name))
-        more_bytes = size_of(name, value) - (size_of(name, old.value) if old else 0)
-        if more_bytes <= 0:
+        more_bytes = 0
+        for part in Entry(Position(), kind, name, value).parts():
+            if len(part.key.encode()) > KEY_BYTES_MAX:
+                raise TooLarge(f"a key has at most {KEY_BYTES_MAX} bytes, with its session")
+            old = state.items.get((part.kind, part.key))
+            more_bytes += part.size_bytes if part.value is not None else 0
+            more_bytes -= size_of(part.key, old.value) if old else 0
+        if value is None or more_bytes <= 0:
             return
-        if kind == "state" and self.size_bytes(name) + more_bytes > self.bounds.session_bytes:
+        if (
+            kind in ("state", "states")
+            and self.size_bytes(name) + more_bytes > self.bounds.session_bytes
+        ):
             raise TooLarge(
                 f"a session has at most {self.bounds.session_bytes} bytes "
                 "(serve.session_bytes_max): delete keys of it first"

@@ -9,16 +9,19 @@ Invariants:
 
 from __future__ import annotations
 
+import struct
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-Kind = Literal["state", "version", "setting"]
-"""State of one user's session, the version of a model that is served, a setting of the group."""
+Kind = Literal["state", "version", "setting", "states"]
+"""State of one user's session, the version of a model that is served, a setting of the group;
+several of the first, which come together (``joined``)."""
 
 ITEM_BYTES = 128
 """Counted for each item besides its key and value, so that many small ones are bounded, too."""
+_LENGTH = struct.Struct("<I")
 TERMS_MAX = 1000
 """Of so many it is known where they begin; what is older is held to be there."""
 
@@ -47,6 +50,33 @@ class Entry:
     @property
     def size_bytes(self) -> int:
         return size_of(self.key, self.value)
+
+    def parts(self) -> list[Entry]:
+        """What it changes, one by one. Raises ValueError for bytes that ``joined`` did not make."""
+        if self.kind != "states":
+            return [self]
+        data, parts = self.value or b"", []
+        while data:
+            key, data = _first(data)
+            value, data = _first(data)
+            parts.append(Entry(self.at, "state", key.decode(), value))
+        return parts
+
+
+def joined(changes: Mapping[str, bytes]) -> bytes:
+    """The value of an entry that changes several keys at once: all of them, or none."""
+    parts = [part for key, value in changes.items() for part in (key.encode(), value)]
+    return b"".join(_LENGTH.pack(len(part)) + part for part in parts)
+
+
+def _first(data: bytes) -> tuple[bytes, bytes]:
+    """The first part of what ``joined`` made, and the rest."""
+    if len(data) < _LENGTH.size:
+        raise ValueError("a joint change ends too early")
+    end = _LENGTH.size + int(_LENGTH.unpack_from(data)[0])
+    if len(data) < end:
+        raise ValueError("a joint change ends too early")
+    return data[_LENGTH.size : end], data[end:]
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,19 +227,23 @@ class State:
         """Takes the entries of ``log`` up to ``acknowledged`` in; gives those that were new."""
         new = []
         for entry in log.after(self.at.sequence, acknowledged - self.at.sequence) or ():
-            name = entry.kind, entry.key
-            old = self.items.pop(name, None)
-            if old is not None:
-                self.size_bytes -= size_of(entry.key, old.value)
-            if entry.value is not None:
-                self.items[name] = Held(entry.value, entry.at.sequence)
-                self.size_bytes += entry.size_bytes
+            for part in entry.parts():
+                self._change(part)
             if entry.at.term != self.at.term:
                 self.terms.append(entry.at)
                 del self.terms[:-TERMS_MAX]
             self.at = entry.at
             new.append(entry)
         return new
+
+    def _change(self, part: Entry) -> None:
+        name = part.kind, part.key
+        old = self.items.pop(name, None)
+        if old is not None:
+            self.size_bytes -= size_of(part.key, old.value)
+        if part.value is not None:
+            self.items[name] = Held(part.value, part.at.sequence)
+            self.size_bytes += part.size_bytes
 
     def changes(self, image: Image) -> list[Entry]:
         """What has to be changed in this state to make it the one of ``image``."""

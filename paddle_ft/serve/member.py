@@ -28,6 +28,7 @@ from paddle_ft.errors import (
 from paddle_ft.serve import registry
 from paddle_ft.serve.elect import outlived
 from paddle_ft.serve.registry import Group, Keys, ReplicaRecord
+from paddle_ft.serve.standstill import Standstill
 
 log = logging.getLogger("paddle_ft")
 
@@ -104,8 +105,7 @@ class Member:
         self._holder = ""
         """For whom the lease was taken."""
         self._told_s = 0.0
-        self._stood_still_s = float("-inf")
-        self._turns = False
+        self._standstill = Standstill()
         self._news = threading.Event()
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
@@ -152,16 +152,12 @@ class Member:
     def turned(self) -> None:
         """This replica takes its turns: without that its lease is not renewed."""
         now_s = time.monotonic()
-        if self._turns and now_s - self._alive.turned_s > STUCK_S:
-            self._stood_still_s = now_s
-        self._turns, self._alive.turned_s = True, now_s
+        self._standstill.turned(now_s)
+        self._alive.turned_s = now_s
 
-    @property
-    def stood_still(self) -> bool:
-        """Until just now: what comes in may have been sent long ago, by who has given up since."""
-        now_s = time.monotonic()
-        stands = self._turns and now_s - self._alive.turned_s > STUCK_S
-        return stands or now_s - self._stood_still_s < STUCK_S
+    def age_s(self) -> float:
+        """At most so long ago came in what is read now: whoever sent it may have given it up."""
+        return self._standstill.age_s(time.monotonic())
 
     def group(self) -> Group:
         """The newest view; the one before where etcd holds what cannot be read.

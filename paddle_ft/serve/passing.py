@@ -2,7 +2,9 @@
 
 Invariant: a change is given to another replica again only if it is known that the one before has
 done nothing. So one that is answered with an error may have been made, once, and says so; nothing
-is made after it was answered that a later change by the same client could be undone by.
+is made after its time is over that a later change by the same client could be undone by. The time
+counts from when it may have come in (``standstill``), and the primary, to which it is passed on,
+goes by it, too, however long it was on its way.
 """
 
 from __future__ import annotations
@@ -37,13 +39,14 @@ async def anywhere(
 
     Raises NotPrimary, NoPrimary if within PRIMARY_S nobody takes it, and what ``put`` raises.
     """
-    until_s = time.monotonic() + timeout_s
+    age_s = party.member.age_s()
+    if age_s >= timeout_s > 0:
+        raise Unavailable("this replica stood still until just now: ask again", 0.5)
+    until_s = time.monotonic() + timeout_s - age_s
     patient_s = min(until_s, time.monotonic() + PRIMARY_S)
     while True:
         other, pause_s = primary_of(party), LOOK_S
         try:
-            if party.seat.primary is None and party.member.stood_still:
-                raise Unavailable("this replica stood still until just now: ask again", 0.5)
             if party.seat.primary is not None or other is None or timeout_s <= 0:
                 return await put(*change, max(0.0, until_s - time.monotonic()))
             position = await to(party, other, change, until_s)
@@ -99,10 +102,11 @@ async def to(
     Raises Unavailable if what it has done is not known: soon after it is the primary no longer.
     """
     left_s = until_s - time.monotonic()
-    if left_s <= 0:
+    theirs_s = party.seat.at_primary(other.name, until_s)
+    if left_s <= 0 or theirs_s is None:
         return None
     address = endpoint(other.host, other.peer_port)
-    asked = asyncio.ensure_future(party.peers.put(other.name, address, change, left_s))
+    asked = asyncio.ensure_future(party.peers.put(other.name, address, change, left_s, theirs_s))
     try:
         while not asked.done():
             if party.group.primary != other.name:

@@ -247,24 +247,16 @@ class Pool:
     async def _keep_state(
         self, session: str, keys: list[bytes], values: list[bytes], until_s: float
     ) -> None:
-        """Returns when all is acknowledged; each key is an entry of the log."""
+        """Returns when all is acknowledged."""
         left_s = max(_PUT_S_MIN, until_s - asyncio.get_running_loop().time())
-
-        # Begun in one turn of the loop, so that they stand side by side in the log.
-        puts = [
-            self._kept.put(session, key.decode(), value)
-            for key, value in zip(keys, values, strict=True)
-        ]
+        changes = {key.decode(): value for key, value in zip(keys, values, strict=True)}
         try:
-            done = await asyncio.wait_for(asyncio.gather(*puts, return_exceptions=True), left_s)
+            await asyncio.wait_for(self._kept.put(session, changes, left_s), left_s)
         except asyncio.TimeoutError:
             raise Unavailable(
                 f"What {self._source.name} keeps for this session was not acknowledged within "
                 f"{left_s:.1f} s, and whether it will be is not known."
             ) from None
-        for each in done:
-            if isinstance(each, BaseException):
-                raise each
 
     @property
     def _kept(self) -> Sessions:

@@ -197,6 +197,8 @@ class Replicated:
             if position is not None:
                 return position
         self._refuse_unless_taking()
+        if time.monotonic() >= until_s:
+            raise Unavailable("the time of this change was over before it was taken: ask again")
         self._ledger.wrote(key, time.monotonic())
         sequence = self._party.put(kind, key, value).at.sequence
         waiting = self._puts[sequence] = asyncio.get_running_loop().create_future()

@@ -74,6 +74,8 @@ class Seat:
         self._heard_s = float("-inf")
         self._heard_of = ""
         """The primary that was followed last."""
+        self._ahead_s = 0.0
+        """Its clock goes before this replica's by so much, or more."""
         self._recorded_revision = 0
         """mod_revision of what ``primary.recorded`` says."""
         self._candidacy: int | None = None
@@ -192,9 +194,15 @@ class Seat:
         if answer.sent_s == UNCONFIRMED_S:
             return answer
         self._heard_s, self._heard_of = now_s, message.sender
+        self._ahead_s = message.sent_s - now_s
         if self._candidacy is not None:  # it may be the primary in a moment: no promise
             return Answer(answer.term, answer.sender, answer.agrees, answer.sequence)
         return answer
+
+    def at_primary(self, name: str, now_s: float) -> float | None:
+        """A time by the clock of the primary ``name`` at which it is not later than ``now_s``
+        here; None if this replica does not follow that one yet."""
+        return now_s + self._ahead_s if self._heard_of == name else None
 
     def answered(self, answer: Answer, now_s: float) -> Sequence[Entry]:
         """A replica's answer to this primary; gives what is acknowledged with it."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 
 from paddle_ft.serve.ledger import Bounds, Ledger, marker_of, name_of
-from paddle_ft.serve.log import Log, State
+from paddle_ft.serve.log import Kind, Log, State, joined
 from paddle_ft.serve.replicated import Replicated
 
 TERM = 1
@@ -30,8 +31,9 @@ class GroupSessions:
         held = await self._group.get("state", name, at_least)
         return held.value if held is not None else None
 
-    async def put(self, session: str, key: str, value: bytes) -> None:
-        await self._group.put_anywhere("state", name_of(session, key), value)
+    async def put(self, session: str, changes: Mapping[str, bytes], timeout_s: float) -> None:
+        value = _joined(session, changes)
+        await self._group.put_anywhere("states", session, value, timeout_s)
 
 
 class LocalSessions:
@@ -45,18 +47,23 @@ class LocalSessions:
         held = self._state.items.get(("state", name_of(session, key)))
         return held.value if held is not None else None
 
-    async def put(self, session: str, key: str, value: bytes) -> None:
+    async def put(self, session: str, changes: Mapping[str, bytes], timeout_s: float) -> None:
         self._expire()
-        name = name_of(session, key)
-        self._ledger.check(self._state, "state", name, value)
-        self._write(name, value)
+        value = _joined(session, changes)
+        self._ledger.check(self._state, "states", session, value)
+        self._write("states", session, value)
 
     def _expire(self) -> None:
         for name in self._ledger.due(time.monotonic(), 256):
-            self._write(name, None)
+            self._write("state", name, None)
 
-    def _write(self, name: str, value: bytes | None) -> None:
-        self._log.append(TERM, "state", name, value)
+    def _write(self, kind: Kind, name: str, value: bytes | None) -> None:
+        self._log.append(TERM, kind, name, value)
         for entry in self._state.apply(self._log, self._log.last.sequence):
-            self._ledger.took(entry, time.monotonic())
+            for part in entry.parts():
+                self._ledger.took(part, time.monotonic())
         self._log.forget(self._log.last.sequence)
+
+
+def _joined(session: str, changes: Mapping[str, bytes]) -> bytes:
+    return joined({name_of(session, key): value for key, value in changes.items()})

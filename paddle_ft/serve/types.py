@@ -77,8 +77,11 @@ class Sessions(Protocol):
         """None if there is none. Raises Unavailable."""
         ...
 
-    async def put(self, session: str, key: str, value: bytes) -> None:
-        """Returns when it is acknowledged; raises NotPrimary, Unavailable, TooLarge."""
+    async def put(self, session: str, changes: Mapping[str, bytes], timeout_s: float) -> None:
+        """Returns when all are acknowledged: whatever happens, it is all of them or none, and
+        none once ``timeout_s`` is over.
+
+        Raises NotPrimary, Unavailable, TooLarge."""
         ...
 
 

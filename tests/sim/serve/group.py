@@ -6,15 +6,15 @@ from collections.abc import Callable
 from typing import Any
 
 from paddle_ft.serve import registry
-from paddle_ft.serve.broadcast import Answer, Append, Install
-from paddle_ft.serve.log import Entry, Position
+from paddle_ft.serve.broadcast import HOLD_S, Answer, Append, Install
+from paddle_ft.serve.log import Entry, Position, joined
 from paddle_ft.serve.registry import InSync, Lost, Promote
 from paddle_ft.types import decode
 from tests.sim.clock import Clock, Process
 from tests.sim.model_etcd import Batch
 from tests.sim.network import Network, Sent
 from tests.sim.serve.history import WISH_S, Broken, History
-from tests.sim.serve.server import KEYS, Server
+from tests.sim.serve.server import KEYS, NOTHING, Change, Server, twin
 from tests.sim.task import Steps, Task
 
 FAULTS_UNTIL_S = 40.0
@@ -35,13 +35,12 @@ class Ask:
         self.answered = False
         self._client = client
 
-    def done(self, entry: Entry) -> None:
-        self._tell("entry", entry)
+    def done(self, outcome: Any) -> None:
+        """An entry, or what has become of it instead."""
+        self._tell("entry", outcome if isinstance(outcome, Entry) else None)
 
-    def refused(self) -> None:
-        self._tell("answered", True)
-
-    def read(self, value: bytes) -> None:
+    def read(self, value: bytes, twin: bytes) -> None:
+        self._client.group.history.together(self._client.key, int(value), int(twin))
         self._tell("value", int(value))
 
     def _tell(self, name: str, value: object) -> None:
@@ -71,11 +70,15 @@ class Client:
         while clock.now < self.group.quiet_s:
             history = self.group.history
             server, ask, known = self.group.somebody(), Ask(self), self.known
-            if clock.chance(0.5):
+            if clock.chance(0.4):
                 self._send(server, server.get, ask, self.key, self.at)
+            elif clock.chance(0.2):
+                self._send(server, server.read, ask, self.key)
             else:
                 self.number += 1
-                self._send(server, server.put, ask, self.key, str(self.number).encode())
+                value = str(self.number).encode()
+                both = joined({self.key: value, twin(self.key): value})
+                self._send(server, server.put, ask, "states", self.key, both)
             until_s = clock.now + ANSWER_S
             while clock.now < until_s and not ask.answered:
                 yield task.sleep(0.01)
@@ -104,7 +107,8 @@ class Group:
     ) -> None:
         self.clock = Clock(seed)
         self.without = without
-        self.in_sync_min = 2
+        self.in_sync_min = 2 if seed % 3 or not faults else 1
+        self.observe_s = 2.0 if seed % 5 == 4 and faults else HOLD_S
         self.quiet_s = QUIET_S if faults else SCENE_S
         self.on_sprung: Callable[[], None] | None = None
         """Called once, when a trap has sprung."""
@@ -124,7 +128,7 @@ class Group:
         self._incarnations: dict[str, int] = {}
         self.servers: dict[str, Server] = {}
         """By node."""
-        for number in range(3):
+        for number in range(2 if seed % 7 == 6 and faults else 3):
             self._start(f"n{number}")
         self.clients = [Client(self, f"k{number}") for number in range(3)]
         if faults:
@@ -201,6 +205,34 @@ class Group:
     def delay_s(self) -> float:
         """Of a message that is not held up."""
         return self.clock.between(0.0005, 0.01)
+
+    def jitter_s(self) -> float:
+        return self.clock.between(0.0, 0.002)
+
+    def pass_on(
+        self,
+        sender: Server,
+        name: str,
+        change: Change,
+        until_s: float,
+        end: Callable[[Any], None],
+    ) -> None:
+        """Over a connection: nothing is lost, but it may come late, also after it was cut."""
+        server = self.servers[name.rpartition(".")[0]]
+        delay_s = self.delay_s()
+        if frozenset({sender.node, server.node}) in self.cut or self.clock.chance(
+            max(0.02, self.lossy)
+        ):
+            delay_s = self.clock.between(0.1, 3.0)
+        if server.name != name or not server.process.alive:  # nobody listens, or another one
+            sender.process.after(delay_s, end, NOTHING)
+            return
+
+        def answered(outcome: Any) -> None:
+            if not self.clock.chance(self.lossy):
+                sender.process.after(self.delay_s(), end, outcome)
+
+        server.process.after(delay_s, server.take, change, until_s, answered)
 
     def somebody(self) -> Server:
         """The primary, mostly, as a client would know it; now and then anyone."""

@@ -58,8 +58,10 @@ class History:
         return True
 
     def _count(self, entry: Entry) -> None:
-        assert entry.value is not None
-        self.numbers[entry.key] = max(int(entry.value), self.numbers.get(entry.key, 0))
+        for part in entry.parts():
+            if part.value is not None:
+                number = max(int(part.value), self.numbers.get(part.key, 0))
+                self.numbers[part.key] = number
 
     def forced(self, term: int, asked_s: float, now_s: float) -> None:
         """A person has made somebody the primary in ``term``."""
@@ -84,6 +86,11 @@ class History:
     def undone(self, name: str) -> None:
         if not self.age:
             raise Broken(f"{name} would have to take back what was acknowledged")
+
+    def together(self, key: str, number: int, twin: int) -> None:
+        """Both are read at once, and are always written as one change."""
+        if number != twin:
+            raise Broken(f"of one change of {key} only a part was made: {number}, {twin}")
 
     def read(self, key: str, number: int, least: int) -> None:
         self.reads += 1
