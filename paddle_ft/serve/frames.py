@@ -159,18 +159,22 @@ def decode(data: bytes) -> Append | Answer:
     return message
 
 
-def encode_put(kind: Kind, key: str, value: bytes | None, until_s: float) -> bytes:
-    """A change that is passed on to the primary, to be made before ``until_s`` by its clock."""
-    return b"".join((_UNTIL.pack(until_s), *_entry(Entry(Position(), kind, key, value))))
+def encode_put(
+    kind: Kind, key: str, value: bytes | None, term: int = 0, until_s: float = 0.0
+) -> bytes:
+    """A change that is passed on to the primary of ``term``, to be made in that term and before
+    ``until_s`` by its clock."""
+    entry = Entry(Position(term, 0), kind, key, value)
+    return b"".join((_UNTIL.pack(until_s), *_entry(entry)))
 
 
-def decode_put(data: bytes) -> tuple[Kind, str, bytes | None, float]:
+def decode_put(data: bytes) -> tuple[Kind, str, bytes | None, int, float]:
     """Raises ValueError if ``data`` is not what ``encode_put`` made."""
     reader = _Reader(data)
     (until_s,) = reader.numbers(_UNTIL)
     entry = reader.entry()
     reader.end()
-    return entry.kind, entry.key, entry.value, until_s
+    return entry.kind, entry.key, entry.value, entry.at.term, until_s
 
 
 def encode_position(position: Position) -> bytes:

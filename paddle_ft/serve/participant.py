@@ -89,7 +89,7 @@ class Participant:
         self,
         settings: GroupSettings,
         listener: Listener,
-        on_put: Callable[[Kind, str, bytes | None, float], Awaitable[Position]],
+        on_put: Callable[[Kind, str, bytes | None, float, int], Awaitable[Position]],
     ) -> None:
         """Opens nothing yet; raises ConfigError."""
         listens = settings.listen or settings.host

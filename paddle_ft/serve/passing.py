@@ -4,7 +4,8 @@ Invariant: a change is given to another replica again only if it is known that t
 done nothing. So one that is answered with an error may have been made, once, and says so; nothing
 is made after its time is over that a later change by the same client could be undone by. The time
 counts from when it may have come in (``standstill``), and the primary, to which it is passed on,
-goes by it, too, however long it was on its way.
+goes by it, too, however long it was on its way. Who passes it on gives up as soon as that one is
+the primary no longer; so it is made in the term in which it was passed on, or not at all.
 """
 
 from __future__ import annotations
@@ -64,14 +65,19 @@ async def anywhere(
         await party.change(min(patient_s, now_s + pause_s))
 
 
-async def after_hand_over(party: Participant, change: Change, until_s: float) -> Position | None:
-    """Asks the new primary; None if this replica still is the one.
+async def after_hand_over(
+    party: Participant, change: Change, until_s: float, passed: bool = False
+) -> Position | None:
+    """Asks the new primary, unless another replica does that, which has ``passed`` it on; None if
+    this replica still is the one, or has done nothing.
 
     Raises NoPrimary, Unavailable.
     """
     while party.seat.handing_over:
         if not await party.change(until_s):
             raise NoPrimary("a promotion takes too long: ask again", 0.2)
+    if passed:
+        return None
     until_s = min(until_s, time.monotonic() + PRIMARY_S)
     while party.seat.primary is None:
         other = primary_of(party)
@@ -102,11 +108,13 @@ async def to(
     Raises Unavailable if what it has done is not known: soon after it is the primary no longer.
     """
     left_s = until_s - time.monotonic()
-    theirs_s = party.seat.at_primary(other.name, until_s)
+    theirs_s, term = party.seat.at_primary(other.name, until_s), party.group.term
     if left_s <= 0 or theirs_s is None:
         return None
     address = endpoint(other.host, other.peer_port)
-    asked = asyncio.ensure_future(party.peers.put(other.name, address, change, left_s, theirs_s))
+    asked = asyncio.ensure_future(
+        party.peers.put(other.name, address, change, left_s, term, theirs_s)
+    )
     try:
         while not asked.done():
             if party.group.primary != other.name:

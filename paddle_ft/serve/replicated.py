@@ -179,9 +179,11 @@ class Replicated:
     # ------------------------------------------------------------ changes
 
     async def put(
-        self, kind: Kind, key: str, value: bytes | None, timeout_s: float = 5.0
+        self, kind: Kind, key: str, value: bytes | None, timeout_s: float = 5.0, term: int = 0
     ) -> Position:
         """Where the change stands, once all that are in sync have it. None removes ``key``.
+
+        ``term``: if not 0, in no other one, of a change that another replica passes on.
 
         Raises:
             NotPrimary: ask the one that it names.
@@ -193,10 +195,14 @@ class Replicated:
         until_s = time.monotonic() + timeout_s
         self._ledger.check(self._seat.replica.state, kind, key, value)
         if self._seat.handing_over:
-            position = await passing.after_hand_over(self._party, (kind, key, value), until_s)
+            position = await passing.after_hand_over(
+                self._party, (kind, key, value), until_s, passed=term > 0
+            )
             if position is not None:
                 return position
         self._refuse_unless_taking()
+        if term and term != self.term:
+            raise NoPrimary("the primary is another one by now: ask again", 0.2)
         if time.monotonic() >= until_s:
             raise Unavailable("the time of this change was over before it was taken: ask again")
         self._ledger.wrote(key, time.monotonic())

@@ -126,7 +126,7 @@ class PeerServer:
             sent away.
         name: of this replica, now.
         on_message: answers at once.
-        on_put: raises ServeError; with how long it may take, in seconds.
+        on_put: raises ServeError; with how long it may take, in seconds, and in which term.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class PeerServer:
         group: str,
         name: Callable[[], str],
         on_message: Callable[[Append | Install], Answer],
-        on_put: Callable[[Kind, str, bytes | None, float], Awaitable[Position]],
+        on_put: Callable[[Kind, str, bytes | None, float, int], Awaitable[Position]],
     ) -> None:
         self._group = group
         self._name = name
@@ -198,11 +198,11 @@ class PeerServer:
     async def _put(self, request: bytes, context: Any) -> bytes:
         await self._admit(context)
         try:
-            kind, key, value, until_s = decode_put(request)
+            kind, key, value, term, until_s = decode_put(request)
             left_s = until_s - time.monotonic()
             if left_s <= 0:  # held up on its way: whoever asked may have gone on without it
                 await context.abort(_CODES[NotPrimary.status], "this change comes too late")
-            return encode_position(await self._on_put(kind, key, value, left_s))
+            return encode_position(await self._on_put(kind, key, value, left_s, term))
         except ValueError as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         except NoPrimary as error:
@@ -248,11 +248,12 @@ class Peers:
         address: str,
         change: tuple[Kind, str, bytes | None],
         timeout_s: float,
+        term: int,
         until_s: float,
     ) -> Position | None:
         """Where the change stands; None if ``name`` is not the primary and has done nothing.
 
-        ``until_s``: later by the clock of ``name`` it does not make it.
+        It does not make it in another ``term``, nor after ``until_s`` by its own clock.
 
         Raises TooLarge, and Unavailable; it is not known then whether the change was made.
         """
@@ -262,7 +263,7 @@ class Peers:
             self._channels[address] = self.channel(address)
         try:
             answer = await self._channels[address].unary_unary(f"/{SERVICE}/Put")(
-                encode_put(*change, until_s),
+                encode_put(*change, term, until_s),
                 timeout=timeout_s,
                 metadata=_metadata(self._group, name),
             )

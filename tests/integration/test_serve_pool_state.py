@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -89,12 +89,12 @@ class Kept:
             raise self.unreadable
         return self.items.get((session, key))
 
-    async def put(self, session: str, key: str, value: bytes) -> None:
+    async def put(self, session: str, changes: Mapping[str, bytes], timeout_s: float) -> None:
         await asyncio.sleep(0.001)
         if self.failure is not None:
             raise self.failure
-        self.items[session, key] = value
-        self.puts += 1
+        self.items |= {(session, key): value for key, value in changes.items()}
+        self.puts += len(changes)
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ from paddle_ft.config import EtcdConfig
 from paddle_ft.errors import StoreUnavailable
 from paddle_ft.serve import wanted
 from paddle_ft.serve.batching import Limits
+from paddle_ft.serve.broadcast import Append
 from paddle_ft.serve.catalog import Catalog
 from paddle_ft.serve.follow import Following
 from paddle_ft.serve.loader import Loader, Wanted
+from paddle_ft.serve.log import Position
 from paddle_ft.serve.reconcile import Model, Models
 from paddle_ft.serve.registry import Group, ReplicaRecord
 from paddle_ft.serve.replicated import GroupSettings, Replicated
@@ -142,6 +145,8 @@ def test_a_change_is_passed_on_to_a_primary_with_an_address_of_ipv6() -> None:
         group: Any = Replicated(GroupSettings(etcd, "g", "n"))
         record = ReplicaRecord("p.0-1", "fd00::7", 8000, 8001, 9000)
         group._party.seat.group = Group(replicas={record.name: record}, primary=record.name)
+        now_s = time.monotonic()
+        group._party.seat.hear(Append(1, record.name, Position(), (), 0, now_s), now_s)
         asked = []
 
         async def put(*given: Any) -> Any:

@@ -151,14 +151,15 @@ def test_answers_to_load_and_unload_carry_the_term(running: Running) -> None:
 def test_sessions_of_pipelines(running: Running) -> None:
     group = follower(running)
     ours: Sessions = GroupSessions(group)
-    for work in (ours.put("s", "k", b"v"), ours.get("s/1", "a")):  # which nobody can confirm
+    for work in (ours.put("s", {"k": b"v"}, 5), ours.get("s/1", "a")):  # which nobody can confirm
         with pytest.raises(Unavailable, match="no primary"):
             running.start(work).result(10)
 
     local: Sessions = LocalSessions(Bounds(session_bytes=400, session_ttl_s=1e-9))
-    running.start(local.put("s", "k", b"v")).result(10)
-    with pytest.raises(TooLarge):
-        running.start(local.put("s", "l", bytes(400))).result(10)
+    running.start(local.put("s", {"k": b"v"}, 5)).result(10)
+    with pytest.raises(TooLarge):  # together; none of them is there then
+        running.start(local.put("s", {"l": bytes(1), "m": bytes(300)}, 5)).result(10)
+    assert running.start(local.get("s", "l")).result(10) is None
     assert running.start(local.get("s", "k")).result(10) is None  # too old
 
 
@@ -261,7 +262,7 @@ def test_pipelines_on_two_replicas_lose_no_change_of_a_session(etcd: EtcdCluster
             for number in range(100):
                 sessions = both[number % 2]
                 assert int(await sessions.get("s", "n") or b"0") == number
-                await sessions.put("s", "n", b"%d" % (number + 1))
+                await sessions.put("s", {"n": b"%d" % (number + 1)}, 5)
             assert {key for _, key in groups[0]._seat.replica.state.items} == {name_of("s", "n")}
         finally:
             for group in groups:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -28,7 +29,13 @@ def tls(authority: Authority, who: str) -> PeerTls:
     return PeerTls(*(authority.file(name) for name in ("ca.crt", f"{who}.crt", f"{who}.key")))
 
 
-async def refuse(kind: Kind, key: str, value: bytes | None) -> Position:
+def later() -> float:
+    return time.monotonic() + 5.0
+
+
+async def refuse(
+    kind: Kind, key: str, value: bytes | None, timeout_s: float, term: int
+) -> Position:
     if key == "other":
         raise NotPrimary("c.1", "h:1")
     if key == "nobody":
@@ -163,8 +170,10 @@ def test_with_tls_only_those_of_one_authority_talk(tmp_path: Path) -> None:
             await leader.link.close()
             for secure in (other, None):
                 peers = Peers("g", secure)  # nothing was done
-                assert await peers.put("b.1", address, ("state", "k", b"v"), 2.0) is None
-            assert await Peers("g", mine).put("b.1", address, ("state", "k", b"v"), 5.0)
+                assert (
+                    await peers.put("b.1", address, ("state", "k", b"v"), 2.0, 3, later()) is None
+                )
+            assert await Peers("g", mine).put("b.1", address, ("state", "k", b"v"), 5.0, 3, later())
 
     run(work)
 
@@ -192,7 +201,7 @@ def test_who_comes_for_somebody_else_is_sent_away() -> None:
             await leader.write(b"v")
             for group, name in (("g", "b.0"), ("h", "b.1")):
                 peers = Peers(group, None)  # nothing was done
-                assert await peers.put(name, address, ("state", "k", b"v"), 5.0) is None
+                assert await peers.put(name, address, ("state", "k", b"v"), 5.0, 3, later()) is None
             assert replica.log.last == Position()
             await leader.link.close()
 
@@ -204,10 +213,12 @@ def test_a_change_is_passed_on_and_its_refusal_comes_back() -> None:
         async with follower() as (_, address):
             peers = Peers("g", None)
 
-            async def put(key: str) -> Position | None:
-                return await peers.put("b.1", address, ("state", key, b"four"), 5.0)
+            async def put(key: str, until_s: float | None = None) -> Position | None:
+                change: tuple[Kind, str, bytes] = ("state", key, b"four")
+                return await peers.put("b.1", address, change, 5.0, 3, until_s or later())
 
             assert await put("k") == Position(3, 4)
+            assert await put("k", time.monotonic()) is None  # too late: it was not made
             assert await put("other") is None  # nothing was done: ask whoever is the primary
             with pytest.raises(Unavailable):
                 await put("nobody")

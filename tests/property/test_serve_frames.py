@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,12 +11,12 @@ from hypothesis import strategies as st
 from paddle_ft.serve import frames
 from paddle_ft.serve.broadcast import Answer, Append, Install
 from paddle_ft.serve.frames import Joiner, Message
-from paddle_ft.serve.log import Entry, Held, Image, Kind, Position
+from paddle_ft.serve.log import Entry, Held, Image, Kind, Position, joined
 
 NUMBERS = st.integers(0, 2**63)
 TIMES = st.floats(allow_nan=False)
 POSITIONS = st.builds(Position, NUMBERS, NUMBERS)
-KINDS = st.sampled_from(frames.KINDS)
+KINDS = st.sampled_from([kind for kind in frames.KINDS if kind != "states"])
 TEXTS = st.text(max_size=20)
 VALUES = st.binary(max_size=50)
 
@@ -83,7 +85,23 @@ def test_any_bytes_are_a_message_or_a_value_error(data: bytes) -> None:
 
 @given(KINDS, TEXTS, st.none() | VALUES)
 def test_a_change_comes_back(kind: Kind, key: str, value: bytes | None) -> None:
-    assert frames.decode_put(frames.encode_put(kind, key, value)) == (kind, key, value)
+    data = frames.encode_put(kind, key, value, 7, 0.25)
+    assert frames.decode_put(data) == (kind, key, value, 7, 0.25)
+
+
+@given(TEXTS, st.dictionaries(TEXTS, VALUES))
+def test_joint_changes_come_back(session: str, changes: dict[str, bytes]) -> None:
+    entry = Entry(Position(3, 4), "states", session, joined(changes))
+    parts = [Entry(Position(3, 4), "state", key, value) for key, value in changes.items()]
+    assert entry.parts() == parts
+
+
+@given(VALUES.filter(len))
+def test_bytes_that_are_no_joint_changes_are_refused(data: bytes) -> None:
+    with suppress(ValueError):
+        assert Entry(Position(), "states", "s", data).parts()
+    with pytest.raises(ValueError, match="too early"):
+        Entry(Position(), "states", "s", joined({"k": data})[:-1]).parts()
 
 
 def test_a_large_image_comes_in_slices_made_one_by_one_and_not_without_end() -> None:

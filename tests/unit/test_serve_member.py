@@ -14,6 +14,7 @@ from paddle_ft.coordination.kv import Snapshot, Transaction, TxnResult
 from paddle_ft.errors import ConfigError, CoordinationError, EtcdUnavailable, LeaseLost
 from paddle_ft.serve.member import Member
 from paddle_ft.serve.registry import Keys, ReplicaRecord
+from paddle_ft.serve.standstill import RECENT_S, Standstill
 from tests.integration.etcd_cluster import wait_until
 from tests.sim.model_etcd import ModelCoordinator, ModelEtcd
 
@@ -136,12 +137,16 @@ def test_a_namesake_on_another_machine_is_waited_for_and_not_taken_for_ended(
     second.close()
 
 
-def test_a_replica_that_stood_still_knows_it_for_a_moment(member: Member) -> None:
-    assert not member.stood_still, "it takes no turns yet"
+def test_what_is_read_after_a_standstill_is_as_old_as_that(member: Member) -> None:
+    stood = Standstill()
+    assert stood.age_s(5.0) == 0.0, "it takes no turns yet"
+    stood.turned(5.0)
+    stood.turned(5.1)
+    assert stood.age_s(5.1) < 0.2
+    assert stood.age_s(9.1) == 4.0, "what has come in meanwhile is read before the next turn"
+    stood.turned(9.1)
+    stood.turned(9.2)
+    assert stood.age_s(9.2) == 4.0, "or soon after it"
+    assert stood.age_s(9.1 + RECENT_S) < 1.0
     member.turned()
-    member.turned()
-    assert not member.stood_still
-    member._alive.turned_s -= 5.0
-    assert member.stood_still
-    member.turned()
-    assert member.stood_still, "what had come in meanwhile is read now"
+    assert member.age_s() < 5.0

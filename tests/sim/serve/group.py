@@ -215,6 +215,7 @@ class Group:
         name: str,
         change: Change,
         until_s: float,
+        term: int,
         end: Callable[[Any], None],
     ) -> None:
         """Over a connection: nothing is lost, but it may come late, also after it was cut."""
@@ -232,7 +233,7 @@ class Group:
             if not self.clock.chance(self.lossy):
                 sender.process.after(self.delay_s(), end, outcome)
 
-        server.process.after(delay_s, server.take, change, until_s, answered)
+        server.process.after(delay_s, server.take, change, until_s, term, answered)
 
     def somebody(self) -> Server:
         """The primary, mostly, as a client would know it; now and then anyone."""

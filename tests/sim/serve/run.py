@@ -20,14 +20,6 @@ def made(seed: int, without: str = "") -> Group:
     return Group(seed, without=without, disasters=seed % 4 == 3)
 
 
-def first_broken(without: str, seeds: range, likely: int = 0) -> int | None:
-    """The first seed, ``likely`` before all others, that breaks a promise without that rule."""
-    for seed in (likely, *seeds):
-        if told(made(seed, without)):
-            return seed
-    return None
-
-
 def told(group: Group) -> str:
     """What it breaks; "" if nothing."""
     try:

@@ -282,13 +282,15 @@ class Server:
                 return outcome
             yield task.sleep(min(pause_s, patient_s - self.now))
 
-    def _put(self, task: Task, change: Change, until_s: float) -> Steps:
+    def _put(self, task: Task, change: Change, until_s: float, term: int = 0) -> Steps:
         """As ``Replicated.put``: an entry, NOTHING or UNKNOWN."""
         if self.seat.handing_over and self.group.without != "handing":
-            outcome = yield from self._after_hand_over(task, change, until_s)
+            outcome = yield from self._after_hand_over(task, change, until_s, term > 0)
             if outcome is not None:
                 return outcome
         primary = self.seat.primary
+        if term and primary is not None and term != primary.term:
+            return NOTHING
         if primary is None or not self.leads or self.now >= until_s:
             return NOTHING
         if not primary.accepts:
@@ -316,11 +318,13 @@ class Server:
         if self.seat.primary is not None and not self.seat.primary.deposed:
             self.seat.put("state", part.key, part.value)
 
-    def _after_hand_over(self, task: Task, change: Change, until_s: float) -> Steps:
+    def _after_hand_over(self, task: Task, change: Change, until_s: float, passed: bool) -> Steps:
         while self.seat.handing_over:
             if self.now >= until_s:
                 return NOTHING
             yield task.sleep(PAUSE_S)
+        if passed:
+            return None
         until_s = min(until_s, self.now + PRIMARY_S)
         while self.seat.primary is None:
             other = self._other()
@@ -344,7 +348,9 @@ class Server:
         """Passes it on; an entry, NOTHING or UNKNOWN."""
         if self.now >= until_s:
             return NOTHING
-        theirs_s = float("inf")
+        theirs_s, term = float("inf"), self.seat.group.term
+        if self.group.without == "term":
+            term = 0
         if self.group.without != "expiry":
             expires_s = self.seat.at_primary(other, until_s)
             if expires_s is None:
@@ -353,19 +359,19 @@ class Server:
         waiting = Waiting(task)
         self.passed[waiting] = other
         self.group.count("passed on")
-        self.group.pass_on(self, other, change, theirs_s, waiting.end)
+        self.group.pass_on(self, other, change, theirs_s, term, waiting.end)
         outcome = yield lambda: waiting.begin(until_s - self.now)
         del self.passed[waiting]
         return outcome
 
-    def take(self, change: Change, until_s: float, end: Callable[[Any], None]) -> None:
+    def take(self, change: Change, until_s: float, term: int, end: Callable[[Any], None]) -> None:
         """Another replica passes a change on, for as long as this one's clock says."""
-        self.process.after(self.group.jitter_s(), self._take, change, until_s, end)
+        self.process.after(self.group.jitter_s(), self._take, change, until_s, term, end)
 
-    def _take(self, change: Change, until_s: float, end: Callable[[Any], None]) -> None:
+    def _take(self, change: Change, until_s: float, term: int, end: Callable[[Any], None]) -> None:
         if until_s == float("inf"):
             until_s = self.now + LIMIT_S
-        Task(self.process, lambda task: self._put(task, change, until_s), end)
+        Task(self.process, lambda task: self._put(task, change, until_s, term), end)
 
     # ------------------------------------------------------------ reads
 
