@@ -23,8 +23,9 @@ become of its lease (``confirmed``); one that is alone in the record goes by its
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 from paddle_ft.serve.log import Entry, Image, Kind, Log, Position, State
 
@@ -89,7 +90,7 @@ class Replica:
     undone: bool = False
     """After a forced promotion: the primary lacks what this state is made of. This replica cannot
     go on; it has to begin anew, under another name."""
-    fresh: list[Entry] = field(default_factory=list)
+    _fresh: list[Iterable[Entry]] = field(default_factory=list)
     """What has changed the state and has not been taken away yet."""
     kept: int = KEPT
     kept_bytes: int = KEPT_BYTES
@@ -126,7 +127,7 @@ class Replica:
     def apply(self, acknowledged: int) -> Sequence[Entry]:
         """Takes what is acknowledged into the state; gives what is new."""
         new = self.state.apply(self.log, acknowledged)
-        self.fresh += [part for entry in new for part in entry.parts()]
+        self._fresh += [entry.parts() for entry in new]
         self._applied_bytes += sum(entry.size_bytes for entry in new)
         at, log = self.state.at.sequence, self.log
         too_many = at - log.base.sequence > 2 * self.kept
@@ -134,6 +135,12 @@ class Replica:
             first = max(at - self.kept, log.within(at, self.kept_bytes))
             self._applied_bytes -= log.forget(first)
         return new
+
+    def fresh(self) -> Iterator[Entry]:
+        """What has changed the state since it was asked for last, one by one; of an image it is
+        found while it is taken."""
+        fresh, self._fresh = self._fresh, []
+        return chain.from_iterable(fresh)
 
     def _differs(self, position: Position) -> bool:
         """Whether the state holds another entry in the place of that of the primary."""
@@ -152,7 +159,7 @@ class Replica:
             else:
                 self.log.forget(image.at.sequence)
             self._applied_bytes = 0
-            self.fresh += self.state.changes(image)
+            self._fresh.append(self.state.changes(image))
             self.state = State.of(image)
         return Answer(self.term, self.name, True, image.at.sequence, message.sent_s)
 

@@ -190,7 +190,8 @@ class Following:
         until_s = time.monotonic() + FIRST_S
         while time.monotonic() < until_s:
             seen = group.group
-            if seen.in_sync is not None and group.name in seen.in_sync.names:
+            in_sync = seen.in_sync is not None and group.name in seen.in_sync.names
+            if in_sync and group.told:
                 return
             await asyncio.sleep(LOOK_S / 2)
 

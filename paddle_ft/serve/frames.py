@@ -15,12 +15,14 @@ from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 from paddle_ft.serve.broadcast import Answer, Append, Install
-from paddle_ft.serve.log import Entry, Held, Image, Kind, Position
+from paddle_ft.serve.log import Entry, Held, Image, Kind, Position, size_of
 
 Message = Append | Install | Answer
 
 SLICE_BYTES = 2**18
 """Of the items in one slice without its last one, which may be as large as values are."""
+SLICE_ITEMS = 1000
+"""In one slice: what takes a few milliseconds to read."""
 MESSAGE_BYTES_MAX = 2**30
 """Of an image: who sends more is not believed."""
 
@@ -49,12 +51,12 @@ def frames(message: Message) -> Iterator[bytes]:
     firsts = [encode_position(first) for first in terms]
     yield b"".join([bytes((_INSTALL,)), head, _text(message.sender), *firsts])
     parts, size_bytes = [bytes((_ITEMS,))], 0
-    for (kind, key), held in items.items():
+    for number, ((kind, key), held) in enumerate(items.items(), 1):
         item = [_ITEM_HEAD.pack(held.sequence, KINDS.index(kind)), _text(key)]
         item += [_LENGTH.pack(len(held.value)), held.value]
         parts += item
         size_bytes += sum(map(len, item))
-        if size_bytes >= SLICE_BYTES:
+        if size_bytes >= SLICE_BYTES or number % SLICE_ITEMS == 0:
             yield b"".join(parts)
             parts, size_bytes = [bytes((_ITEMS,))], 0
     if size_bytes:
@@ -69,6 +71,8 @@ class _Coming:
     items: dict[tuple[Kind, str], Held]
     count: int
     size_bytes: int = 0
+    items_bytes: int = 0
+    """As ``size_of`` counts."""
 
 
 class Joiner:
@@ -95,12 +99,13 @@ class Joiner:
             while not reader.ended:
                 name, held = reader.item()
                 coming.items[name] = held
+                coming.items_bytes += size_of(name[1], held.value)
                 if len(coming.items) > coming.count:
                     raise ValueError("an image has more items than it said")
         if len(coming.items) < coming.count:
             return None
         self._coming = None
-        image = replace(coming.head.image, items=coming.items)
+        image = replace(coming.head.image, items=coming.items, size_bytes=coming.items_bytes)
         return replace(coming.head, image=image)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import struct
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -95,6 +95,8 @@ class Image:
     items: Mapping[tuple[Kind, str], Held]
     terms: tuple[Position, ...] = ()
     """The first entry of each term, as far as they are known, up to ``at``."""
+    size_bytes: int | None = field(default=None, compare=False)
+    """Of its items, as ``size_of`` counts; None: nobody has counted."""
 
 
 @dataclass
@@ -245,24 +247,24 @@ class State:
             self.items[name] = Held(part.value, part.at.sequence)
             self.size_bytes += part.size_bytes
 
-    def changes(self, image: Image) -> list[Entry]:
-        """What has to be changed in this state to make it the one of ``image``."""
-        new = [
-            Entry(Position(image.at.term, held.sequence), kind, key, held.value)
-            for (kind, key), held in image.items.items()
-            if self.items.get((kind, key)) != held
-        ]
-        gone = [
-            Entry(image.at, kind, key, None)
-            for kind, key in self.items
-            if (kind, key) not in image.items
-        ]
-        return [*new, *gone]
+    def changes(self, image: Image) -> Iterator[Entry]:
+        """What has to be changed in this state to make it the one of ``image``.
+
+        Of a large one it takes long: this state must not change before the last is taken.
+        """
+        for (kind, key), held in image.items.items():
+            if self.items.get((kind, key)) != held:
+                yield Entry(Position(image.at.term, held.sequence), kind, key, held.value)
+        for kind, key in self.items:
+            if (kind, key) not in image.items:
+                yield Entry(image.at, kind, key, None)
 
     def image(self) -> Image:
-        return Image(self.at, dict(self.items), tuple(self.terms))
+        return Image(self.at, dict(self.items), tuple(self.terms), self.size_bytes)
 
     @classmethod
     def of(cls, image: Image) -> State:
-        size_bytes = sum(size_of(key, held.value) for (_, key), held in image.items.items())
+        size_bytes = image.size_bytes
+        if size_bytes is None:
+            size_bytes = sum(size_of(key, held.value) for (_, key), held in image.items.items())
         return cls(image.at, dict(image.items), size_bytes, list(image.terms))

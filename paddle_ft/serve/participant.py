@@ -11,7 +11,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -77,8 +77,8 @@ class Listener(Protocol):
         """Of this primary's; only while ``Participant.leads()`` may anybody be told."""
         ...
 
-    def applied(self, entries: Sequence[Entry]) -> None:
-        """What has changed the state, in order."""
+    def applied(self, entries: Iterator[Entry]) -> None:
+        """What has changed the state, in order; they may be taken later."""
         ...
 
     def role_changed(self) -> None: ...
@@ -304,10 +304,8 @@ class Participant:
 
     def _settle(self) -> None:
         """After whatever may have changed the state or the role."""
-        replica, primary = self.seat.replica, self.seat.primary
-        if replica.fresh:
-            fresh, replica.fresh = replica.fresh, []
-            self._listener.applied(fresh)
+        primary = self.seat.primary
+        self._listener.applied(self.seat.replica.fresh())
         if primary is not self._was:
             self._was = primary
             for link in self._take_links(set()):
@@ -328,7 +326,7 @@ class Participant:
         self.seat = self._new_seat()
         self.seat.saw(group, time.monotonic())
         self.seat.died(*dead)
-        self._listener.applied(gone)
+        self._listener.applied(iter(gone))
         self._record = replace(self._record, name=self.seat.name)
         self.member.tell(self._record)
         self._settle()

@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +35,9 @@ log = logging.getLogger("paddle_ft")
 
 __all__ = ["GroupSettings", "Replicated", "Status"]
 
+PIECE_S = 0.004
+"""So long at a time a replica is busy with what an image has changed."""
+PIECE = 32
 PENDING_MAX = 10_000
 """Changes that are not acknowledged yet."""
 PENDING_BYTES_MAX = 2**26
@@ -76,6 +81,8 @@ class Replicated:
         """Up to where the log went when this replica became the primary."""
         self._expiry: asyncio.Task[None] | None = None
         self._callbacks: list[Callable[[Entry], None]] = []
+        self._news: deque[Iterator[Entry]] = deque()
+        """Of what has changed the state, what has not been told of yet."""
 
     async def start(self) -> None:
         """Listens, registers, and takes part from now on; raises CoordinationError, ConfigError."""
@@ -160,11 +167,17 @@ class Replicated:
         return {key: held.value for (k, key), held in found if k == kind}
 
     def on_applied(self, callback: Callable[[Entry], None]) -> None:
-        """``callback`` is called with each acknowledged change, on the event loop, in order.
+        """``callback`` is called with each acknowledged change but those of sessions, on the event
+        loop, in order; where a replica begins with an image, with what differs, soon after.
 
-        Where a replica begins with an image, with what differs; it must not block.
+        It must not block.
         """
         self._callbacks.append(callback)
+
+    @property
+    def told(self) -> bool:
+        """Whether the callbacks have been told of all that the state has."""
+        return not self._news
 
     def tell(self, **changes: Any) -> None:
         """Sets fields of this replica's record (condition, models, weight, share, ports)."""
@@ -317,19 +330,37 @@ class Replicated:
             else:
                 waiting.set_exception(_unknown("this primary cannot renew its lease"))
 
-    def applied(self, entries: Sequence[Entry]) -> None:
+    def applied(self, entries: Iterator[Entry]) -> None:
         self._reads.reached(self._seat.replica.state.at.sequence)
-        now_s = time.monotonic()
-        for entry in entries:
-            self._ledger.took(entry, now_s)
-            for callback in self._callbacks:
-                try:
-                    callback(entry)
-                except Exception:  # the broadcast must not end with it
-                    log.exception("what was to be done about %s %s failed", entry.kind, entry.key)
+        self._news.append(entries)
+        if len(self._news) == 1:
+            self._digest(PIECE_S)
+
+    def _digest(self, most_s: float) -> None:
+        """Tells of what has changed, in order, for at most about ``most_s`` now and the rest
+        soon: of a large image it takes seconds."""
+        until_s = time.monotonic() + most_s
+        while self._news:
+            for number, entry in enumerate(self._news[0], 1):
+                self._tell_change(entry)
+                if number % PIECE == 0 and time.monotonic() > until_s:
+                    asyncio.get_running_loop().call_soon(self._digest, PIECE_S)
+                    return
+            self._news.popleft()
+
+    def _tell_change(self, entry: Entry) -> None:
+        self._ledger.took(entry, time.monotonic())
+        if entry.kind == "state":
+            return
+        for callback in self._callbacks:
+            try:
+                callback(entry)
+            except Exception:  # the broadcast must not end with it
+                log.exception("what was to be done about %s %s failed", entry.kind, entry.key)
 
     def role_changed(self) -> None:
         """Whoever waited for this primary does not know."""
+        self._digest(math.inf)  # a primary has to know how large sessions are
         puts, self._puts = self._puts, {}
         for waiting in puts.values():
             if not waiting.done():

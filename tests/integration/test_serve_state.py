@@ -58,8 +58,7 @@ def follower(made: Running) -> Replicated:
     def hear() -> None:
         made.front.state.join(group)
         replica.hear(Append(5, "a.1", Position(), tuple(entries), 5))
-        fresh, replica.fresh = replica.fresh, []
-        group.applied(fresh)
+        group.applied(replica.fresh())
 
     made.do(hear)
     return group

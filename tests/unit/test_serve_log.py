@@ -91,7 +91,7 @@ def test_a_new_primary_answers_reads_once_it_knows_what_was_acknowledged() -> No
         await asyncio.sleep(0)
         while not reading.done():
             seat.primary.hear(other.hear(seat.primary.message("b.1", 0.0)), 0.0)
-            group.applied(())
+            group.applied(iter(()))
             await asyncio.sleep(0)
         held = reading.result()
         assert held is not None and held.value == VALUE

@@ -225,10 +225,10 @@ def test_what_has_changed_is_told_also_where_an_image_came() -> None:
     replica, primary = follower(2), follower(6, kept=0)
     primary.log.append(1, "state", "k1", None)
     primary.apply(7)
-    replica.fresh.clear()
+    replica.fresh()
     answer = replica.hear(Install(2, "c.1", primary.state.image()))
     assert answer.agrees and answer.sequence == 7
-    changed = {entry.key: entry.value for entry in replica.fresh}
+    changed = {entry.key: entry.value for entry in replica.fresh()}
     assert changed == {"k1": None, "k3": b"v", "k4": b"v", "k5": b"v", "k6": b"v"}
 
 

@@ -407,7 +407,7 @@ class Server:
                 if self.group.history.acknowledged(self.name, term, mine):
                     outcome = mine
             waiting.end(outcome)
-        self.seat.replica.fresh.clear()
+        self.seat.replica.fresh()
         self._answer_reads()
 
     def _role_changed(self) -> None:
