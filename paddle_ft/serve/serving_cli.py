@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from paddle_ft.config import EtcdConfig
+    from paddle_ft.coordination.kv import Coordinator
     from paddle_ft.serve.registry import Group
 
 WATCH_S = 1.0
@@ -94,16 +95,19 @@ def _show(name: str, group: Group, as_json: bool) -> None:
 
 
 def _watch(etcd: EtcdConfig, name: str, as_json: bool) -> None:
-    """Shows each state of the group that differs from the one before.
+    """Shows each state of the group that differs from the one before; and says, where errors go,
+    when etcd does not answer, as what is shown is what it held last.
 
     Raises EtcdUnavailable, ServeError.
     """
+    from paddle_ft.coordination.etcd import EtcdCoordinator
     from paddle_ft.serve.types import ServeError
     from paddle_ft.serve.watched_group import Registry, foreign
 
     news = threading.Event()
     registry = Registry(etcd, name, news.set)
     shown: list[str] = []
+    asked, away = EtcdCoordinator(etcd), False
     try:
         registry.start()
         while True:
@@ -115,13 +119,28 @@ def _watch(etcd: EtcdConfig, name: str, as_json: bool) -> None:
                     if not as_json:
                         typer.echo(time.strftime("%H:%M:%S "), nl=False)
                     _show(name, group, as_json)
-            news.wait(WATCH_S)
+            if news.wait(WATCH_S):
+                continue
+            if away != (away := not _answers(asked)):
+                at, how = time.strftime("%H:%M:%S"), "does not answer: this is what it held last"
+                typer.echo(f"{at} etcd {how if away else 'answers again'}", err=True)
     except KeyboardInterrupt:
         return
     except ValueError as error:
         raise ServeError(foreign(name, error)) from error
     finally:
         registry.close()
+        asked.close()
+
+
+def _answers(etcd: Coordinator) -> bool:
+    from paddle_ft.errors import EtcdUnavailable
+
+    try:
+        etcd.read("/paddle_ft/-")
+    except EtcdUnavailable:
+        return False
+    return True
 
 
 def _lines(name: str, group: Group) -> list[str]:

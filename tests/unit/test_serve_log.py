@@ -11,7 +11,7 @@ from paddle_ft.serve.broadcast import Append, Install, Primary, Replica
 from paddle_ft.serve.log import Entry, Log, Position, State, size_of
 from paddle_ft.serve.participant import GroupSettings
 from paddle_ft.serve.replicated import Replicated
-from paddle_ft.serve.types import Unavailable
+from paddle_ft.serve.types import NoPrimary, Unavailable
 
 VALUE = b"x" * 1000
 
@@ -95,5 +95,21 @@ def test_a_new_primary_answers_reads_once_it_knows_what_was_acknowledged() -> No
             await asyncio.sleep(0)
         held = reading.result()
         assert held is not None and held.value == VALUE
+
+    asyncio.run(work())
+
+
+def test_a_change_that_was_passed_on_is_made_in_its_term_and_time_or_not_at_all() -> None:
+    async def work() -> None:
+        group = Replicated(GroupSettings(EtcdConfig(endpoints=("127.0.0.1:1",)), "g", "n0"))
+        seat = group._seat
+        seat.primary = Primary(seat.replica, 7, [seat.name], 1, 0.0)
+        group._party.member.deadline_s = lambda: float("inf")  # type: ignore[method-assign]
+        with pytest.raises(NoPrimary, match="another one"):
+            await group.put("state", "k", b"v", term=6)
+        with pytest.raises(Unavailable, match="time of this change"):
+            await group.put("state", "k", b"v", timeout_s=0.0, term=7)
+        assert seat.replica.log.last == Position()
+        assert await group.put("state", "k", b"v", term=7) == Position(7, 1)
 
     asyncio.run(work())

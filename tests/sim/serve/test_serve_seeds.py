@@ -50,14 +50,14 @@ MUTATIONS = [
     ("replicas", 0, "two entries were acknowledged"),  # who is in sync must have it
     ("reads", 0, "was read as"),  # a read waits for what its session wrote
     ("marker", 0, "was read as"),  # and that of a pipeline for what was acknowledged anywhere
-    ("inherited", 31, "was read as"),  # a new primary for what its predecessor acknowledged
+    ("inherited", 22, "was read as"),  # a new primary for what its predecessor acknowledged
     ("age", 0, "was read as"),  # what came in before a standstill has no time left
     ("expiry", 0, "was read as"),  # nor has what was held up on its way to the primary
     ("term", 180, "was read as"),  # it is made in no later term
     ("joined", 0, "only a part was made"),  # changes of one request are one entry
     ("election", 3, "was read as"),  # only who is in sync stands
-    ("terms", 21, "would have to take back"),  # a lower term is refused
-    ("deadline", 10, "was read as"),  # who cannot renew its lease must be confirmed by the others
+    ("terms", 40, "would have to take back"),  # a lower term is refused
+    ("deadline", 17, "was read as"),  # who cannot renew its lease must be confirmed by the others
 ]
 
 
