@@ -71,9 +71,11 @@ class ServeConfig(BaseModel):
     in_flight_bytes_max: int = Field(2**30, ge=2**20)
     """Of bodies and answers under way; a request that would go beyond it gets 503."""
     connections_max: int = Field(1024, ge=1)
-    """Of HTTP. For one more the one that has been idle for longest is closed."""
+    """Of HTTP, for one more the one that has been idle for longest is closed; and of gRPC, which
+    refuses one more."""
     silent_timeout_s: float = Field(10.0, gt=0)
-    """A connection of HTTP that brings no whole request line and headers by then is closed."""
+    """A connection of HTTP that brings no whole request line and headers by then is closed, and
+    one of either that has not begun to speak (TLS, HTTP/2)."""
     send_timeout_s: float = Field(30.0, gt=0)
     """A client that reads nothing of its answer for so long is given up."""
     drain_s: float = Field(30.0, ge=0)

@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from paddle_ft.agent.bootstrap import allow_descriptors
 from paddle_ft.config import Config
 from paddle_ft.entry import entry
 from paddle_ft.errors import EXIT_DONE
@@ -26,6 +27,7 @@ def run(config: Config) -> int:
     """Runs a replica until it is asked to stop; gives the exit code. Raises PaddleFTError."""
     from paddle_ft.serve.forks import Forks
 
+    allow_descriptors()  # connections take some, too
     # Paddle is imported beside all that is imported here.
     forks = Forks() if config.serve.device == "cpu" else None
     try:

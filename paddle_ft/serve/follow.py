@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from paddle_ft.agent.net import endpoint
 from paddle_ft.errors import (
     PaddleFTError,
 )
@@ -161,7 +162,7 @@ class Following:
         other = group.primary
         if other is None or other.name == group.name:
             raise Unavailable("there is no primary at the moment: ask again", 0.5)
-        raise NotPrimary(other.name, f"{other.host}:{other.http_port}")
+        raise NotPrimary(other.name, endpoint(other.host, other.http_port))
 
     async def _agree(self, model: Model, choice: Choice) -> None:
         """Raises ServeError; if the group does not know of it, what it knows of is served again."""

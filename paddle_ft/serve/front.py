@@ -41,6 +41,33 @@ a request that crosses the server's close would be lost."""
 
 
 class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, silent_s: float) -> None:
+        super().__init__(config)
+        self._silent_s = silent_s
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """As uvicorn's, but who begins TLS has as long for it as for a request: until that is done
+        nobody counts the connection."""
+        config = self.config
+
+        def connection() -> asyncio.Protocol:
+            made: asyncio.Protocol = config.http_protocol_class(  # type: ignore[call-arg]
+                config=config, server_state=self.server_state, app_state=self.lifespan.state
+            )
+            return made
+
+        self.servers = [
+            await asyncio.get_running_loop().create_server(
+                connection,
+                sock=each,
+                ssl=config.ssl,
+                backlog=config.backlog,
+                ssl_handshake_timeout=self._silent_s if config.ssl else None,
+            )
+            for each in sockets or ()
+        ]
+        self.started = True
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield  # signals are the front's
@@ -94,7 +121,8 @@ class Front:
                 timeout_keep_alive=KEEP_ALIVE_S,
                 timeout_graceful_shutdown=int(config.drain_s) + 1,
                 **(self._tls.of_uvicorn if self._tls else {}),
-            )
+            ),
+            config.silent_timeout_s,
         )
         self._grpc_api = grpc_api.GrpcApi(services)
         self._grpc_api.term = self.state.term
@@ -108,7 +136,7 @@ class Front:
         """Listens; returns once both answer. Raises ConfigError or MachineError."""
         listener = _listen(self._config.host, self._config.http_port)
         self.http_port = listener.getsockname()[1]
-        self._grpc = grpc_api.server(self._access, self._config.requests_max)
+        self._grpc = grpc_api.server(self._config)
         self._grpc_api.add_to(self._grpc)
         try:
             self.grpc_port = grpc_api.bind(

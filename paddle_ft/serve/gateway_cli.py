@@ -85,8 +85,10 @@ def _show(proxy: Proxy, group: str, settings: GatewayConfig, access: EtcdConfig)
 
 def _run(group: str, settings: GatewayConfig, access: EtcdConfig, folder: Path) -> int:
     """Until a signal; gives the exit code."""
+    from paddle_ft.agent.bootstrap import allow_descriptors
     from paddle_ft.serve.gateway import Gateway
 
+    allow_descriptors()  # nginx inherits it: two for each request
     stop, ended_by = threading.Event(), [0]
 
     def end(number: int, _frame: object) -> None:

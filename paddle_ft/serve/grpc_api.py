@@ -11,15 +11,17 @@ from typing import Any
 
 from google.protobuf import json_format  # type: ignore[import-untyped]
 
+from paddle_ft.agent.net import endpoint
 from paddle_ft.coordination.etcd_grpc import grpc
 from paddle_ft.errors import ConfigError
 from paddle_ft.serve import answers, grpc_messages, grpc_tensors
 from paddle_ft.serve.bodies import gently
 from paddle_ft.serve.budget import Charge
-from paddle_ft.serve.http import TIMEOUT_HEADER, Access, Services, timeout_s
+from paddle_ft.serve.http import TIMEOUT_HEADER, Services, timeout_s
 from paddle_ft.serve.tensors import BadRequest
 from paddle_ft.serve.tls import ServerTls
 from paddle_ft.serve.types import ServeError, Unavailable
+from paddle_ft.serve_config import ServeConfig
 
 LOG = logging.getLogger(__name__)
 
@@ -29,6 +31,9 @@ STREAM_REQUESTS_MAX = 64
 """Of one stream under way at once, answers that its client has not read among them."""
 STREAMS_MAX = 256
 """Calls of one connection at once."""
+IDLE_S = 300.0
+"""A connection without calls is then ended, of which a client notices nothing: it makes a new one
+for its next call."""
 SPARE_CALLS = 64
 """Above those of inference: for health checks."""
 
@@ -49,13 +54,16 @@ _STATUS = {
 Method = Callable[[Any, Any], Awaitable[Any]]
 
 
-def server(access: Access, requests_max: int = 512) -> Any:
+def server(config: ServeConfig) -> Any:
     """A grpc.aio server with this project's bounds, without services and ports."""
     return grpc.aio.server(
-        maximum_concurrent_rpcs=requests_max + SPARE_CALLS,
+        maximum_concurrent_rpcs=config.requests_max + SPARE_CALLS,
         options=[
+            ("grpc.max_allowed_incoming_connections", config.connections_max),
+            ("grpc.server_handshake_timeout_ms", int(config.silent_timeout_s * 1e3)),
+            ("grpc.max_connection_idle_ms", int(IDLE_S * 1e3)),
             ("grpc.max_concurrent_streams", STREAMS_MAX),
-            ("grpc.max_receive_message_length", access.body_bytes_max),
+            ("grpc.max_receive_message_length", config.body_bytes_max),
             ("grpc.max_send_message_length", -1),
             ("grpc.so_reuseport", 0),  # a port that is taken is an error
         ],
@@ -64,7 +72,7 @@ def server(access: Access, requests_max: int = 512) -> Any:
 
 def bind(server: Any, host: str, port: int, tls: ServerTls | None = None) -> int:
     """Opens ``port`` (0: any free one) and says which it is; raises ConfigError if it is taken."""
-    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    address = endpoint(host, port)
     try:
         if tls is None:
             found: int = server.add_insecure_port(address)
@@ -179,7 +187,7 @@ class GrpcApi:
         return self._api.RepositoryModelUnloadResponse()
 
     def _admit(self, context: Any) -> None:
-        (client,) = context.auth_context().get("x509_common_name", (b"",))
+        client, *_ = context.auth_context().get("x509_common_name", (b"",))
         self._access.admit(_metadata(context).get("authorization", ""), client.decode())
 
     async def _model_infer(self, requests: Any, context: Any) -> Any:

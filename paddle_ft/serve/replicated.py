@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from paddle_ft.agent.net import endpoint
 from paddle_ft.serve import passing, promotion, registry
 from paddle_ft.serve.ledger import Ledger
 from paddle_ft.serve.log import Entry, Held, Kind, Position
@@ -247,7 +248,7 @@ class Replicated:
         primary, other = self._seat.primary, self.primary
         if primary is None:
             if other is not None and other.name != self.name:
-                raise NotPrimary(other.name, f"{other.host}:{other.http_port}")
+                raise NotPrimary(other.name, endpoint(other.host, other.http_port))
             raise self._nobody()
         if not self._party.leads():
             raise NoPrimary("this primary cannot renew its lease, and takes no changes", 1.0)

@@ -238,6 +238,29 @@ def test_silent_and_unread_connections_are_closed(wait_for: Callable[..., None])
             wait_for(lambda: made.front.budget.nbytes == 0)
 
 
+def _ended(connection: socket.socket) -> bool:
+    """Waits until the other end has closed; what it says before does not count."""
+    try:
+        while connection.recv(65536):
+            pass
+    except ConnectionResetError:
+        pass
+    return True
+
+
+def test_connections_of_grpc_that_do_not_begin_are_ended_and_more_are_refused() -> None:
+    with front(connections_max=2, silent_timeout_s=0.3) as made, contextlib.ExitStack() as held:
+        address = ("127.0.0.1", made.front.grpc_port)
+        silent = [held.enter_context(socket.create_connection(address, 10)) for _ in range(4)]
+        assert all(_ended(each) for each in silent)
+        alone = [("grpc.use_local_subchannel_pool", 1)]
+        codes = [
+            _code(held.enter_context(grpc.insecure_channel(made.grpc, alone)), _message(1.0))
+            for _ in range(3)
+        ]
+        assert codes == [grpc.StatusCode.NOT_FOUND] * 2 + [grpc.StatusCode.UNAVAILABLE]
+
+
 @pytest.mark.parametrize("what", ["head", "line", "trailers"])
 def test_what_a_request_sends_beside_its_body_is_bounded(what: str) -> None:
     start = {

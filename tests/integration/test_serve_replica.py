@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import resource
 import signal
 import socket
 from collections.abc import Callable
@@ -129,7 +130,11 @@ def test_a_replica_that_is_asked_to_stop_answers_what_it_has(
     tmp_path: Path, wait_for: Callable[..., None]
 ) -> None:
     publish_times(tmp_path, 2, seconds=0.2)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 1024), hard))
     with replica(tmp_path, "--spares", "0") as made, ThreadPoolExecutor(3) as pool:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert resource.prlimit(made.pid, resource.RLIMIT_NOFILE)[0] == min(hard, 65536)
         wait_for(made.is_ready, 60)
         asked = [pool.submit(made.infer, value) for value in (1, 2, 3)]
         stats = "/v2/models/times/stats"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import socket
 import ssl
 from collections.abc import Iterator
 from pathlib import Path
@@ -164,8 +165,6 @@ def test_where_certificates_are_required_nobody_is_answered_without(authority: A
 
 
 def test_a_silent_or_broken_handshake_harms_nobody(authority: Authority, tmp_path: Path) -> None:
-    import socket
-
     with front(**settings(authority)) as made:
         made.serve(DOUBLE, doubled)
         with socket.create_connection(("127.0.0.1", made.front.http_port), timeout=10) as junk:
@@ -173,6 +172,17 @@ def test_a_silent_or_broken_handshake_harms_nobody(authority: Authority, tmp_pat
             junk.settimeout(10)
             assert junk.recv(100) is not None
             assert ask(made, authority, INFER) == 200
+
+
+@pytest.mark.parametrize("kind", ["http", "grpc"])
+def test_a_handshake_has_so_long_to_be_done(authority: Authority, kind: str) -> None:
+    with front(**settings(authority), silent_timeout_s=0.3) as made:
+        port = made.front.http_port if kind == "http" else made.front.grpc_port
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as silent:
+            try:
+                assert silent.recv(1) == b""
+            except ConnectionResetError:
+                pass
 
 
 def test_what_is_wrong_is_one_sentence(authority: Authority, tmp_path: Path) -> None:
