@@ -17,6 +17,7 @@ from functools import partial
 import numpy as np
 
 from paddle_ft.serve.batching import Item, Limits, Queue
+from paddle_ft.serve.tensors import nbytes_of
 from paddle_ft.serve.types import BatchRefused, ModelInfo, Runner, ServeError, Tensors, Unavailable
 
 LOG = logging.getLogger(__name__)
@@ -52,7 +53,8 @@ class Duration:
 
 @dataclass
 class Figures:
-    """What a version has done since it was loaded; ``rows_of_batches`` by rows of a batch."""
+    """What a version has done since it was loaded; ``rows_of_batches`` by rows of a batch,
+    those of more than ``rows_max`` by the next power of two."""
 
     success: Duration = field(default_factory=Duration)
     fail: Duration = field(default_factory=Duration)
@@ -172,10 +174,7 @@ class Batcher:
         if self.info.batched:
             rows = next(iter(inputs.values())).shape[0]
             signature = None if session else _signature(inputs)
-        size_bytes = sum(
-            sum(map(len, a.flat)) if a.dtype.kind == "O" else a.nbytes for a in inputs.values()
-        )
-        return Item(next(self._keys), signature, rows, size_bytes, now_s, now_s + timeout_s)
+        return Item(next(self._keys), signature, rows, nbytes_of(inputs), now_s, now_s + timeout_s)
 
     def _forget(self, key: int) -> None:
         self._queue.cancel(key)
@@ -291,7 +290,9 @@ class Batcher:
         rows = sum(pending.item.rows for pending in batch)
         self.figures.batches += 1
         self.figures.rows += rows
-        self.figures.rows_of_batches.setdefault(rows, Duration()).add(took_s)
+        # Clients choose how many: each number of its own would grow without bound.
+        kind = rows if rows <= self.limits.rows_max else 1 << (rows - 1).bit_length()
+        self.figures.rows_of_batches.setdefault(kind, Duration()).add(took_s)
         self.figures.last_ms = time.time_ns() // 10**6
         for pending, part in zip(batch, parts, strict=True):
             if not pending.future.done():

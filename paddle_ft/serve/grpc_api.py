@@ -18,7 +18,7 @@ from paddle_ft.serve import answers, grpc_messages, grpc_tensors
 from paddle_ft.serve.bodies import gently
 from paddle_ft.serve.budget import Charge
 from paddle_ft.serve.http import TIMEOUT_HEADER, Services, timeout_s
-from paddle_ft.serve.tensors import BadRequest
+from paddle_ft.serve.tensors import BadRequest, nbytes_of
 from paddle_ft.serve.tls import ServerTls
 from paddle_ft.serve.types import ServeError, Unavailable
 from paddle_ft.serve_config import ServeConfig
@@ -221,7 +221,7 @@ class GrpcApi:
         batcher = self._catalog.find(_named(request.model_name), request.model_version)
         asked = grpc_tensors.decode(request, batcher.info, bounds)
         if not request.raw_input_contents:
-            charge.add(sum(array.nbytes for array in asked.inputs.values()))
+            charge.add(nbytes_of(asked.inputs))
         metadata = _metadata(context)
         limits_s = [self._access.request_timeout_s, timeout_s(metadata)]
         if (left_s := context.time_remaining()) is not None:
@@ -230,7 +230,7 @@ class GrpcApi:
             limits_s.append(asked.timeout_us / 1e6)
         session = metadata.get("x-session-id", "")
         outputs = await batcher.submit(asked.inputs, max(min(limits_s), 1e-3), session)
-        charge.add(sum(array.nbytes for array in outputs.values()))
+        charge.add(nbytes_of(outputs))
         return await gently(grpc_tensors.encoding(batcher.info, asked, outputs, bounds))
 
     async def _stream(self, requests: AsyncIterator[Any], context: Any) -> None:

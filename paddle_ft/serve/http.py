@@ -31,7 +31,7 @@ from paddle_ft.serve.bodies import (
 from paddle_ft.serve.budget import Budget, Charge
 from paddle_ft.serve.catalog import Catalog, Control, Loading
 from paddle_ft.serve.http_paths import NotAllowed, Route, find
-from paddle_ft.serve.tensors import BadRequest
+from paddle_ft.serve.tensors import BadRequest, nbytes_of
 from paddle_ft.serve.types import ServeError, Unavailable
 
 LOG = logging.getLogger(__name__)
@@ -289,7 +289,7 @@ class HttpApi:
         outputs = await while_connected(
             batcher.submit(request.inputs, min(limits_s), session), call.connection
         )
-        call.charge.add(sum(array.nbytes for array in outputs.values()))
+        call.charge.add(nbytes_of(outputs))
         steps = wire.encoding(batcher.info, request, outputs, bounds)
         parts, json_bytes = await gently(steps)
         if json_bytes is None:

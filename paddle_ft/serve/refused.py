@@ -14,6 +14,7 @@ from collections.abc import Hashable
 
 import numpy as np
 
+from paddle_ft.serve.tensors import nbytes_of
 from paddle_ft.serve.types import BatchRefused, Tensors
 
 _KEPT_MAX = 64
@@ -71,7 +72,7 @@ def _shapes(inputs: Tensors, session: str) -> Hashable:
 
 
 async def _key(inputs: Tensors, session: str) -> _Key:
-    if sum(array.nbytes for array in inputs.values()) > _INLINE_BYTES:
+    if nbytes_of(inputs) > _INLINE_BYTES:
         return _shapes(inputs, session), await asyncio.to_thread(_digest, inputs)
     return _shapes(inputs, session), _digest(inputs)
 

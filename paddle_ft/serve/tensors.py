@@ -42,6 +42,14 @@ class BadRequest(ServeError):
         self.status = status
 
 
+def nbytes_of(tensors: Mapping[str, NDArray[Any]]) -> int:
+    """What they take, in bytes; of an element of BYTES what it holds, too."""
+    return sum(
+        array.nbytes + (sum(map(len, array.flat)) if array.dtype.kind == "O" else 0)
+        for array in tensors.values()
+    )
+
+
 def tensor_shape(name: str, shape: object) -> tuple[int, ...]:
     """``shape`` as sent, if it is one; raises BadRequest."""
     if (

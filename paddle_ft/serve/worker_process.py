@@ -23,6 +23,7 @@ from paddle_ft.serve import messages, shared
 from paddle_ft.serve.forks import Forks, Process, popen
 from paddle_ft.serve.pipeline import said
 from paddle_ft.serve.predictor import Settings
+from paddle_ft.serve.tensors import nbytes_of
 from paddle_ft.serve.types import ModelError, ModelInfo, ServeError, Tensors, Unavailable
 from paddle_ft.serve.worker import info_of
 
@@ -170,7 +171,7 @@ class WorkerProcess:
         self._numbers += 1
         batch = self.batch = Batch(self._numbers, time.monotonic(), done, fetch)
         batch.wait()
-        if sum(array.nbytes for array in inputs.values()) > _INLINE_BYTES:
+        if nbytes_of(inputs) > _INLINE_BYTES:
             self._spawn(self._give(batch, inputs))
             return
         try:

@@ -17,8 +17,9 @@ import pytest
 
 from paddle_ft.coordination.etcd_grpc import grpc
 from paddle_ft.serve.bodies import gently
-from paddle_ft.serve.budget import Budget
+from paddle_ft.serve.budget import Budget, Charge
 from paddle_ft.serve.grpc_messages import inference
+from paddle_ft.serve.tensors import nbytes_of
 from paddle_ft.serve.types import Feature, ModelInfo, ServeError, Tensors, Unavailable
 from paddle_ft.serve.wire import Asked, Request, encode, encoding
 from paddle_ft.serve_config import ServeConfig
@@ -156,6 +157,35 @@ def test_the_budget_bounds_requests_and_bytes_and_gets_everything_back() -> None
             second.add(60)
             second.add(60)
     assert (budget.requests, budget.nbytes) == (0, 0)
+
+
+def test_what_strings_hold_is_counted() -> None:
+    array = np.array([[b"x" * 1000, b""], ["ä", b"yy"]], np.object_)
+    assert nbytes_of({"t": array, "x": np.zeros(3, np.float32)}) == 1003 + 4 * 8 + 12
+
+
+@pytest.mark.parametrize("way", ["http", "grpc"])
+def test_strings_of_requests_and_answers_count_in_the_budget(way: str) -> None:
+    info = ModelInfo(
+        "pages", "1", "numpy", (Feature("n", "INT64", (1,)),), (Feature("t", "BYTES", (1,)),), False
+    )
+    with front() as made:
+        made.serve(info, lambda inputs: {"t": np.array([b"x" * int(inputs["n"][0])], np.object_)})
+        seen = [0]
+        add = Charge.add
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Charge, "add", lambda me, n: (seen.append(n), add(me, n))[1])
+            if way == "http":
+                path = "/v2/models/pages/infer"
+                assert made.ask("POST", path, of_size(100_000))[0] == 200
+            else:
+                api = inference()
+                message = api.ModelInferRequest(model_name="pages")
+                given = message.inputs.add(name="n", datatype="INT64", shape=[1])
+                given.contents.int64_contents.append(100_000)
+                with grpc.insecure_channel(made.grpc) as channel:
+                    _infer(channel)(message, timeout=10)
+        assert max(seen) >= 100_000
 
 
 def test_beyond_the_bound_are_503_and_health_checks_are_answered(

@@ -146,6 +146,17 @@ async def test_a_deadline_holds_while_the_batch_runs() -> None:
 
 
 @on_loop
+async def test_statistics_do_not_grow_with_what_clients_send() -> None:
+    batcher = Batcher(NumpyRunner(DOUBLE, doubled), Limits(rows_max=4))
+    for count in range(1, 200):
+        await batcher.submit(rows(*range(100, 100 + count)), 9)
+    found = batcher.figures.rows_of_batches
+    assert {kind: each.count for kind, each in found.items()} == {
+        1: 1, 2: 1, 3: 1, 4: 1, 8: 4, 16: 8, 32: 16, 64: 32, 128: 64, 256: 71
+    }  # fmt: skip
+
+
+@on_loop
 async def test_a_full_queue_says_so() -> None:
     batcher, runner = held(queue_max=2)
     futures = [batcher.submit(rows(1), 9)]
