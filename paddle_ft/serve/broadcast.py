@@ -204,6 +204,8 @@ class Primary:
         self.proposed: frozenset[str] | None = None
         """Another record, which etcd may or may not have taken by now."""
         self.acknowledged = replica.state.at.sequence
+        self.inherited = replica.log.last.sequence
+        """Up to there its predecessor may have acknowledged."""
         self._replica = replica
         self._in_sync_min = in_sync_min
         self._progress: dict[str, Progress] = {}

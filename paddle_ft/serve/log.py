@@ -19,6 +19,8 @@ Kind = Literal["state", "version", "setting", "states"]
 """State of one user's session, the version of a model that is served, a setting of the group;
 several of the first, which come together (``joined``)."""
 
+Answers = Literal["yes", "wait", "lost"]
+"""Whether a state has an entry, may have it later, or never will."""
 ITEM_BYTES = 128
 """Counted for each item besides its key and value, so that many small ones are bounded, too."""
 _LENGTH = struct.Struct("<I")
@@ -219,11 +221,14 @@ class State:
         index = bisect_right(self.terms, sequence, key=lambda first: first.sequence)
         return self.terms[index - 1].term if index else None
 
-    def lost(self, position: Position) -> bool:
-        """Whether the entry at ``position`` is not in this state and never will be."""
-        if position.sequence > self.at.sequence:
-            return self.at.term > position.term  # terms never fall along a log
-        return self.term_at(position.sequence) not in (position.term, None)
+    def answers(self, position: Position) -> Answers:
+        """Whether this state has the entry at ``position``."""
+        if position.sequence > self.at.sequence:  # terms never fall along a log
+            return "lost" if self.at.term > position.term else "wait"
+        if self.term_at(position.sequence) in (position.term, None):
+            return "yes"
+        # Of another history; if that is the older one, this replica is about to begin anew.
+        return "lost" if self.at.term >= position.term else "wait"
 
     def apply(self, log: Log, acknowledged: int) -> list[Entry]:
         """Takes the entries of ``log`` up to ``acknowledged`` in; gives those that were new."""

@@ -144,10 +144,13 @@ class Member:
         keeper = self._keeper
         return keeper.lease if keeper is not None and not keeper.lost else 0
 
-    def deadline_s(self) -> float:
-        """Monotonic time until which the lease certainly stands."""
+    def deadline_s(self, lease: int) -> float:
+        """Monotonic time until which ``lease`` certainly stands; -inf if it is not this replica's,
+        or not any more: what was written under another one may be gone."""
         keeper = self._keeper
-        return keeper.deadline() if keeper is not None else float("-inf")
+        if keeper is None or not lease or keeper.lease != lease:
+            return float("-inf")
+        return keeper.deadline()
 
     def turned(self) -> None:
         """This replica takes its turns: without that its lease is not renewed."""

@@ -182,7 +182,8 @@ class Participant:
         """Whether this replica may answer changes now."""
         if self.ended.done():
             return False
-        return self.seat.leads(time.monotonic(), self.member.deadline_s())
+        deadline_s = self.member.deadline_s(self.seat.group.primary_lease)
+        return self.seat.leads(time.monotonic(), deadline_s)
 
     def put(self, kind: Kind, key: str, value: bytes | None) -> Entry:
         """The primary's: takes a change in and sends it. ``acknowledged`` tells when it is done,

@@ -29,7 +29,7 @@ class Reads:
             await asyncio.wait_for(waiting, timeout_s)
         except asyncio.TimeoutError:
             raise Unavailable(
-                f"this replica has not got to {sequence} within {timeout_s:g} s: ask again", 0.5
+                f"this replica has not got to {sequence} in time: ask again", 0.5
             ) from None
         finally:
             if waiting.cancelled():

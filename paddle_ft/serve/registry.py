@@ -164,6 +164,8 @@ class Group:
     primary: str | None = None
     term: int = 0
     """mod_revision of the primary's key; 0: there is none."""
+    primary_lease: int = 0
+    """Under which that key stands."""
     in_sync: InSync | None = None
     level: Level = "active-active"
     level_revision: int = 0
@@ -213,6 +215,7 @@ def parse(keys: Keys, kvs: Iterable[KeyValue], revision: int = 0) -> Group:
         replicas=replicas,
         primary=primary.value.decode(errors="replace") if primary else None,
         term=primary.mod_revision if primary else 0,
+        primary_lease=primary.lease if primary else 0,
         in_sync=_decoded(InSync, in_sync) if in_sync else None,
         level=_level(level),
         level_revision=level.mod_revision if level else 0,

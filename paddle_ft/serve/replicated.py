@@ -78,8 +78,6 @@ class Replicated:
         """By sequence."""
         self._reads = Reads()
         self._ledger = Ledger(settings.bounds)
-        self._inherited = 0
-        """Up to where the log went when this replica became the primary."""
         self._expiry: asyncio.Task[None] | None = None
         self._callbacks: list[Callable[[Entry], None]] = []
         self._news: deque[Iterator[Entry]] = deque()
@@ -158,7 +156,7 @@ class Replicated:
             in_sync=tuple(sorted(seat.in_sync)),
             at=seat.replica.state.at,
             last=seat.replica.log.last,
-            lease_left_s=self._party.member.deadline_s() - time.monotonic(),
+            lease_left_s=self._party.member.deadline_s(self._party.member.lease) - time.monotonic(),
             agreed=agreed,
         )
 
@@ -287,22 +285,16 @@ class Replicated:
     ) -> Held | None:
         """The value as this replica has it, once it has got to ``at_least``; None: there is none.
 
-        A new primary first learns that what it has of its predecessor is acknowledged, as it may
-        have been before: who reads there, and then writes, goes on from the newest.
-
         Raises:
             Unavailable: it does not get there in time; another replica may be ahead.
             Lost: ``at_least`` is gone.
         """
-        state = self._seat.replica.state
-        if at_least is not None and state.lost(at_least):
-            raise _lost(at_least)
-        wanted = at_least.sequence if at_least is not None else 0
-        if self._seat.primary is not None:
-            wanted = max(wanted, self._inherited)
-        if state.at.sequence < wanted:
-            await self._reads.wait(wanted, timeout_s)
-        if at_least is not None and self._seat.replica.state.lost(at_least):
+        until_s, at_least = time.monotonic() + timeout_s, at_least or Position()
+        while (found := self._seat.answers(at_least)) == "wait":
+            primary = self._seat.primary
+            wanted = max(at_least.sequence, primary.inherited if primary is not None else 0)
+            await self._reads.wait(wanted, max(0.0, until_s - time.monotonic()))
+        if found == "lost":
             raise _lost(at_least)
         return self._seat.replica.state.items.get((kind, key))
 
@@ -367,7 +359,6 @@ class Replicated:
             if not waiting.done():
                 waiting.set_exception(_unknown("this replica is the primary no longer"))
         replica, now_s = self._seat.replica, time.monotonic()
-        self._inherited = replica.log.last.sequence
         for entry in replica.log.after(replica.state.at.sequence, len(replica.log.entries)) or ():
             self._ledger.wrote(entry.key, now_s)
 

@@ -24,7 +24,7 @@ from paddle_ft.serve.broadcast import (
     Replica,
 )
 from paddle_ft.serve.elect import Candidate, Election, stands
-from paddle_ft.serve.log import Entry, Kind, Position
+from paddle_ft.serve.log import Answers, Entry, Kind, Position
 from paddle_ft.serve.registry import Group, InSync, Keys, ReplicaRecord
 
 PATIENCE_S = 0.5
@@ -131,14 +131,27 @@ class Seat:
         return self.primary is not None and self._handing_s != float("inf")
 
     def leads(self, now_s: float, deadline_s: float) -> bool:
-        """Whether it may say that a change is done.
+        """Whether it may say that a change is done, and what the newest value is.
 
-        ``deadline_s``: until when its lease certainly stands.
+        ``deadline_s``: until when the lease of the primary's key, if it is its own, certainly
+        stands.
         """
         primary = self.primary
         if primary is None or primary.deposed:
             return False
         return now_s < deadline_s or primary.confirmed(now_s)
+
+    def answers(self, at_least: Position) -> Answers:
+        """Whether what is read here has the entry at ``at_least``.
+
+        A new primary first learns that what it has of its predecessor is acknowledged, as it may
+        have been before: who reads there, and then writes, goes on from the newest.
+        """
+        state, primary = self.replica.state, self.primary
+        found = state.answers(at_least)
+        if found == "yes" and primary is not None and state.at.sequence < primary.inherited:
+            return "wait"
+        return found
 
     # ------------------------------------------------------------ what is seen
 

@@ -66,12 +66,16 @@ def test_a_position_is_lost_if_another_entry_is_in_its_place_or_can_only_come_th
     state = State()
     state.apply(log, 7)
     log.forget(7)
-    assert not any(state.lost(Position(t, s)) for t, s in ((2, 1), (2, 4), (5, 5), (5, 7)))
-    assert all(state.lost(Position(t, s)) for t, s in ((1, 2), (2, 5), (5, 4), (2, 9)))
-    assert not state.lost(Position(5, 9))  # not there yet
-    assert not state.lost(Position(6, 8))
+
+    def told(*positions: tuple[int, int], of: State = state) -> set[str]:
+        return {of.answers(Position(*position)) for position in positions}
+
+    assert told((0, 0), (2, 1), (2, 4), (5, 5), (5, 7)) == {"yes"}
+    assert told((1, 2), (2, 5), (5, 4), (2, 9)) == {"lost"}
+    assert told((5, 9), (6, 8)) == {"wait"}  # not there yet
+    assert told((6, 3), (6, 7)) == {"wait"}  # a forced primary's, whom this replica is to follow
     again = State.of(state.image())
-    assert again.lost(Position(2, 5)) and not again.lost(Position(2, 4))
+    assert told((2, 5), of=again) == {"lost"} and told((2, 4), of=again) == {"yes"}
     assert again.size_bytes == state.size_bytes
 
 

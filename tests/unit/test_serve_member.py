@@ -92,6 +92,9 @@ def test_a_lease_that_was_lost_is_replaced_although_the_record_fails(
     wait_until(lambda: etcd.lease_of(RECORD.name) > first, "registered again")
     assert etcd.failures == 0
     assert etcd.lease_of(RECORD.name) == member.lease
+    # What stood under the first one has no deadline by the second.
+    assert member.deadline_s(first) == member.deadline_s(0) == float("-inf")
+    assert member.deadline_s(member.lease) > time.monotonic()
 
 
 def test_a_new_name_takes_the_place_of_the_old_one(etcd: Shaky, member: Member) -> None:

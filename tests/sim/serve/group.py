@@ -32,12 +32,17 @@ class Ask:
     def __init__(self, client: Client) -> None:
         self.entry: Entry | None = None
         self.value: int | None = None
+        self.gone = False
         self.answered = False
         self._client = client
 
     def done(self, outcome: Any) -> None:
         """An entry, or what has become of it instead."""
         self._tell("entry", outcome if isinstance(outcome, Entry) else None)
+
+    def lost(self) -> None:
+        """It is told that what it knew of is gone."""
+        self._tell("gone", True)
 
     def read(self, value: bytes, twin: bytes) -> None:
         self._client.group.history.together(self._client.key, int(value), int(twin))
@@ -84,6 +89,8 @@ class Client:
                 yield task.sleep(0.01)
             if history.age != self._age:  # it may be told that it is lost, and forgets what it knew
                 self.at, self.known, self._age = Position(), 0, history.age
+            elif ask.gone:
+                raise Broken(f"{self.key} {self.at} is said to be lost, and it is not")
             elif ask.entry is not None:
                 self.at, self.known = ask.entry.at, self.number
             elif ask.value is not None:

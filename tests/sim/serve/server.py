@@ -51,8 +51,8 @@ class Server:
         self.seat = Seat(self.name, KEYS, group.in_sync_min, observe_s=group.observe_s)
         self.seat.replica.kept = KEPT
         self.was: Primary | None = None
-        self.inherited = 0
-        """Up to where the log went when it became the primary."""
+        self.watches = True
+        """What etcd has is seen."""
         self.standstill = Standstill()
         self.waiting: dict[int, tuple[Waiting, Entry]] = {}
         """By sequence: whom to tell that it is acknowledged."""
@@ -75,7 +75,10 @@ class Server:
     def leads(self) -> bool:
         if self.group.without == "deadline":
             return self.seat.primary is not None and not self.seat.primary.deposed
-        return self.seat.leads(self.now, self.renewed_s + TTL_S - MARGIN_S)
+        mine = self.lease == self.seat.group.primary_lease or self.group.without == "lease"
+        return self.seat.leads(
+            self.now, self.renewed_s + TTL_S - MARGIN_S if mine else float("-inf")
+        )
 
     # ------------------------------------------------------------ etcd
 
@@ -128,7 +131,8 @@ class Server:
         while True:
             try:
                 view = yield self.group.network.call(task, self.node, lambda e: e.read(prefix))
-                self._saw(view)
+                if self.watches:
+                    self._saw(view)
             except EtcdUnavailable:
                 pass
             yield task.sleep(LOOK_S)
@@ -416,19 +420,23 @@ class Server:
         for each, _ in waiting.values():
             each.end(UNKNOWN)
         self.was = self.seat.primary
-        self.inherited = self.seat.replica.log.last.sequence
+        if self.was is not None and self.group.without == "inherited":
+            self.was.inherited = 0
 
     def _answer_reads(self) -> None:
         waiting, self.reads = self.reads, []
         state = self.seat.replica.state
         for least, ask, key in waiting:
-            if state.lost(least):
-                ask.done(NOTHING)
+            found = self.seat.answers(least)
+            if self.group.without == "reads":
+                found = "yes"
+            elif self.group.without == "anew" and least.sequence <= state.at.sequence:
+                other = state.term_at(least.sequence) not in (least.term, None)
+                found = "lost" if other else found
+            if found == "lost":
+                ask.lost()
                 continue
-            wanted = least.sequence
-            if self.seat.primary is not None and self.group.without != "inherited":
-                wanted = max(wanted, self.inherited)
-            if self.group.without != "reads" and state.at.sequence < wanted:
+            if found == "wait":
                 self.reads.append((least, ask, key))
                 continue
             one, other = (state.items.get(("state", name)) for name in (key, twin(key)))

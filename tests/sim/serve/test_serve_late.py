@@ -192,6 +192,48 @@ def silent_member(group: Group, without: bool) -> None:
     group.clock.after(CUT_S, begin)
 
 
+def renewed_lease(group: Group, without: bool) -> None:
+    """Who was cut off has a new lease before it sees that another one is the primary by now."""
+    if without:
+        group.without = "lease"
+
+    def begin() -> None:
+        primary, _, _ = roles(group)
+        cut_off(group, primary)
+        group.network.cut.add(primary.node)
+        primary.watches = False
+        group.clock.after(4.0, group.network.cut.clear)
+        group.clock.after(7.0, see, primary)
+
+    def see(primary: Server) -> None:
+        primary.watches = True
+        group.cut.clear()
+
+    group.clock.after(CUT_S, begin)
+
+
+def merely_behind(group: Group, without: bool) -> None:
+    """Who does not know yet of a forced promotion is asked for a change that was made after it."""
+    if without:
+        group.without = "anew"
+
+    def begin() -> None:
+        primary, target, behind = roles(group)
+        cut_off(group, target)
+        group.clock.after(2.0, force, primary, target, behind)
+
+    def force(primary: Server, target: Server, behind: Server) -> None:
+        group.cut.clear()
+        cut_off(group, behind)
+        group.network.cut.add(behind.node)
+        group.restart(primary)
+        group.ask_for(target.name, force=True)
+        group.clock.after(5.0, group.network.cut.clear)
+        group.clock.after(5.0, group.cut.clear)
+
+    group.clock.after(CUT_S, begin)
+
+
 @pytest.mark.parametrize(
     ("scene", "likely"),
     [
@@ -202,6 +244,8 @@ def silent_member(group: Group, without: bool) -> None:
         (deposed_record, 0),
         (forgotten_wish, 0),
         (silent_member, 0),
+        (renewed_lease, 2),
+        (merely_behind, 0),
     ],
 )
 def test_a_late_request_needs_its_fence(scene: Callable[[Group, bool], None], likely: int) -> None:
