@@ -180,7 +180,7 @@ class Participant:
 
     def leads(self) -> bool:
         """Whether this replica may answer changes now."""
-        if self.ended.done():
+        if self._run_task is not None and self._run_task.done():
             return False
         deadline_s = self.member.deadline_s(self.seat.group.primary_lease)
         return self.seat.leads(time.monotonic(), deadline_s)
