@@ -151,6 +151,7 @@ async def until(condition: Callable[[], bool]) -> None:
         await asyncio.sleep(0.001)
 
 
+@pytest.mark.slow
 def test_a_request_that_is_given_up_puts_nothing(folder: Path) -> None:
     async def story() -> None:
         kept, x = Kept(), {"x": np.array([1])}
@@ -182,6 +183,7 @@ def test_a_request_that_is_given_up_puts_nothing(folder: Path) -> None:
     asyncio.run(asyncio.wait_for(story(), 60))
 
 
+@pytest.mark.slow
 def test_two_versions_take_turns_at_a_session(folder: Path) -> None:
     async def story() -> None:
         kept, turns = Kept(), Turns()
