@@ -17,6 +17,7 @@ from paddle_ft.errors import ConfigError
 from paddle_ft.serve import answers, grpc_messages, grpc_tensors
 from paddle_ft.serve.bodies import gently
 from paddle_ft.serve.budget import Charge
+from paddle_ft.serve.grpc_messages import parsing, serialize
 from paddle_ft.serve.http import TIMEOUT_HEADER, Services, timeout_s
 from paddle_ft.serve.tensors import BadRequest, nbytes_of
 from paddle_ft.serve.tls import ServerTls
@@ -123,15 +124,15 @@ class GrpcApi:
         }
         handlers = {name: _unary(method, kind) for name, (method, kind) in methods.items()}
         handlers["ModelInfer"] = grpc.stream_unary_rpc_method_handler(
-            _answering(self._model_infer), api.ModelInferRequest.FromString, _serialize
+            _answering(self._model_infer), parsing(api.ModelInferRequest), serialize
         )
         handlers["ModelStreamInfer"] = grpc.stream_stream_rpc_method_handler(
-            self._stream, api.ModelInferRequest.FromString, _serialize
+            self._stream, parsing(api.ModelInferRequest), serialize
         )
         checks = {
             "Check": _unary(self._check, health.HealthCheckRequest),
             "Watch": grpc.unary_stream_rpc_method_handler(
-                self._watch, health.HealthCheckRequest.FromString, _serialize
+                self._watch, parsing(health.HealthCheckRequest), serialize
             ),
         }
         server.add_generic_rpc_handlers(
@@ -216,6 +217,8 @@ class GrpcApi:
         return request
 
     async def _inferred(self, request: Any, context: Any, charge: Charge) -> Any:
+        if isinstance(request, BadRequest):
+            raise request
         bounds = self._access.bounds
         charge.add(sum(map(len, request.raw_input_contents)))
         batcher = self._catalog.find(_named(request.model_name), request.model_version)
@@ -290,7 +293,7 @@ class GrpcApi:
                 LOG.exception("a defect in answering ModelStreamInfer")
                 reply.error_message = str(_defect())
             if reply.error_message:
-                reply.infer_response.id = request.id
+                reply.infer_response.id = getattr(request, "id", "")
             async with writing:
                 with contextlib.suppress(Exception):  # the client is gone, or does not read
                     await asyncio.wait_for(context.write(reply), self._access.send_timeout_s)
@@ -306,6 +309,8 @@ class GrpcApi:
         return grpc_messages.health().HealthCheckResponse(status=status)
 
     async def _watch(self, request: Any, context: Any) -> AsyncIterator[Any]:
+        if isinstance(request, BadRequest):
+            await context.abort(_STATUS[request.status], str(request))
         changed = asyncio.Event()
         stop = self._catalog.watch(changed.set)
         last: int | None = None
@@ -332,7 +337,7 @@ class GrpcApi:
 
 
 def _unary(method: Method, request: Any) -> Any:
-    return grpc.unary_unary_rpc_method_handler(_answering(method), request.FromString, _serialize)
+    return grpc.unary_unary_rpc_method_handler(_answering(method), parsing(request), serialize)
 
 
 def _answering(method: Method) -> Method:
@@ -340,6 +345,8 @@ def _answering(method: Method) -> Method:
 
     async def call(message: Any, context: Any) -> Any:
         try:
+            if isinstance(message, BadRequest):
+                raise message
             return await method(message, context)
         except ServeError as error:
             failure = error
@@ -377,11 +384,6 @@ async def _first(*events: asyncio.Event) -> None:
     finally:
         for wait in waits:
             wait.cancel()
-
-
-def _serialize(message: Any) -> bytes:
-    data: bytes = message.SerializeToString()
-    return data
 
 
 def _named(name: str) -> str:

@@ -8,7 +8,7 @@ and numbers are those of KServe's and Triton's ``grpc_service.proto``.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +18,9 @@ from google.protobuf import (  # type: ignore[import-untyped]
     descriptor_pool,
     message_factory,
 )
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+from paddle_ft.serve.tensors import BadRequest
 
 INFERENCE = """
 ServerLiveRequest:
@@ -138,6 +141,24 @@ def _messages(text: str) -> Iterator[tuple[str, list[tuple[str, str, str, str]]]
     for line in text.replace("\n  ", " ").strip().splitlines():
         name, _, fields = line.partition(":")
         yield name, _FIELD.findall(fields)
+
+
+def parsing(kind: Any) -> Callable[[bytes], Any]:
+    """Makes messages of ``kind``; of bytes that are none a BadRequest, which is not raised: grpc
+    would write a traceback for each, and answer UNKNOWN."""
+
+    def parsed(data: bytes) -> Any:
+        try:
+            return kind.FromString(data)
+        except DecodeError:
+            return BadRequest(f"the request is no {kind.DESCRIPTOR.name}")
+
+    return parsed
+
+
+def serialize(message: Any) -> bytes:
+    data: bytes = message.SerializeToString()
+    return data
 
 
 def _fill(

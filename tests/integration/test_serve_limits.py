@@ -18,6 +18,7 @@ import pytest
 from paddle_ft.coordination.etcd_grpc import grpc
 from paddle_ft.serve.bodies import gently
 from paddle_ft.serve.budget import Budget, Charge
+from paddle_ft.serve.grpc_api import HEALTH_SERVICE, INFERENCE_SERVICE
 from paddle_ft.serve.grpc_messages import inference
 from paddle_ft.serve.tensors import nbytes_of
 from paddle_ft.serve.types import Feature, ModelInfo, ServeError, Tensors, Unavailable
@@ -26,6 +27,7 @@ from paddle_ft.serve_config import ServeConfig
 from tests.integration.serve_world import DOUBLE, doubled, front
 
 INFER = "/v2/models/double/infer"
+JUNK = b"\xff\xff\xff\xff"
 MAP = ModelInfo(
     "map", "1", "numpy", (Feature("n", "INT64", (1,)),), (Feature("y", "FP32", (-1,)),), False
 )
@@ -320,6 +322,33 @@ def test_requests_sent_without_waiting_are_all_answered() -> None:
                 assert came
                 got += came
         assert got.count(b"HTTP/1.1 200") == 4
+
+
+def test_bytes_that_are_no_message_are_the_clients_error(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with front() as made, grpc.insecure_channel(made.grpc) as channel:
+        made.serve(DOUBLE, doubled)
+
+        def code(method: str, kind: str = "unary_unary") -> Any:
+            call = getattr(channel, kind)(method)
+            with pytest.raises(grpc.RpcError) as caught:
+                list(call(JUNK, timeout=10))
+            return caught.value.code()
+
+        for method in ("ModelInfer", "ModelReady", "RepositoryIndex"):
+            assert code(f"/{INFERENCE_SERVICE}/{method}") is grpc.StatusCode.INVALID_ARGUMENT
+        for method, kind in (("Check", "unary_unary"), ("Watch", "unary_stream")):
+            assert code(f"/{HEALTH_SERVICE}/{method}", kind) is grpc.StatusCode.INVALID_ARGUMENT
+        stream = channel.stream_stream(
+            f"/{INFERENCE_SERVICE}/ModelStreamInfer",
+            response_deserializer=inference().ModelStreamInferResponse.FromString,
+        )
+        asked_for = [JUNK, _message(1.0).SerializeToString()]
+        first, second = sorted(stream(iter(asked_for), timeout=10), key=lambda a: a.error_message)
+        assert not first.error_message
+        assert second.error_message == "the request is no ModelInferRequest"
+    assert not caplog.records
 
 
 def test_a_shape_without_elements_is_one_that_numpy_can_have() -> None:
