@@ -90,6 +90,9 @@ class Connection(_Base):  # type: ignore[misc]
         self._beside_bytes = 0
         super().on_message_complete()
 
+    def _unsupported_upgrade_warning(self) -> None:
+        """Nothing: an Upgrade header may be passed over, and uvicorn's advice is not for us."""
+
     def on_response_complete(self) -> None:
         self._quiet_since_s = self.loop.time()
         self._waiting = None  # an idle connection would hold the tensors of its last answer

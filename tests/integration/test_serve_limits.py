@@ -351,6 +351,13 @@ def test_bytes_that_are_no_message_are_the_clients_error(
     assert not caplog.records
 
 
+def test_an_upgrade_is_passed_over_without_a_word(caplog: pytest.LogCaptureFixture) -> None:
+    with front() as made:
+        for wanted in ("websocket", "h2c"):
+            assert made.ask("GET", "/v2", Connection="Upgrade", Upgrade=wanted)[0] == 200
+    assert not caplog.records
+
+
 def test_a_shape_without_elements_is_one_that_numpy_can_have() -> None:
     with front() as made:
         made.serve(DOUBLE, doubled)
