@@ -101,7 +101,7 @@ def load(
     except OSError as error:
         raise MachineError(
             f"{name} {ref.version} cannot be written to {place} ({error.strerror}); make room, or "
-            f"name another folder for models."
+            f"name a folder that can be written with --cache."
         ) from None
     return LoadedVersion(folder, ref, manifest, loader.nbytes_fetched, held)
 

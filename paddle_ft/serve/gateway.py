@@ -132,6 +132,11 @@ class Gateway:
                 "so old an nginx loses requests on kept connections at a reload: HTTP clients get "
                 "a connection for each request (not so from 1.27.4 on)"
             )
+        if place.user == "root":
+            self._tell(
+                f"nginx's workers run as root: nobody else may pass the folders above "
+                f"{self._folder} (chmod o+x, or give another --folder)"
+            )
         self._tell_of(wanted)
 
     def _step(self, log: Log) -> None:

@@ -93,7 +93,7 @@ class Nginx:
     """Must be started on a thread that lives as long as this process (``agent.tether``).
 
     Raises:
-        ConfigError: another gateway uses ``folder``.
+        ConfigError: another gateway uses ``folder``, or it is none.
         MachineError: it cannot be made or written to.
     """
 
@@ -105,8 +105,11 @@ class Nginx:
         self._left_out = NOBODY
         try:
             (folder / OUT).mkdir(parents=True, exist_ok=True)
+            (folder / OUT).chmod(0o755)  # whatever the umask: the workers look into it
             self._lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             self._here = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except (FileExistsError, NotADirectoryError):
+            raise ConfigError(f"{folder} is no folder: give another --folder") from None
         except OSError as error:
             raise MachineError(
                 f"cannot use the folder {folder}: {error.strerror}; give another --folder"
@@ -280,7 +283,8 @@ class Nginx:
             raise ServeError(f"nginx cannot test its configuration: {error}") from error
         if run.returncode != 0:
             told = emergency(run.stderr)
-            kind = ConfigError if "cannot load certificate" in told else ServeError
+            wrong = "cannot load certificate" in told or "bind()" in told
+            kind = ConfigError if wrong else ServeError
             raise kind(f"nginx refuses the configuration in {self._folder / name}: {told}")
 
     def _write(self, name: str, text: str) -> None:

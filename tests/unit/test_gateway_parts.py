@@ -18,7 +18,8 @@ from paddle_ft.serve.checks import WINDOW_S as CHECKS_WINDOW_S
 from paddle_ft.serve.checks import Pace
 from paddle_ft.serve.haproxy_text import to_haproxy
 from paddle_ft.serve.latency import LEAST, WINDOW_S, Learner, Learners, Try, tries_of
-from paddle_ft.serve.nginx import emergency, find_nginx
+from paddle_ft.serve.nginx import Nginx, emergency, find_nginx
+from paddle_ft.serve.nginx_pools import OUT
 from paddle_ft.serve.nginx_text import Place, of_model, to_nginx, whole_nginx
 from paddle_ft.serve.registry import Group, Level, ReplicaRecord
 from paddle_ft.serve.request_log import Log
@@ -274,6 +275,31 @@ def every_form(folder: Path) -> dict[str, Routes]:
         "TLS": forms("active-active", **tls),
         "nobody": nobody,
     }
+
+
+def test_an_address_that_is_not_ours_and_a_folder_that_is_none_are_wrong_flags(
+    tmp_path: Path,
+) -> None:
+    try:
+        binary = find_nginx(os.environ.get("PADDLE_FT_TEST_NGINX", ""))
+    except ConfigError as error:
+        pytest.skip(str(error))
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ConfigError, match="is no folder"):
+            Nginx(binary, folder)
+    before = os.umask(0o077)
+    try:
+        nginx = Nginx(binary, tmp_path / "run")
+    finally:
+        os.umask(before)
+    try:
+        assert (tmp_path / "run" / OUT).stat().st_mode & 0o777 == 0o755
+        asked = routes("g", Group(), GatewayConfig(listen="192.0.2.1:8095", listen_grpc=""))
+        with pytest.raises(ConfigError, match="192.0.2.1:8095"):
+            nginx.start(whole_nginx(asked, Place(binary.version), "digest"), "digest")
+    finally:
+        nginx.close()
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl")
