@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import Coroutine, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from paddle_ft.agent.net import endpoint
@@ -166,6 +166,8 @@ class Following:
 
     async def _agree(self, model: Model, choice: Choice) -> None:
         """Raises ServeError; if the group does not know of it, what it knows of is served again."""
+        if choice.version is not None:
+            choice = replace(choice, digest=self._loader.digest(model.name))
         try:
             if self._group is None:
                 model.choice = choice

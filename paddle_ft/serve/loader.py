@@ -53,6 +53,8 @@ class Wanted:
     name: str
     version: int | None = None
     """None: the newest."""
+    digest: str = ""
+    """Of its manifest; "": any."""
 
     def __str__(self) -> str:
         return f"{self.name} {self.version}" if self.version else self.name
@@ -102,6 +104,8 @@ class Loader:
         self._tasks: set[asyncio.Task[None]] = set()
         self._nbytes: dict[str, int] = {}
         """Of the files that are served, by model."""
+        self._digests: dict[str, str] = {}
+        """Of the manifests that are served, by model."""
         self._stopped = False
 
     def fill(self, catalog: Catalog) -> None:
@@ -172,6 +176,10 @@ class Loader:
             self.catalog.idle(name, str(ref.version))
             return ref.version
 
+    def digest(self, name: str) -> str:
+        """Of the manifest of the version that is served, or was last."""
+        return self._digests.get(name, "")
+
     async def newest(self, name: str) -> int | None:
         """The newest version in the store; raises StoreError."""
         found = await beside(partial(list_versions, self._store, name))
@@ -230,7 +238,7 @@ class Loader:
         )
         stage = "serves"
         self.catalog.serve(pool)
-        self._nbytes[name] = found.manifest.nbytes
+        self._nbytes[name], self._digests[name] = found.manifest.nbytes, ref.digest
         log.info(
             "%s %s is served: %.1f MB, of which %.1f MB fetched, after %.1f s",
             name,
@@ -241,8 +249,8 @@ class Loader:
         )
 
     async def _ref(self, wanted: Wanted) -> tuple[Version, VersionRef]:
-        call = partial(read_version, self._store, wanted.name, wanted.version, self._trust)
-        return await beside(call)
+        which = wanted.name, wanted.version, self._trust, wanted.digest or None
+        return await beside(partial(read_version, self._store, *which))
 
     async def _folder(self, ref: VersionRef, on_progress: Callable[[float], None]) -> LoadedVersion:
         return await beside(

@@ -152,7 +152,8 @@ def read_version(
     found = hashlib.sha256(content).hexdigest()
     if digest is not None and found != digest:
         raise CheckpointDamaged(
-            f"{store.url}/{place} is not the manifest that was registered; publish the model again."
+            f"{store.url}/{place} is not the {name} {version} that its group serves: replicas of a "
+            f"group need one --store."
         )
     trust.check(store, place, content, signature_name(name, version, content))
     manifest = _decode(content, f"{store.url}/{place}")

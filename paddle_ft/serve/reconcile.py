@@ -222,9 +222,15 @@ class Models:
         turn = True
         if group is not None and target:
             turn = wanted.is_turn(group.group, group.name, model.name, target)
-        return Situation(
-            target, self.served(model.name), model.fetched, model.failed, self.is_warm(), turn
-        )
+        served = self.served(model.name)
+        if served == target and self._is_another(model):
+            served = None
+        return Situation(target, served, model.fetched, model.failed, self.is_warm(), turn)
+
+    def _is_another(self, model: Model) -> bool:
+        """Whether what is served has the number of what the group serves, and is not the same."""
+        digest = model.choice.digest if model.choice is not None else ""
+        return digest not in ("", self._loader.digest(model.name))
 
     def _target(self, model: Model) -> int | None:
         return wanted.target(model.choice, model.own)
@@ -262,7 +268,9 @@ class Models:
 
 
 def _named(model: Model, version: int) -> Wanted:
-    return Wanted(model.name, version or None)
+    choice = model.choice
+    digest = choice.digest if choice is not None and choice.version == version else ""
+    return Wanted(model.name, version or None, digest)
 
 
 def is_final(error: PaddleFTError) -> bool:

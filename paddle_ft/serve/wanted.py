@@ -7,6 +7,7 @@ change to it one after the other, so that at any time one replica at most pays f
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -18,6 +19,7 @@ NEWEST = 0
 AGAIN_S, AGAIN_MAX_S, HOPELESS_S = 1.0, 30.0, 300.0
 """Pause after a failed load, doubled each time; longer where trying again will hardly help."""
 _PINNED = "pinned"
+_DIGEST = re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,22 +29,27 @@ class Choice:
     version: int | None
     pinned: bool = False
     """Newer ones are not taken up by themselves."""
+    digest: str = ""
+    """Of its manifest, for the store of another replica may have another version of that number;
+    "": not known."""
 
     def encode(self) -> bytes:
         if self.version is None:
             return b""
-        return f"{self.version}{' ' + _PINNED if self.pinned else ''}".encode()
+        words = (str(self.version), _PINNED if self.pinned else "", self.digest)
+        return " ".join(filter(None, words)).encode()
 
 
 def choice(data: bytes) -> Choice:
     """What ``Choice.encode`` made; raises ValueError."""
     if not data:
         return Choice(None)
-    number, _, rest = data.decode().partition(" ")
-    version = int(number)
-    if rest not in ("", _PINNED) or version < 1:
+    number, *rest = data.decode().split(" ")
+    version, pinned = int(number), rest[:1] == [_PINNED]
+    digest = rest[pinned:]
+    if version < 1 or len(digest) > 1 or not all(map(_DIGEST.fullmatch, digest)):
         raise ValueError(f"{data[:60]!r} names no version")
-    return Choice(version, rest == _PINNED)
+    return Choice(version, pinned, *digest)
 
 
 @dataclass(frozen=True, slots=True)

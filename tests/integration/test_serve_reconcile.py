@@ -13,7 +13,7 @@ import pytest
 from paddle_ft.checkpoint.sign import Trust
 from paddle_ft.checkpoint.store import open_store
 from paddle_ft.config import EtcdConfig
-from paddle_ft.errors import StoreUnavailable
+from paddle_ft.errors import CheckpointDamaged, StoreUnavailable
 from paddle_ft.serve import wanted
 from paddle_ft.serve.batching import Limits
 from paddle_ft.serve.broadcast import Append
@@ -92,6 +92,33 @@ def test_a_load_that_fails_does_not_forget_a_model_that_another_one_waits_for(
         with pytest.raises(BadRequest):
             await following.load("x", {"version": "9"})
         assert following._models.get("x") is None
+
+    asyncio.run(asyncio.wait_for(story(), 30))
+
+
+def test_another_version_of_the_same_number_is_not_taken_for_the_groups(tmp_path: Path) -> None:
+    """From another store; the loader refuses it by its digest, and says why."""
+
+    async def story() -> None:
+        made, asked = loader(tmp_path), asyncio.get_running_loop().create_future()
+
+        async def bring(wanted: Wanted, extra: bool = False) -> None:
+            if not asked.done():
+                asked.set_result(wanted)
+            raise CheckpointDamaged("it is not that version")
+
+        made.bring, made.digest = bring, lambda _: "0a" * 32
+        made.catalog.serve(NumpyRunner(DOUBLE, doubled))
+        following: Any = Following(made)
+        model = following._models.model("double")
+        model.choice = Choice(1, digest="0b" * 32)
+        running = asyncio.create_task(following.run([]))
+        assert await asked == Wanted("double", 1, "0b" * 32)
+        while not following.failures:
+            await asyncio.sleep(0.005)
+        assert "not that version" in following.reason
+        await following.stop()
+        running.cancel()
 
     asyncio.run(asyncio.wait_for(story(), 30))
 

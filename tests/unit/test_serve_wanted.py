@@ -34,12 +34,24 @@ def group(primary: str | None = "a", level: str = "active-active", **replicas: A
     return Group(replicas=records, primary=primary, term=5, level=level)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("agreed", [Choice(None), Choice(3), Choice(12, pinned=True)])
+DIGEST = "0a" * 32
+AGREED = [
+    Choice(None),
+    Choice(3),
+    Choice(12, True),
+    Choice(3, False, DIGEST),
+    Choice(3, True, DIGEST),
+]
+
+
+@pytest.mark.parametrize("agreed", AGREED)
 def test_what_a_group_agrees_on_is_an_entry_of_its_log(agreed: Choice) -> None:
     assert choice(agreed.encode()) == agreed
 
 
-@pytest.mark.parametrize("data", [b"x", b"0", b"-1", b"3 nailed", b"\xff", b" "])
+@pytest.mark.parametrize(
+    "data", [b"x", b"0", b"-1", b"3 nailed", b"3 pinned 0a", b"3 pinned pinned", b"\xff", b" "]
+)
 def test_what_names_no_version(data: bytes) -> None:
     with pytest.raises(ValueError):
         choice(data)
