@@ -207,7 +207,7 @@ def _gap(book: _Book, story: Story, before: Stint, stop_s: float, until: int) ->
     start_s = before.last.s
     notices = _all(story.faults, before, until)
     notice = min(notices, default=None)
-    if life_of(story.lives, stop_s) != before.life:  # all launchers were gone
+    if life_of(story.lives, stop_s) > before.life:  # all launchers were gone
         begins_s = min(stop_s, max(start_s, story.lives[before.life + 1].start_s))
         if any(before.first.s < s <= begins_s for s in story.leaving):
             _end(book, story, start_s, begins_s)

@@ -133,6 +133,11 @@ def _create(files: Files, settings: Settings) -> Any:
     import paddle
     from paddle import inference
 
+    if settings.device.startswith("gpu") and not paddle.is_compiled_with_cuda():
+        raise ConfigError(  # or it would serve on the CPU without a word
+            f"This Paddle is not built for {settings.device}: install paddlepaddle-gpu, or give "
+            "--device cpu."
+        )
     paddle.disable_signal_handler()  # prints a C++ stack at SIGTERM
     config = inference.Config(str(files.program), str(files.parameters))
     config.disable_glog_info()
@@ -152,13 +157,6 @@ def _place(config: Any, settings: Settings) -> None:
     if not number.isdigit() and (number or kind != "cpu"):
         raise ConfigError(f"There is no device {settings.device!r}; give cpu, gpu:0 or npu:0.")
     if kind == "gpu":
-        import paddle
-
-        if not paddle.is_compiled_with_cuda():  # which would serve on the CPU without a word
-            raise ConfigError(
-                f"This Paddle is not built for {settings.device}: install paddlepaddle-gpu, or "
-                "give --device cpu."
-            )
         config.enable_use_gpu(settings.memory_pool_mb, int(number))
     elif kind != "cpu":
         config.enable_custom_device(kind, int(number))

@@ -44,10 +44,14 @@ class BadRequest(ServeError):
 
 def nbytes_of(tensors: Mapping[str, NDArray[Any]]) -> int:
     """What they take, in bytes; of an element of BYTES what it holds, too."""
-    return sum(
-        array.nbytes + (sum(map(len, array.flat)) if array.dtype.kind == "O" else 0)
-        for array in tensors.values()
-    )
+    return sum(array.nbytes + _held_by(array) for array in tensors.values())
+
+
+def _held_by(array: NDArray[Any]) -> int:
+    try:
+        return sum(map(len, array.flat)) if array.dtype.kind == "O" else 0
+    except TypeError:  # no bytes, which is refused when it is written
+        return 0
 
 
 def tensor_shape(name: str, shape: object) -> tuple[int, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from paddle_ft.observe.goodput import account
@@ -52,6 +52,16 @@ anything = st.one_of(
 histories = st.lists(st.tuples(st.sampled_from("abc"), anything), min_size=1, max_size=40)
 
 
+# The last life's steps end before it began: the next generation had its first step earlier.
+_STEP = {"step": 0, "step_s": 0.0, "held_s": 0.0}
+EARLIER: list[Any] = [
+    ("a", (0.0, "first_step", {"generation": 0, "step": 0})),
+    ("b", (1.0, "progress", {"generation": 0, **_STEP})),
+    ("b", (1.0, "progress", {"generation": 1, **_STEP})),
+]
+
+
+@example(EARLIER, False)
 @given(histories, st.booleans())
 def test_every_second_is_counted_once(
     history: list[tuple[str, tuple[float, str, dict[str, Any]]]], in_order: bool
