@@ -56,25 +56,34 @@ class Forked:
         self._pidfd, self._status = pidfd, status
 
     def kill(self) -> None:
-        with suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+        if self._pidfd >= 0:
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
     def wait(self, timeout: float) -> None:
         """Returns once it has ended; raises subprocess.TimeoutExpired."""
+        if self._pidfd < 0:
+            return
         if self.returncode is None and self._is_over(self._status, timeout):
             with suppress(OSError, ValueError):
                 self.returncode = int(self._status.recv(16))
         if not self._is_over(self._pidfd, timeout):
             raise subprocess.TimeoutExpired("worker", timeout)
+        self._close()
 
     def _is_over(self, thing: int | socket.socket, timeout_s: float) -> bool:
         poll = select.poll()
         poll.register(thing, select.POLLIN)
         return bool(poll.poll(timeout_s * 1e3))
 
-    def __del__(self) -> None:
+    def _close(self) -> None:
         os.close(self._pidfd)
+        self._pidfd = -1
         self._status.close()
+
+    def __del__(self) -> None:
+        if self._pidfd >= 0:
+            self._close()
 
 
 class Forks:

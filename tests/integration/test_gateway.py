@@ -6,6 +6,7 @@ import contextlib
 import http.client
 import json
 import os
+import shutil
 import signal
 import ssl
 import subprocess
@@ -538,3 +539,40 @@ def test_a_configuration_for_somebody_elses_proxy(pair: World) -> None:
         assert (done.returncode, done.stderr) == (0, "")
         assert wanted in done.stdout
         assert str(pair.records["a"].http_port) in done.stdout
+
+
+@pytest.mark.slow
+def test_haproxy_serves_the_group_by_its_configuration(world: World) -> None:
+    """D5, C4: balances, asks another one for a POST too, and finds the primary."""
+    binary = shutil.which("haproxy")
+    if binary is None:
+        pytest.skip("needs haproxy")
+    for name in ("a", "b"):
+        world.add(name)
+    world.primary("b")
+    argv = [*world.command(), "--print", "haproxy"]
+    text = subprocess.run(argv, capture_output=True, timeout=60, check=True).stdout
+    (world.folder / "haproxy.cfg").write_bytes(text)
+    proxy = subprocess.Popen(
+        tethered([binary, "-db", "-f", str(world.folder / "haproxy.cfg")]),
+        stderr=subprocess.DEVNULL,
+    )
+
+    def names() -> set[str]:
+        with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
+            return set(world.names(10))
+        return set()
+
+    try:
+        world.until(lambda: names() == {"a", "b"}, "both are asked")
+        assert {json.loads(grpc_call(world))["name"] for _ in range(10)} == {"a", "b"}
+        assert {world.ask("/v2/state/s/k", "PUT")[2]["name"] for _ in range(5)} == {"b"}
+        with world.load() as told:
+            world.until(lambda: told.by_name["a"] > 20, "a is asked")
+            world.send("a", signal.SIGKILL)
+            before = told.by_name["b"]
+            world.until(lambda: told.by_name["b"] > before + 50, "b goes on")
+        assert told.failed == []
+    finally:
+        proxy.terminate()
+        proxy.wait(20)
