@@ -82,6 +82,8 @@ class Gateway:
         self._health: dict[str, Health] = {}
         self._left_s: float | None = None
         self._standstill = Standstill()
+        self._asks: dict[int, set[str]] = {}
+        """Whom each worker of nginx may ask, by its configuration."""
         self._retry_at_s = 0.0
         self._made: tuple[Routes, str, str] | None = None
 
@@ -164,11 +166,15 @@ class Gateway:
     def _take_back(self, wanted: Routes, now_s: float) -> None:
         """What waits at a replica that has come to stand still is asked of another one."""
         silent = {name for name, health in self._health.items() if health == "silent"}
+        asked = _asked(self._running.routes)
+        pids = children(self._nginx.pid)
+        self._asks = {pid: self._asks.get(pid, asked) for pid in pids}
         name = self._standstill.look(silent - _asked(wanted), patience_s(wanted), now_s)
         if name and self._group is not None and name in self._group.replicas:
             r = self._group.replicas[name]
             addresses = [(r.host, r.http_port), (r.host, r.grpc_port)]
-            take_back(children(self._nginx.pid), addresses)
+            # Workers of a configuration with nobody else would have nobody else to ask.
+            take_back([pid for pid in pids if self._asks[pid] - silent], addresses)
 
     def _due(self, wanted: Routes, left: set[str], now_s: float) -> bool:
         """Whether nginx is to reload now: at once if somebody cannot be served otherwise."""

@@ -290,9 +290,9 @@ class Replicated:
             Lost: ``at_least`` is gone.
         """
         until_s, at_least = time.monotonic() + timeout_s, at_least or Position()
-        while (found := self._seat.answers(at_least)) == "wait":
-            primary = self._seat.primary
-            wanted = max(at_least.sequence, primary.inherited if primary is not None else 0)
+        inherited = self._seat.inherited()
+        wanted = max(at_least.sequence, inherited)
+        while (found := self._seat.answers(at_least, inherited)) == "wait":
             await self._reads.wait(wanted, max(0.0, until_s - time.monotonic()))
         if found == "lost":
             raise _lost(at_least)

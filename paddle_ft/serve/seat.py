@@ -141,17 +141,21 @@ class Seat:
             return False
         return now_s < deadline_s or primary.confirmed(now_s)
 
-    def answers(self, at_least: Position) -> Answers:
-        """Whether what is read here has the entry at ``at_least``.
+    def inherited(self) -> int:
+        """Up to where the state must go before what is asked for now is read, too.
 
         A new primary first learns that what it has of its predecessor is acknowledged, as it may
-        have been before: who reads there, and then writes, goes on from the newest.
+        have been before: who reads there, and then writes, goes on from the newest. It holds for
+        who has asked, also if this replica is the primary no longer when it gets there.
         """
-        state, primary = self.replica.state, self.primary
+        return self.primary.inherited if self.primary is not None else 0
+
+    def answers(self, at_least: Position, inherited: int) -> Answers:
+        """Whether what is read here has the entry at ``at_least``, and what was ``inherited`` when
+        it was asked for."""
+        state = self.replica.state
         found = state.answers(at_least)
-        if found == "yes" and primary is not None and state.at.sequence < primary.inherited:
-            return "wait"
-        return found
+        return "wait" if found == "yes" and state.at.sequence < inherited else found
 
     # ------------------------------------------------------------ what is seen
 

@@ -58,8 +58,8 @@ class Server:
         """By sequence: whom to tell that it is acknowledged."""
         self.passed: dict[Waiting, str] = {}
         """Changes that were passed on, and to whom."""
-        self.reads: list[tuple[Position, Any, str]] = []
-        """What to wait for, whom to tell, key."""
+        self.reads: list[tuple[Position, int, Any, str]] = []
+        """What to wait for, and up to where, whom to tell, key."""
         self.leaving = False
         self.lease = 0
         self.renewed_s = float("-inf")
@@ -381,7 +381,7 @@ class Server:
 
     def get(self, ask: Any, key: str, at_least: Position) -> None:
         """Once it has got to ``at_least``."""
-        self.reads.append((at_least, ask, key))
+        self.reads.append((at_least, self.seat.inherited(), ask, key))
         self._answer_reads()
 
     def read(self, ask: Any, key: str) -> None:
@@ -426,8 +426,8 @@ class Server:
     def _answer_reads(self) -> None:
         waiting, self.reads = self.reads, []
         state = self.seat.replica.state
-        for least, ask, key in waiting:
-            found = self.seat.answers(least)
+        for least, inherited, ask, key in waiting:
+            found = self.seat.answers(least, inherited)
             if self.group.without == "reads":
                 found = "yes"
             elif self.group.without == "anew" and least.sequence <= state.at.sequence:
@@ -437,7 +437,7 @@ class Server:
                 ask.lost()
                 continue
             if found == "wait":
-                self.reads.append((least, ask, key))
+                self.reads.append((least, inherited, ask, key))
                 continue
             one, other = (state.items.get(("state", name)) for name in (key, twin(key)))
             ask.read(one.value if one else b"0", other.value if other else b"0")

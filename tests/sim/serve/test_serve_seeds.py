@@ -128,3 +128,7 @@ def test_what_was_acknowledged_and_is_nowhere_at_the_end_is_missed() -> None:
     last = entry(10**6, 10**6, 1)
     group.clock.after(QUIET_S + 1.5, group.history.acknowledged, "n9.x-1", last.at.term, last)
     assert "was acknowledged" in told(group)
+
+
+def test_a_read_waits_for_what_was_inherited_also_where_the_primary_steps_down_meanwhile() -> None:
+    assert told(made(101020)) == ""
