@@ -179,7 +179,7 @@ def test_two_who_publish_at_once_get_numbers_of_their_own(
 def test_a_cache_that_cannot_be_written_is_told(shop: Shop) -> None:
     shop.publish()
     shop.cache.write_text("a file")
-    with pytest.raises(MachineError, match="name another folder"):
+    with pytest.raises(MachineError, match="that can be written with --cache"):
         shop.load()
 
 
