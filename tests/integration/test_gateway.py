@@ -118,51 +118,6 @@ def test_what_waits_at_one_that_is_stopped_is_asked_of_another_one(world: World)
     assert told.failed == []
 
 
-@pytest.mark.slow
-def test_nothing_is_taken_back_where_nobody_else_could_be_asked(world: World) -> None:
-    """By old workers of nginx, whose configuration has just the one that stands still now."""
-    for name in ("a", "b"):
-        world.add(name)
-    world.start_gateway(PADDLE_FT_GATEWAY__LEARN_TIMEOUTS="false")
-    world.goes_to("a, b")
-
-    def workers() -> set[str]:
-        master = (world.folder / "run/nginx.pid").read_text().strip()
-        return set(Path(f"/proc/{master}/task/{master}/children").read_text().split())
-
-    def configured(names: str) -> bool:
-        text = (world.folder / "run/nginx.conf").read_text()
-        return all((f":{world.records[n].http_port} " in text) == (n in names) for n in "ab")
-
-    def changed(name: str, number: int, names: str) -> None:
-        before = workers()
-        world.send(name, number)
-        world.until(lambda: configured(names) and workers() - before, f"it asks {names}")
-
-    # From a alone something has been taken back of late, so it would be so again.
-    changed("a", signal.SIGSTOP, "b")
-    changed("a", signal.SIGCONT, "ab")
-    changed("b", signal.SIGSTOP, "a")
-    kept = [http.client.HTTPConnection(HOST, world.http_port, timeout=20) for _ in range(6)]
-
-    def ask(connection: http.client.HTTPConnection) -> tuple[int, bytes]:
-        connection.request("POST", "/v2/models/m/infer", b"x")
-        answer = connection.getresponse()
-        return answer.status, answer.read()
-
-    assert {ask(connection)[0] for connection in kept} == {200}
-    changed("b", signal.SIGCONT, "ab")
-    world.send("a", signal.SIGSTOP)
-    with ThreadPoolExecutor() as pool:
-        answers = [pool.submit(ask, connection) for connection in kept]
-        world.until(lambda: world.ask()[2]["name"] == "b", "others are asked of b")
-        time.sleep(0.5)
-        world.send("a", signal.SIGCONT)
-        assert {answer.result(20)[0] for answer in answers} == {200}
-    for connection in kept:
-        connection.close()
-
-
 def test_a_request_that_has_begun_before_passes_by_who_is_left_out(world: World) -> None:
     for name in ("a", "b"):
         world.add(name)
